@@ -1,0 +1,1 @@
+"""The gateway: one catalogue, one endpoint, many GPU hosts."""

@@ -1,0 +1,1 @@
+"""The neuron: a daemon (asyncio, torch-free) and the engine processes it supervises."""

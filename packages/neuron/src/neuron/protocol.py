@@ -1,0 +1,260 @@
+"""The border between the daemon and an engine group: the only module both sides import.
+
+Frames are a 4-byte little-endian length followed by one msgpack document (a tagged union; structs as
+arrays so that a step's frame is small). The daemon listens on a Unix socket; rank 0 of the group connects to it.
+Only integers, short floats and strings cross: tensors never leave the device thread (law 2).
+
+`epoch` counts the rebuilds of a group; a frame of another epoch is discarded, so a reply that was in flight when
+a group died can never be taken for an answer of its successor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 256 * 2**20
+
+# ---------------------------------------------------------------- daemon -> engine
+
+
+class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
+    """The first frame: everything a group needs to load one model; the daemon keeps it to rebuild the group.
+
+    path: checkpoint folder (HF layout). devices: CUDA indexes, empty = CPU. dtype: `auto` takes the checkpoint's
+    on CUDA and float32 on the CPU. kv_cache_bytes: None sizes the cache from free memory (CUDA) or
+    `kv_cache_tokens` (CPU). max_step_tokens is the token budget of one step; prefill chunks fill what decodes
+    leave of it. tokenizer_json: the fast tokenizer's serialised form, for grammar masks.
+    """
+
+    model_id: str
+    path: str
+    tokenizer_json: str | None = None
+    devices: tuple[int, ...] = ()
+    tensor_parallel_size: int = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    kv_cache_tokens: int | None = None
+    page_size: int = 16
+    max_step_tokens: int = 2048
+    max_running: int = 256
+    prefix_cache: bool = True
+    num_threads: int | None = None
+    epoch: int = 0
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    debug: dict[str, Any] = {}
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+    """Resolved sampling of one sequence: every default has been applied.
+
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and penalties 0/0/1 are "off". The noise of output
+    position p is a pure function of (seed, p). logprobs: -1 none, k >= 0 the sampled token and the k best.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    logprobs: int = -1
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A llguidance grammar (its serialised form, as `LLMatcher` takes it), compiled off the step thread."""
+
+    grammar: str
+
+
+class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
+    """Start (or, with `output_ids`, resume) one sequence.
+
+    Generation ends at a token of `stop_token_ids` (which is not reported as output), after `max_tokens` output
+    tokens in all (resumed ones included), or when the grammar is complete. prompt_logprobs asks for the
+    log-probability of every prompt token (completions with echo); it disables the prefix cache for the request.
+    """
+
+    request_id: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    grammar: GrammarSpec | None = None
+    output_ids: tuple[int, ...] = ()
+    prompt_logprobs: bool = False
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
+    """Forget a sequence before the next step; no further frame mentions it. Unknown ids are ignored."""
+
+    request_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
+    """Leave the step loop, free the device, exit 0."""
+
+
+ToEngine = EngineConfig | Generate | Cancel | Shutdown
+
+# ---------------------------------------------------------------- engine -> daemon
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
+    version: int
+    epoch: int
+    rank: int
+    pid: int
+
+
+class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
+    phase: Literal["starting", "weights", "kv_cache", "warm_up"]
+    bytes_done: int
+    bytes_total: int
+
+
+class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
+    """The group is ready. max_model_len: positions a sequence may have, capped by what the KV cache can hold."""
+
+    epoch: int
+    architecture: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    load_seconds: float
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed", array_like=True):
+    """kind: `unsupported_architecture`, `bad_checkpoint`, `out_of_memory`, `device`, `internal`."""
+
+    epoch: int
+    kind: str
+    message: str
+
+
+FinishKind = Literal["stop", "length", "grammar"]
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of one sampled token: its log-probability (natural, before temperature and truncation) and the best k."""
+
+    logprob: float
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """What one step did for one sequence.
+
+    token_ids: new output tokens (usually one; none while prefilling or when the stop token came). finish: set
+    once, on the last update. cached_tokens: prompt tokens served from the prefix cache, on the first update.
+    prompt_logprobs: on the first update when asked for (entry i belongs to prompt token i+1).
+    """
+
+    request_id: int
+    token_ids: list[int] = []
+    finish: FinishKind | None = None
+    logprobs: list[Logprobs] | None = None
+    cached_tokens: int | None = None
+    prompt_logprobs: list[Logprobs] | None = None
+
+
+class SequenceFailed(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence ended with an error. kind: `invalid_grammar`, `too_long`, `nan_logits`, `step`, `internal`."""
+
+    request_id: int
+    kind: str
+    message: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """A snapshot after a step; the daemon keeps the last one, so /health never asks the engine.
+
+    running and waiting count sequences; pages exclude page 0; cached_pages are free pages that still hold a
+    reusable prefix (counted in free_pages). The *_tokens and *_seconds fields are cumulative since load.
+    """
+
+    step: int = 0
+    running: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+    cached_pages: int = 0
+    preemptions: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag="step", array_like=True):
+    """The one frame of a step. An idle group sends none: liveness is the socket and the process."""
+
+    epoch: int
+    stats: EngineStats
+    updates: list[SequenceUpdate] = []
+    failures: list[SequenceFailed] = []
+
+
+class EngineFault(msgspec.Struct, frozen=True, tag="fault", array_like=True):
+    """The group cannot go on (DeviceError, or a bug outside any one request) and exits after this frame."""
+
+    epoch: int
+    kind: str
+    message: str
+
+
+FromEngine = Hello | LoadProgress | Loaded | LoadFailed | StepOutput | EngineFault
+
+
+class FrameError(Exception):
+    """A frame that is too large or does not decode: the peer is broken or of another version."""
+
+
+_to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+_from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_frame(message: ToEngine | FromEngine) -> bytes:
+    """One frame, length prefix included."""
+    payload = _encoder.encode(message)
+    if len(payload) > MAX_FRAME_BYTES:
+        raise FrameError(f"frame of {len(payload)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+    return len(payload).to_bytes(4, "little") + payload
+
+
+def decode_to_engine(payload: bytes | memoryview) -> ToEngine:
+    """Raises `FrameError`."""
+    try:
+        return _to_engine_decoder.decode(payload)
+    except msgspec.MsgspecError as exc:
+        raise FrameError(str(exc)) from exc
+
+
+def decode_from_engine(payload: bytes | memoryview) -> FromEngine:
+    """Raises `FrameError`."""
+    try:
+        return _from_engine_decoder.decode(payload)
+    except msgspec.MsgspecError as exc:
+        raise FrameError(str(exc)) from exc
+
+
+def frame_length(prefix: bytes | memoryview) -> int:
+    """Length of the payload that follows a 4-byte prefix. Raises `FrameError` above `MAX_FRAME_BYTES`."""
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_FRAME_BYTES:
+        raise FrameError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+    return length
