@@ -93,6 +93,4 @@ class Failure(msgspec.Struct, frozen=True):
     error: ApiError
 
 
-Event = (
-    ReasoningDelta | TextDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish | Usage | Failure
-)
+Event = ReasoningDelta | TextDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish | Usage | Failure

@@ -1,0 +1,221 @@
+"""What a neuron says of itself, and how a load is asked for.
+
+Wire types of `/discovery`, `/health`, `/models`, `/models/load` and `/version`. Every field a peer of another age
+may lack has a default, and unknown fields are ignored, so gateways and neurons of different versions work
+together (absent evidence is never read as failure).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    """One accelerator, as found at start."""
+
+    index: int
+    name: str
+    vram_total_mb: int
+    compute_capability: str = ""
+
+
+class DiscoveryResponse(msgspec.Struct, frozen=True):
+    """`GET /discovery`: static facts of a host. `max_prompt_tokens` 0 is unknown.
+
+    A host without accelerators has an empty device list and serves on its CPU: `cpu_count` and
+    `memory_total_mb` (0 = unknown) then stand in for device facts.
+    """
+
+    hostname: str = "unknown"
+    os: str = "unknown"
+    kernel: str = "unknown"
+    cuda_version: str | None = None
+    driver_version: str | None = None
+    devices: tuple[DeviceInfo, ...] = ()
+    harnesses: tuple[str, ...] = ()
+    cuda_unavailable_reason: str | None = None
+    max_prompt_tokens: int = 0
+    cpu_count: int = 0
+    memory_total_mb: int = 0
+
+
+class DeviceHealth(msgspec.Struct, frozen=True):
+    index: int
+    vram_used_mb: int = 0
+    vram_free_mb: int = 0
+    utilization_pct: int = 0
+    temp_c: int = 0
+
+
+class ActivationFailure(msgspec.Struct, frozen=True):
+    model_id: str
+    error: str
+
+
+class Activation(msgspec.Struct, frozen=True):
+    """Progress of the neuron's `default_models` after start."""
+
+    state: Literal["pre_warming", "ready"] = "ready"
+    pending: tuple[str, ...] = ()
+    in_progress: str | None = None
+    completed: tuple[str, ...] = ()
+    failed: tuple[ActivationFailure, ...] = ()
+
+
+class ModelLoad(msgspec.Struct, frozen=True):
+    """How busy one model is. A ceiling of 0 means unknown; rejection counters are cumulative since load."""
+
+    id: str
+    in_flight: int = 0
+    queue_depth: int = 0
+    max_in_flight: int = 0
+    max_queue_depth: int = 0
+    rejected_queue_full: int = 0
+    rejected_timeout: int = 0
+    rejected_per_principal: int = 0
+    anon_in_flight: int = 0
+    anon_max_in_flight: int = 0
+    rejected_anon_yield: int = 0
+    rejected_kv_timeout: int = 0
+    rejected_kv_unservable: int = 0
+    kv_budget_mb: int = 0
+    kv_available_mb: int = 0
+    tok_s_prefill: float = 0.0
+    tok_s_decode: float = 0.0
+
+
+class HealthResponse(msgspec.Struct, frozen=True):
+    """`GET /health` of a neuron, answered from caches."""
+
+    uptime_secs: int = 0
+    devices: tuple[DeviceHealth, ...] = ()
+    activation: Activation = Activation()
+    models: tuple[ModelLoad, ...] = ()
+    draining: bool = False
+    memory_free_mb: int = 0
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """`POST /models/load`: which model, and how. `harness` is kept for older peers, which demand it.
+
+    max_model_len caps the context, kv_cache_mb the KV cache; None lets the neuron decide.
+    """
+
+    model_id: str
+    harness: str = "candle"
+    quant: str | None = None
+    tensor_parallel: int | None = None
+    devices: tuple[int, ...] | None = None
+    max_model_len: int | None = None
+    kv_cache_mb: int | None = None
+
+
+class UnloadRequest(msgspec.Struct, frozen=True):
+    model_id: str
+
+
+class LoadProgress(msgspec.Struct, frozen=True):
+    """`phase` is `fetching`, `starting`, `weights`, `kv_cache` or `warm_up`; totals are 0 while unknown."""
+
+    phase: str
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+class ContextLimit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens: the whole window, and what prompt and answer may use of it."""
+
+    context: int
+    input: int | None = None
+    output: int | None = None
+
+
+class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """USD per million tokens. An absent block is "not priced", which is not the same as 0 ("free")."""
+
+    input: float = 0.0
+    output: float = 0.0
+    cache_read: float | None = None
+    cache_write: float | None = None
+
+
+class Servable(msgspec.Struct, frozen=True, omit_defaults=True):
+    ok: bool
+    reason: str | None = None
+    detail: str | None = None
+
+
+ModelStatus = Literal[
+    "fetching", "loading", "loaded", "recovering", "failed", "unloading", "unloaded", "reloading", "poisoned"
+]
+
+
+class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An element of the neuron's `GET /models`. `status` is a string: peers of another age may know others."""
+
+    id: str
+    harness: str = "candle"
+    status: str = "loaded"
+    devices: tuple[int, ...] = ()
+    vram_used_mb: int | None = None
+    capabilities: tuple[str, ...] = ()
+    limit: ContextLimit | None = None
+    cost: ModelCost | None = None
+    tool_call: bool = False
+    reasoning: bool = False
+    servable: Servable | None = None
+    progress: LoadProgress | None = None
+    error: str | None = None
+    created: int | None = None
+
+
+class ModelLocation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a model is, in the gateway's catalogue."""
+
+    node: str
+    status: str
+    vram_estimate_mb: int | None = None
+    progress: LoadProgress | None = None
+    error: str | None = None
+
+
+class BuildInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`GET /version`."""
+
+    package_version: str
+    git_sha: str = "unknown"
+    git_dirty: bool = False
+    build_timestamp: str | None = None
+    python_version: str | None = None
+    torch_version: str | None = None
+    features: tuple[str, ...] = ()
+
+
+def status_of(text: str) -> ModelStatus:
+    """A peer's status string as one we know. Anything unknown reads as loaded, as the reference has it."""
+    if text in _KNOWN_STATUSES:
+        return text  # type: ignore[return-value]
+    return "loaded"
+
+
+_KNOWN_STATUSES = frozenset(
+    (
+        "fetching",
+        "loading",
+        "loaded",
+        "recovering",
+        "failed",
+        "unloading",
+        "unloaded",
+        "reloading",
+        "poisoned",
+    )
+)
+
+
+def to_builtins(value: msgspec.Struct) -> dict[str, Any]:
+    """A struct as plain JSON types, for callers that merge it into a larger document."""
+    result: dict[str, Any] = msgspec.to_builtins(value)
+    return result

@@ -1,0 +1,82 @@
+"""`cortex.toml`: the gateway's configuration, field by field.
+
+It lives in core so that `cortex config check` needs no web framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from cortex_core.config import ConfigError, load_config
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Listeners, limits and waits of the gateway. Times are seconds, sizes bytes."""
+
+    listen: str = "0.0.0.0:31313"
+    metrics_listen: str = "0.0.0.0:31314"
+    max_body_bytes: Positive = 32 * 2**20
+    body_timeout_s: Seconds = 60.0
+    upstream_connect_timeout_s: Seconds = 5.0
+    upstream_idle_timeout_s: Seconds = 300.0
+    stream_hold_s: Seconds = 2.0
+    ping_interval_s: Seconds = 5.0
+    load_wait_s: Seconds = 1800.0
+    drain_grace_s: Seconds = 30.0
+
+
+class PollSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    interval_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    unhealthy_after: Positive = 3
+
+
+class EvictionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    strategy: Literal["lru", "priority"] = "lru"
+    defrag_after_cycles: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One GPU host. `name` is what metrics, pins and logs call it."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    endpoint: Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    gateway: GatewaySection = GatewaySection()
+    poll: PollSection = PollSection()
+    eviction: EvictionSection = EvictionSection()
+    neurons: tuple[NeuronEntry, ...] = ()
+    models_config: str = "/etc/cortex/models.toml"
+
+
+def load_gateway_config(
+    path: Path | str | None, *, environ: Mapping[str, str] | None = None, required: bool = True
+) -> GatewayConfig:
+    """Read `cortex.toml`; a relative `models_config` is relative to the file, never to the working directory.
+
+    Raises `ConfigError`, also for two neurons of one name and for a listener that is no host:port.
+    """
+    config = load_config(GatewayConfig, path, env_prefix="CORTEX_", environ=environ, required=required)
+    names = [neuron.name for neuron in config.neurons]
+    faults = [
+        f"{path}: neurons: the name `{name}` is used twice" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    for key, value in (("listen", config.gateway.listen), ("metrics_listen", config.gateway.metrics_listen)):
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            faults.append(f"{path}: gateway.{key}: `{value}` is not host:port")
+    if faults:
+        raise ConfigError(faults)
+    models = Path(config.models_config)
+    if not models.is_absolute() and path is not None:
+        config = msgspec.structs.replace(config, models_config=str(Path(path).resolve().parent / models))
+    return config
