@@ -1,0 +1,76 @@
+"""`cortex config check`: would these files be accepted?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cortex_cli.exits import EXIT_FAILED
+from cortex_cli.options import json_option
+
+
+@click.group(help="Work with configuration files.")
+def config() -> None:
+    pass
+
+
+@config.command(
+    help="Check configuration FILES (cortex.toml, models.toml, neuron.toml) and name every fault with file, line "
+    "and key. Without FILES: cortex.toml and the catalogue it names. Exit code 1 if anything is wrong."
+)
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--kind",
+    type=click.Choice(["cortex", "models", "neuron"]),
+    help="What the files are, when their names do not say it.",
+)
+@json_option
+def check(files: tuple[Path, ...], kind: str | None, as_json: bool) -> None:
+    faults: list[str] = []
+    checked: list[str] = []
+    for path in files or (Path("cortex.toml"),):
+        _check_file(path, kind or _kind_of(path), checked, faults)
+    if as_json:
+        click.echo(json.dumps({"ok": not faults, "checked": checked, "faults": faults}))
+    else:
+        for line in faults:
+            click.echo(line, err=True)
+        if not faults:
+            click.echo(f"ok: {', '.join(checked)}")
+    if faults:
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
+def _kind_of(path: Path) -> str:
+    for kind in ("models", "neuron"):
+        if kind in path.name:
+            return kind
+    return "cortex"
+
+
+def _check_file(path: Path, kind: str, checked: list[str], faults: list[str]) -> None:
+    from cortex_core.catalogue import load_catalogue
+    from cortex_core.config import ConfigError
+    from cortex_core.gateway_config import load_gateway_config
+
+    checked.append(str(path))
+    try:
+        if kind == "cortex":
+            loaded = load_gateway_config(path)
+            models = Path(loaded.models_config)
+            if models.exists():
+                _check_file(models, "models", checked, faults)
+        elif kind == "models":
+            if not path.exists():
+                raise ConfigError([f"{path}: no such file"])
+            load_catalogue(path)
+        else:
+            try:
+                from neuron.config import load_neuron_config
+            except ImportError:
+                raise ConfigError([f"{path}: helexa-neuron is not installed here, so it cannot be checked"]) from None
+            load_neuron_config(path)
+    except ConfigError as exc:
+        faults.extend(exc.faults)
