@@ -1,0 +1,359 @@
+"""Parse a chat completion request.
+
+Each field of the official request type stands in exactly one of `MAPPED`, `REFUSED` and `IGNORED`. Fields in
+none of them are unknown and ignored; unknown roles and content part types are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cortex_core.conversation import (
+    ImagePart,
+    Limits,
+    Part,
+    Reasoning,
+    Request,
+    ResponseFormat,
+    TextPart,
+    ThinkingPart,
+    ToolCallPart,
+    ToolChoice,
+    ToolDefinition,
+    ToolResultPart,
+    Turn,
+)
+from cortex_core.dialects import openai_fields
+from cortex_core.dialects.json_body import (
+    Fields,
+    decode_object,
+    encode_compact,
+    missing,
+    one_of,
+    unsupported,
+    wrong_type,
+)
+from cortex_core.dialects.openai_images import image_part
+from cortex_core.errors import ApiError, invalid
+
+MAPPED = (
+    "chat_template_kwargs",
+    "enable_thinking",
+    "frequency_penalty",
+    "guided_json",
+    "ignore_eos",
+    "logit_bias",
+    "logprobs",
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "min_p",
+    "model",
+    "n",
+    "parallel_tool_calls",
+    "presence_penalty",
+    "reasoning_effort",
+    "repetition_penalty",
+    "response_format",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "temperature",
+    "thinking",
+    "tool_choice",
+    "tools",
+    "top_k",
+    "top_logprobs",
+    "top_p",
+)
+"""Official fields, and the extensions that are common among local servers."""
+
+REFUSED = ("guided_choice", "guided_grammar", "guided_regex", "modalities")
+"""Refused by name where they ask for something: `modalities` when it holds more than `text`."""
+
+IGNORED = (
+    "audio",
+    "function_call",
+    "functions",
+    "metadata",
+    "moderation",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+    "verbosity",
+    "web_search_options",
+)
+"""Hints, caching and billing; and the `functions` pair, superseded by `tools` in 2023."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+THINKING_TYPES = ("enabled", "adaptive", "auto", "disabled")
+TOOL_MODES = ("none", "auto", "required")
+MAX_TOP_LOGPROBS = 20
+
+
+def parse(body: bytes) -> Request:
+    """Raises `ApiError`, and nothing else, whatever the bytes."""
+    fields = decode_object(body)
+    _refuse(fields)
+    tools = tuple(_tool(tool) for tool in fields.objects("tools"))
+    template_kwargs = fields.object("chat_template_kwargs")
+    max_completion_tokens = openai_fields.max_tokens(fields, "max_completion_tokens")
+    max_tokens = openai_fields.max_tokens(fields, "max_tokens")
+    return Request(
+        model=openai_fields.model_name(fields),
+        turns=_turns(fields),
+        tools=tools,
+        tool_choice=_tool_choice(fields, tools),
+        parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
+        response_format=_response_format(fields),
+        sampling=openai_fields.sampling(fields),
+        limits=Limits(
+            max_tokens=max_tokens if max_completion_tokens is None else max_completion_tokens,
+            stop=openai_fields.stop(fields),
+            ignore_eos=fields.boolean("ignore_eos"),
+        ),
+        reasoning=_reasoning(fields, template_kwargs),
+        num_choices=openai_fields.num_choices(fields),
+        logprobs=_logprobs(fields),
+        stream=fields.boolean("stream"),
+        include_usage=openai_fields.include_usage(fields),
+        template_kwargs={} if template_kwargs is None else template_kwargs.values,
+    )
+
+
+def _refuse(fields: Fields) -> None:
+    openai_fields.refuse_unsupported(
+        fields, ("guided_choice", "guided_grammar", "guided_regex"), "not supported; use response_format"
+    )
+    for index, modality in enumerate(fields.array("modalities") or ()):
+        if modality != "text":
+            raise unsupported(f"modalities[{index}]", "only 'text' can be generated")
+
+
+# Messages
+
+
+def _turns(fields: Fields) -> tuple[Turn, ...]:
+    if fields.array("messages") is None:
+        raise missing("messages")
+    turns: list[Turn] = []
+    call_names: dict[str, str] = {}
+    for message in fields.objects("messages"):
+        turn = _turn(message, call_names)
+        turns.append(turn)
+        call_names.update((part.id, part.name) for part in turn.parts if isinstance(part, ToolCallPart))
+    if not turns:
+        raise invalid("messages: at least one message is required", param="messages")
+    return tuple(turns)
+
+
+def _turn(message: Fields, call_names: dict[str, str]) -> Turn:
+    role = message.required_string("role")
+    if role == "user":
+        return Turn("user", _parts(message, images=True))
+    if role == "assistant":
+        return Turn("assistant", _assistant_parts(message))
+    if role == "system" or role == "developer":
+        return Turn("system", _parts(message, images=False))
+    if role == "tool":
+        call_id = message.required_string("tool_call_id", may_be_empty=True)
+        name = message.string("name") or call_names.get(call_id)
+        return Turn("tool", (ToolResultPart(call_id, _parts(message, images=True), name=name),))
+    if role == "function":
+        # The predecessor of tool calls had no ids: the name links call and result.
+        name = message.required_string("name")
+        return Turn("tool", (ToolResultPart(name, _parts(message, images=False), name=name),))
+    raise one_of(message.at("role"), role, ROLES)
+
+
+def _parts(message: Fields, *, images: bool) -> tuple[TextPart | ImagePart, ...]:
+    """Content as a string, null or parts. Empty text is no part, so that all ways to say nothing are equal."""
+    content = message.get("content")
+    if content is None:
+        return ()
+    if type(content) is str:
+        return (TextPart(content),) if content else ()
+    path = message.at("content")
+    if type(content) is not list:
+        raise wrong_type(path, "a string or an array of parts", content)
+    parts: list[TextPart | ImagePart] = []
+    for part in message.objects("content"):
+        kind = part.required_string("type")
+        if kind == "text" or kind == "refusal":
+            text = part.required_string(kind, may_be_empty=True)
+            if text:
+                parts.append(TextPart(text))
+        elif kind == "image_url" and images:
+            parts.append(image_part(part))
+        elif kind in ("image_url", "input_audio", "file"):
+            raise unsupported(part.at("type"), f"content of type '{kind}' is not supported here")
+        else:
+            raise one_of(part.at("type"), kind, ("text", "image_url"))
+    return tuple(parts)
+
+
+def _assistant_parts(message: Fields) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    reasoning = message.string("reasoning_content")
+    if reasoning is None and type(message.get("reasoning")) is str:
+        reasoning = message.get("reasoning")
+    if reasoning:
+        parts.append(ThinkingPart(reasoning))
+    text = _parts(message, images=False)
+    refusal = message.string("refusal")
+    parts.extend(text)
+    if refusal and not text:
+        parts.append(TextPart(refusal))
+    parts.extend(_tool_call(call) for call in message.objects("tool_calls"))
+    legacy_call = message.object("function_call")
+    if legacy_call is not None:
+        name = legacy_call.required_string("name")
+        parts.append(ToolCallPart(name, name, _arguments(legacy_call)))
+    return tuple(parts)
+
+
+def _tool_call(call: Fields) -> ToolCallPart:
+    kind = call.string("type", "function")
+    call_id = call.required_string("id", may_be_empty=True)
+    if kind == "function":
+        function = call.required_object("function")
+        return ToolCallPart(call_id, function.required_string("name"), _arguments(function))
+    if kind == "custom":
+        custom = call.required_object("custom")
+        text = custom.required_string("input", may_be_empty=True)
+        return ToolCallPart(call_id, custom.required_string("name"), encode_compact({"input": text}))
+    raise one_of(call.at("type"), kind, ("function", "custom"))
+
+
+def _arguments(function: Fields) -> str:
+    """JSON text; an object is tolerated, as some servers answer so and their clients replay it."""
+    arguments = function.get("arguments")
+    if type(arguments) is dict:
+        return encode_compact(arguments)
+    return function.string("arguments") or "{}"
+
+
+# Tools and constraints
+
+
+def _tool(tool: Fields) -> ToolDefinition:
+    kind = tool.required_string("type")
+    if kind == "custom":
+        raise unsupported(tool.at("type"), "custom tools are not supported; declare a function")
+    if kind != "function":
+        raise one_of(tool.at("type"), kind, ("function",))
+    function = tool.required_object("function")
+    parameters = function.object("parameters")
+    return ToolDefinition(
+        name=function.required_string("name"),
+        description=function.string("description"),
+        parameters=None if parameters is None else parameters.values,
+        strict=function.boolean("strict"),
+    )
+
+
+def _tool_choice(fields: Fields, tools: tuple[ToolDefinition, ...]) -> ToolChoice:
+    value = fields.get("tool_choice")
+    if value is None:
+        return ToolChoice()
+    if type(value) is str:
+        if value not in TOOL_MODES:
+            raise one_of("tool_choice", value, TOOL_MODES)
+        if value == "required":
+            _demand_tools(tools)
+            return ToolChoice("required")
+        return ToolChoice("none" if value == "none" else "auto")
+    choice = Fields.of(value, "tool_choice")
+    kind = choice.required_string("type")
+    names = {tool.name for tool in tools}
+    if kind == "function":
+        _demand_tools(tools)
+        return ToolChoice("named", _known_name(choice.required_object("function"), names))
+    if kind == "allowed_tools":
+        return _allowed_tools(choice.required_object("allowed_tools"), tools, names)
+    raise one_of("tool_choice.type", kind, ("function", "allowed_tools"))
+
+
+def _allowed_tools(allowed: Fields, tools: tuple[ToolDefinition, ...], names: set[str]) -> ToolChoice:
+    _demand_tools(tools)
+    mode = allowed.choice("mode", ("auto", "required"))
+    if mode is None:
+        raise missing(allowed.at("mode"))
+    listed = tuple(_known_name(tool.required_object("function"), names) for tool in allowed.objects("tools"))
+    if not listed:
+        raise invalid(f"{allowed.at('tools')}: must not be empty", param=allowed.at("tools"))
+    return ToolChoice("required" if mode == "required" else "auto", allowed=listed)
+
+
+def _demand_tools(tools: tuple[ToolDefinition, ...]) -> None:
+    if not tools:
+        raise invalid("tool_choice: a tool must be declared in 'tools' to be chosen", param="tool_choice")
+
+
+def _known_name(function: Fields, names: set[str]) -> str:
+    name = function.required_string("name")
+    if name not in names:
+        raise unknown_tool(function.at("name"), name)
+    return name
+
+
+def unknown_tool(path: str, name: str) -> ApiError:
+    return invalid(f"{path}: no tool named '{name}' is declared in 'tools'", param=path)
+
+
+def _response_format(fields: Fields) -> ResponseFormat | None:
+    """`json_schema` without a schema asks for any object. `guided_json` is the older extension for the same."""
+    response_format = fields.object("response_format")
+    kind = "text" if response_format is None else response_format.required_string("type")
+    if response_format is None or kind == "text":
+        if fields.has("guided_json"):
+            return ResponseFormat("json_schema", openai_fields.json_schema(fields.get("guided_json"), "guided_json"))
+        return None
+    if kind == "json_object":
+        return ResponseFormat("json_object")
+    if kind != "json_schema":
+        raise one_of("response_format.type", kind, ("text", "json_object", "json_schema"))
+    wrapper = response_format.required_object("json_schema")
+    name = wrapper.string("name")
+    strict = wrapper.optional_boolean("strict")
+    schema: Any = wrapper.get("schema")
+    if schema is None:
+        return ResponseFormat("json_object", name=name, strict=strict)
+    return ResponseFormat("json_schema", openai_fields.json_schema(schema, wrapper.at("schema")), name, strict)
+
+
+def _logprobs(fields: Fields) -> int | None:
+    wanted = fields.boolean("logprobs")
+    top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if top and not wanted:
+        raise invalid("top_logprobs: needs logprobs to be true", param="top_logprobs")
+    return (top or 0) if wanted else None
+
+
+def _reasoning(fields: Fields, template_kwargs: Fields | None) -> Reasoning:
+    """Four ways to say it; the more specific to the model wins: effort < thinking < enable_thinking < kwargs."""
+    effort = fields.choice("reasoning_effort", REASONING_EFFORTS)
+    thinks: bool | None = None if effort is None else effort != "none"
+    budget_tokens = None
+    thinking = fields.object("thinking")
+    if thinking is not None:
+        kind = thinking.required_string("type")
+        if kind not in THINKING_TYPES:
+            raise one_of("thinking.type", kind, THINKING_TYPES)
+        thinks = kind != "disabled"
+        budget_tokens = openai_fields.max_tokens(thinking, "budget_tokens")
+    for source in (fields, template_kwargs):
+        switch = None if source is None else source.optional_boolean("enable_thinking")
+        thinks = thinks if switch is None else switch
+    return Reasoning(
+        mode="default" if thinks is None else "on" if thinks else "off",
+        effort=None if effort == "none" else effort,
+        budget_tokens=budget_tokens,
+    )
