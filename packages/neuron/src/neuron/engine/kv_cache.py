@@ -65,9 +65,7 @@ class PagedKV:
         self.page_size = layout.page_size
         shape = (num_pages, 2, layout.page_size, layout.num_kv_heads, layout.head_dim)
         try:
-            self._layers = [
-                torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.num_layers)
-            ]
+            self._layers = [torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.num_layers)]
         except (RuntimeError, MemoryError) as exc:
             raise ModelError(
                 "out_of_memory", f"cannot allocate {num_pages * layout.bytes_per_page} bytes of KV cache: {exc}"

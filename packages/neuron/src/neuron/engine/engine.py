@@ -1,0 +1,312 @@
+"""The engine of one loaded model: requests in, one `StepOutput` per step out. Knows nothing of sockets.
+
+All methods are called by one thread (the device thread); only grammars are compiled elsewhere, and `on_wake` is called
+from there when one is ready.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from neuron.engine.errors import (
+    DeviceError,
+    EngineError,
+    RequestError,
+    StepError,
+    describe,
+    is_device_fault,
+    is_out_of_memory,
+)
+from neuron.engine.grammar import GrammarCompiler, GrammarState
+from neuron.engine.page_pool import PagePool
+from neuron.engine.prefix_cache import PrefixCache
+from neuron.engine.runner import ChunkResult, ModelRunner
+from neuron.engine.sampler import Sampled
+from neuron.engine.scheduler import Chunk, Scheduler, StepPlan
+from neuron.engine.sequence import Sequence, Status
+from neuron.engine.token_bias import TokenBias
+from neuron.protocol import (
+    EngineStats,
+    FinishKind,
+    Generate,
+    SequenceFailed,
+    SequenceUpdate,
+    StepOutput,
+)
+
+# After an out-of-memory error prefill chunks are halved; after this many good steps they may be twice as long again.
+_STEPS_BEFORE_LONGER_CHUNKS = 256
+
+
+class Engine:
+    """Scheduler, cache bookkeeping and runner of one model.
+
+    max_model_len is what is served: already capped by what the cache holds. `on_wake` tells another thread's waiter
+    that `has_work` may have become true.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        vocab_size: int,
+        num_pages: int,
+        page_size: int,
+        max_step_tokens: int,
+        max_running: int,
+        max_model_len: int,
+        tokenizer_json: str | None = None,
+        prefix_cache: bool = True,
+        cache_root: str = "",
+        epoch: int = 0,
+    ) -> None:
+        self._runner = runner
+        self._vocab_size = vocab_size
+        self._page_size = page_size
+        self._epoch = epoch
+        self._pool = PagePool(num_pages)
+        self._cache = PrefixCache(self._pool, page_size, root=f"{cache_root}:{epoch}", enabled=prefix_cache)
+        self._scheduler = Scheduler(
+            self._pool,
+            self._cache,
+            page_size=page_size,
+            max_step_tokens=max_step_tokens,
+            max_running=max_running,
+            max_model_len=max_model_len,
+        )
+        self.max_model_len = self._scheduler.max_model_len
+        self._compiler = GrammarCompiler(tokenizer_json, vocab_size)
+        self._compiled: deque[tuple[Sequence, GrammarState | RequestError]] = deque()
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._good_steps = 0
+        self._updates: list[SequenceUpdate] = []
+        self._failures: list[SequenceFailed] = []
+        self._is_stale = False
+        self._prefill_tokens = 0
+        self._prefill_seconds = 0.0
+        self._decode_tokens = 0
+        self._decode_seconds = 0.0
+        self.on_wake: Callable[[], None] = lambda: None
+
+    # ------------------------------------------------------------------ requests
+
+    def add(self, request: Generate) -> None:
+        """Queue a request. One that cannot be served fails alone, in the next `step`."""
+        sequence = Sequence(request, self._num_arrivals)
+        self._num_arrivals += 1
+        try:
+            self._validate(request)
+            if request.grammar is not None:
+                sequence.status = Status.COMPILING
+            self._scheduler.add(sequence)
+        except RequestError as exc:
+            self._failures.append(SequenceFailed(request.request_id, exc.kind, exc.message))
+            return
+        if sequence.num_output >= sequence.max_tokens:
+            self._end(sequence, "length")
+            return
+        if TokenBias.is_needed(request.sampling):
+            sequence.bias = TokenBias(request.sampling, request.prompt_ids, request.output_ids)
+        if request.grammar is not None:
+            self._compiler.submit(
+                request.grammar.grammar,
+                sequence.stop_token_ids,
+                list(request.output_ids),
+                lambda outcome: self._on_compiled(sequence, outcome),
+            )
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request before the next step. Unknown ids are ignored."""
+        sequence = self._scheduler.find(request_id)
+        if sequence is not None:
+            self._scheduler.finish(sequence)
+            self._is_stale = True
+        self._updates = [update for update in self._updates if update.request_id != request_id]
+        self._failures = [failure for failure in self._failures if failure.request_id != request_id]
+
+    def _validate(self, request: Generate) -> None:
+        """Raises `RequestError` for what would otherwise fail on the device, where it might take others along."""
+        if not request.prompt_ids:
+            raise RequestError("internal", "the prompt is empty")
+        ids = (*request.prompt_ids, *request.output_ids, *request.sampling.logit_bias)
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise RequestError("internal", f"a token id lies outside of 0 … {self._vocab_size - 1}")
+
+    def _on_compiled(self, sequence: Sequence, outcome: GrammarState | RequestError) -> None:
+        self._compiled.append((sequence, outcome))
+        self.on_wake()
+
+    def _take_compiled(self) -> None:
+        while self._compiled:
+            sequence, outcome = self._compiled.popleft()
+            if sequence.status is not Status.COMPILING:
+                continue
+            if isinstance(outcome, RequestError):
+                self._fail(sequence, outcome)
+            elif outcome.is_complete:
+                self._end(sequence, "grammar")
+            else:
+                sequence.grammar = outcome
+                sequence.status = Status.WAITING
+
+    # ------------------------------------------------------------------ stepping
+
+    @property
+    def has_work(self) -> bool:
+        """True if `step` would compute or report something now; false while all there is waits for a grammar."""
+        return bool(self._scheduler.has_runnable or self._failures or self._updates or self._compiled or self._is_stale)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no sequence is here and nothing is left to report."""
+        return self._scheduler.is_empty and not self.has_work
+
+    def step(self) -> StepOutput | None:
+        """Compute one step and report it; None if there was nothing to compute or to report.
+
+        Raises `DeviceError` when the device is lost; every other failure ends the sequences it concerns.
+        """
+        self._take_compiled()
+        dirty = self._pool.take_dirty()
+        if dirty:
+            self._runner.zero_pages(dirty)
+            self._pool.cleaned(dirty)
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            started = time.perf_counter()
+            results = self._attempt(plan)
+            self._count(plan, results, time.perf_counter() - started)
+            for result in results:
+                self._book(result)
+        if plan is None and not (self._updates or self._failures or self._is_stale):
+            return None
+        output = StepOutput(self._epoch, self.stats(), self._updates, self._failures)
+        self._updates, self._failures, self._is_stale = [], [], False
+        return output
+
+    def _attempt(self, plan: StepPlan) -> list[ChunkResult]:
+        """Execute; after a failure again in halves, so that in the end only the chunks that fail alone are lost."""
+        try:
+            return self._runner.execute(plan)
+        except Exception as exc:
+            if is_device_fault(exc):
+                raise DeviceError("device", describe(exc)) from exc
+            is_memory = is_out_of_memory(exc)
+            reason = describe(exc)
+        # Outside of the handler: the traceback kept the failed step's tensors alive.
+        if is_memory:
+            self._good_steps = 0
+            self._runner.free_memory()
+            prefill = plan.num_tokens - plan.num_decodes
+            if prefill:
+                self._scheduler.max_prefill_tokens = max(self._page_size, prefill // 2)
+        chunks = plan.chunks
+        if len(chunks) > 1:
+            middle = len(chunks) // 2
+            return self._attempt(plan.only(chunks[:middle])) + self._attempt(plan.only(chunks[middle:]))
+        chunk = chunks[0]
+        if is_memory and chunk.num_tokens > self._page_size:
+            shorter = Chunk(chunk.sequence, chunk.start, max(self._page_size, chunk.num_tokens // 2), samples=False)
+            return self._attempt(plan.only([shorter]))
+        return [ChunkResult(chunk, Sampled(-1, error=StepError("step", reason)))]
+
+    def _count(self, plan: StepPlan, results: list[ChunkResult], seconds: float) -> None:
+        self._num_steps += 1
+        tokens = sum(result.chunk.num_tokens for result in results)
+        decodes = plan.num_decodes
+        prefill = max(tokens - decodes, 0)
+        self._decode_tokens += decodes
+        self._prefill_tokens += prefill
+        # A mixed step's time is shared out by tokens: both kinds go through the same matrix products.
+        share = decodes / tokens if tokens else 0.0
+        self._decode_seconds += seconds * share
+        self._prefill_seconds += seconds * (1.0 - share)
+        scheduler = self._scheduler
+        if scheduler.max_prefill_tokens < scheduler.max_step_tokens:
+            self._good_steps += 1
+            if self._good_steps >= _STEPS_BEFORE_LONGER_CHUNKS:
+                self._good_steps = 0
+                scheduler.max_prefill_tokens = min(2 * scheduler.max_prefill_tokens, scheduler.max_step_tokens)
+
+    def _book(self, result: ChunkResult) -> None:
+        """Turn one chunk's result into an update or a failure, and move its sequence on."""
+        chunk, sampled = result.chunk, result.sampled
+        sequence = chunk.sequence
+        if sampled is not None and sampled.error is not None:
+            if sampled.error.kind == "nan_logits":
+                self._scheduler.distrust(sequence)
+            self._fail(sequence, sampled.error)
+            return
+        self._scheduler.computed(chunk)
+        if result.prompt_logprobs:
+            # After a preemption the prompt is computed again; what is there already is not added twice.
+            known = len(sequence.prompt_logprobs) - chunk.start
+            sequence.prompt_logprobs += result.prompt_logprobs[max(known, 0) :]
+        if sampled is None:
+            if not sequence.is_cached_reported:
+                sequence.is_cached_reported = True
+                self._updates.append(SequenceUpdate(sequence.request_id, cached_tokens=sequence.num_cached))
+            return
+        try:
+            is_output, finish = sequence.append(sampled.token, max_model_len=self.max_model_len)
+        except RequestError as exc:
+            self._fail(sequence, exc)
+            return
+        cached = None
+        if not sequence.is_cached_reported:
+            sequence.is_cached_reported = True
+            cached = sequence.num_cached
+        prompt_logprobs = None
+        if sequence.wants_prompt_logprobs:
+            sequence.wants_prompt_logprobs = False
+            prompt_logprobs = sequence.prompt_logprobs
+        self._updates.append(
+            SequenceUpdate(
+                sequence.request_id,
+                [sampled.token] if is_output else [],
+                finish,
+                [sampled.logprobs] if is_output and sampled.logprobs is not None else None,
+                cached,
+                prompt_logprobs,
+            )
+        )
+        if finish is not None:
+            self._scheduler.finish(sequence)
+
+    def _fail(self, sequence: Sequence, error: EngineError) -> None:
+        self._scheduler.finish(sequence)
+        self._failures.append(SequenceFailed(sequence.request_id, error.kind, error.message))
+
+    def _end(self, sequence: Sequence, finish: FinishKind) -> None:
+        self._scheduler.finish(sequence)
+        self._updates.append(SequenceUpdate(sequence.request_id, finish=finish))
+
+    # ------------------------------------------------------------------ state
+
+    def stats(self) -> EngineStats:
+        scheduler, pool = self._scheduler, self._pool
+        return EngineStats(
+            step=self._num_steps,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            free_pages=pool.num_free,
+            total_pages=pool.num_usable,
+            cached_pages=pool.num_idle,
+            preemptions=scheduler.num_preemptions,
+            prefill_tokens=self._prefill_tokens,
+            prefill_seconds=self._prefill_seconds,
+            decode_tokens=self._decode_tokens,
+            decode_seconds=self._decode_seconds,
+            prefix_hit_tokens=self._cache.hit_tokens,
+            prefix_query_tokens=self._cache.query_tokens,
+        )
+
+    def check(self) -> list[str]:
+        """Contradictions in the engine's books; empty when all is well."""
+        return self._scheduler.check()
+
+    def close(self) -> None:
+        self._compiler.close()

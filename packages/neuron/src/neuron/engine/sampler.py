@@ -1,0 +1,284 @@
+"""From logits to one token per sequence, vectorised over the batch.
+
+Order: raw log-probabilities, penalties and bias, grammar mask, temperature, top-k, top-p (of what top-k leaves), min-p,
+then Gumbel-max with the noise of (seed, position). Every operation works on rows independently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuron.engine.errors import EngineError, RequestError
+from neuron.engine.noise import log_exponential_noise, noise_key
+from neuron.engine.sequence import Sequence
+from neuron.protocol import Logprobs, SamplingParams
+
+# Below this temperature the best token wins by more than any noise can make up for.
+_GREEDY_BELOW = 1e-5
+# Candidates looked at first for top-p and min-p without top-k; rows that need more are done again with more.
+_FIRST_CANDIDATES = 128
+# Noise for the whole vocabulary is made in blocks that stay in a core's cache.
+_NOISE_BLOCK = 16384
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    return sampling.temperature < _GREEDY_BELOW
+
+
+def is_plain_greedy(sequence: Sequence) -> bool:
+    """True if the argmax of the raw logits is all that is wanted."""
+    return (
+        sequence.sampling.temperature < _GREEDY_BELOW
+        and sequence.bias is None
+        and sequence.grammar is None
+        and sequence.sampling.logprobs < 0
+    )
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One row's outcome: a token, with log-probabilities when asked for, or the error that ends its sequence."""
+
+    token: int
+    logprobs: Logprobs | None = None
+    error: EngineError | None = None
+
+
+class Sampler:
+    """Samples for one model. Not thread-safe; holds no state that a result depends on."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._token_ids = torch.arange(vocab_size, dtype=torch.int64, device=device)
+        self._bit_index = torch.arange(32, dtype=torch.int32, device=device)
+
+    def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+        """One token for each row. logits: [R, V] float32, overwritten; sequences: R.
+
+        A row with NaN or infinity, or whose grammar fails, gets an error; the others are not affected.
+        """
+        if all(is_plain_greedy(sequence) for sequence in sequences):
+            # -1 marks broken rows, so that tokens and flags come to the host in one copy.
+            flagged: list[int] = torch.where(self._is_finite(logits), self._argmax(logits), -1).tolist()
+            return [
+                Sampled(best) if best >= 0 else Sampled(best, None, _not_finite(logits[row]))
+                for row, best in enumerate(flagged)
+            ]
+        return self._sample_mixed(logits, sequences)
+
+    def _sample_mixed(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+        finite = self._is_finite(logits)
+        wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs >= 0]
+        broken = [row for row, is_finite in enumerate(finite.tolist()) if not is_finite]
+        errors: dict[int, EngineError] = {row: _not_finite(logits[row]) for row in broken}
+        raw = logits[self._rows(wanted)] if wanted else None
+
+        self._apply_bias(logits, sequences)
+        errors |= self._apply_grammars(logits, sequences)
+
+        tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        greedy = [row for row, sequence in enumerate(sequences) if is_greedy(sequence.sampling)]
+        if len(greedy) == len(sequences):
+            tokens = self._argmax(logits)
+        elif greedy:
+            index = self._rows(greedy)
+            tokens[index] = self._argmax(logits[index])
+        for rows, drawn in self._draw(logits, sequences):
+            tokens[self._rows(rows)] = drawn
+        host_tokens: list[int] = tokens.tolist()
+
+        logprobs: dict[int, Logprobs] = {}
+        if raw is not None:
+            wanted_tokens = [host_tokens[row] for row in wanted]
+            counts = [sequences[row].sampling.logprobs for row in wanted]
+            logprobs = dict(zip(wanted, token_logprobs(raw, wanted_tokens, counts), strict=True))
+        return [
+            Sampled(token, None if row in errors else logprobs.get(row), errors.get(row))
+            for row, token in enumerate(host_tokens)
+        ]
+
+    # ------------------------------------------------------------------ small tools
+
+    def _rows(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+    def _argmax(self, logits: Tensor) -> Tensor:
+        # numpy's argmax is an order of magnitude faster than torch's on the CPU; both return a NaN's index.
+        if logits.device.type == "cpu":
+            return torch.from_numpy(logits.numpy().argmax(axis=-1))
+        return logits.argmax(dim=-1)
+
+    @staticmethod
+    def _is_finite(logits: Tensor) -> Tensor:
+        """[R] bool. The extremes are enough: both propagate NaN, and an infinity is one of them."""
+        return torch.isfinite(logits.amax(dim=-1)) & torch.isfinite(logits.amin(dim=-1))
+
+    # ------------------------------------------------------------------ changes to logits
+
+    def _apply_bias(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
+        rows: list[int] = []
+        lengths: list[int] = []
+        parts = []
+        for row, sequence in enumerate(sequences):
+            if sequence.bias is not None and len(sequence.bias):
+                rows.append(row)
+                lengths.append(len(sequence.bias))
+                parts.append(sequence.bias.entries())
+        if not parts:
+            return
+        ids, factors, summands = (
+            torch.from_numpy(np.concatenate(column)).to(self._device) for column in zip(*parts, strict=True)
+        )
+        where = (torch.from_numpy(np.repeat(rows, lengths)).to(self._device), ids)
+        values = logits[where]
+        logits[where] = torch.where(values > 0, values / factors, values * factors) + summands
+
+    def _apply_grammars(self, logits: Tensor, sequences: Rows[Sequence]) -> dict[int, RequestError]:
+        rows = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
+        errors: dict[int, RequestError] = {}
+        if not rows:
+            return errors
+        masks = np.full((len(rows), -(-self._vocab_size // 32)), -1, dtype=np.int32)
+        for index, row in enumerate(rows):
+            grammar = sequences[row].grammar
+            if grammar is not None:
+                try:
+                    grammar.fill_mask(masks[index])
+                except RequestError as exc:
+                    errors[row] = exc
+        if logits.device.type == "cpu":
+            bits = torch.from_numpy(np.unpackbits(masks.view(np.uint8), axis=-1, bitorder="little"))
+        else:
+            words = torch.from_numpy(masks).to(self._device)
+            bits = torch.bitwise_and(words[:, :, None] >> self._bit_index, 1).flatten(1)
+        refused = bits[:, : self._vocab_size] == 0
+        if len(rows) == len(sequences):
+            logits.masked_fill_(refused, -math.inf)
+        else:
+            where = self._rows(rows)
+            logits[where] = logits[where].masked_fill_(refused, -math.inf)
+        return errors
+
+    # ------------------------------------------------------------------ drawing
+
+    def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Iterator[tuple[list[int], Tensor]]:
+        """(rows, tokens [len(rows)]) for the rows that are sampled and not greedy."""
+        whole: list[int] = []
+        truncated: list[int] = []
+        for row, sequence in enumerate(sequences):
+            sampling = sequence.sampling
+            if not is_greedy(sampling):
+                cuts = 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1.0 or sampling.min_p > 0.0
+                (truncated if cuts else whole).append(row)
+        for rows in (whole, truncated):
+            if not rows:
+                continue
+            chosen = [sequences[row] for row in rows]
+            params = [sequence.sampling for sequence in chosen]
+            keys = torch.tensor(
+                [noise_key(sequence.sampling.seed, sequence.num_output) for sequence in chosen],
+                dtype=torch.int64,
+                device=self._device,
+            )
+            temperatures = torch.tensor([sampling.temperature for sampling in params], device=self._device)
+            scaled = logits[self._rows(rows)] / temperatures[:, None]
+            yield rows, self._draw_whole(scaled, keys) if rows is whole else self._draw_truncated(scaled, keys, params)
+
+    def _draw_whole(self, scaled: Tensor, keys: Tensor) -> Tensor:
+        best_score = torch.full((scaled.shape[0],), -math.inf, device=self._device)
+        best_token = torch.zeros(scaled.shape[0], dtype=torch.int64, device=self._device)
+        for begin in range(0, self._vocab_size, _NOISE_BLOCK):
+            block = slice(begin, begin + _NOISE_BLOCK)
+            scores = scaled[:, block] - log_exponential_noise(keys, self._token_ids[block])
+            winner = self._argmax(scores)
+            score = scores.gather(1, winner[:, None])[:, 0]
+            better = score > best_score
+            best_token = torch.where(better, winner + begin, best_token)
+            best_score = torch.where(better, score, best_score)
+        return best_token
+
+    def _draw_truncated(self, scaled: Tensor, keys: Tensor, params: list[SamplingParams]) -> Tensor:
+        """Draw from the tokens that top-k, top-p and min-p leave, without sorting the whole vocabulary.
+
+        The best candidates are enough if the last of them is cut already; rows where it is not are done again with
+        eight times as many.
+        """
+        vocab_size = self._vocab_size
+        top_k = [sampling.top_k if sampling.top_k > 0 else vocab_size for sampling in params]
+        limits = torch.tensor(top_k, dtype=torch.int64, device=self._device)[:, None]
+        top_p = torch.tensor(
+            [sampling.top_p if sampling.top_p < 1.0 else 2.0 for sampling in params], device=self._device
+        )[:, None]
+        log_min_p = torch.tensor(
+            [math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf for sampling in params],
+            device=self._device,
+        )[:, None]
+        log_total = torch.logsumexp(scaled, dim=-1, keepdim=True)
+
+        tokens = torch.empty(len(params), dtype=torch.int64, device=self._device)
+        open_rows = list(range(len(params)))
+        width = max(min(limit, _FIRST_CANDIDATES) if limit == vocab_size else limit for limit in top_k)
+        while open_rows:
+            width = min(width, vocab_size)
+            index = self._rows(open_rows)
+            values, ids = scaled[index].topk(width, dim=-1)  # [r, width], best first
+            within_k = torch.arange(width, device=self._device) < limits[index]
+            # The normaliser of top-p is the mass that top-k leaves; a row without top-k uses the whole distribution.
+            log_mass = torch.where(
+                limits[index] <= width,
+                torch.logsumexp(values.masked_fill(~within_k, -math.inf), dim=-1, keepdim=True),
+                log_total[index],
+            )
+            probabilities = (values - log_mass).exp_()
+            mass_before = probabilities.cumsum(dim=-1) - probabilities
+            keep = within_k & (mass_before < top_p[index]) & (values >= values[:, :1] + log_min_p[index])
+            keep[:, 0] = True
+            scores = (values - log_exponential_noise(keys[index], ids)).masked_fill_(~keep, -math.inf)
+            tokens[index] = ids.gather(1, self._argmax(scores)[:, None])[:, 0]
+            if width == vocab_size:
+                break
+            uncut: list[bool] = keep[:, -1].tolist()
+            open_rows = [row for row, is_open in zip(open_rows, uncut, strict=True) if is_open and top_k[row] > width]
+            width *= 8
+        return tokens
+
+
+def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:
+    """Log-probability of one token per row and of the row's best `counts[row]`, of the distribution as it is.
+
+    logits: [R, V] float32.
+    """
+    log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
+    own: list[float] = (logits.gather(1, index) - log_total)[:, 0].tolist()
+    most = min(max(counts), logits.shape[-1])
+    if most <= 0:
+        return [Logprobs(value) for value in own]
+    values, ids = logits.topk(most, dim=-1)
+    top_values: list[list[float]] = (values - log_total).tolist()
+    top_ids: list[list[int]] = ids.tolist()
+    return [Logprobs(own[row], top_ids[row][:count], top_values[row][:count]) for row, count in enumerate(counts)]
+
+
+def _not_finite(row: Tensor) -> RequestError:
+    """The error of a row that holds NaN or infinity, with the counts that tell one cause from another."""
+    finite = row[torch.isfinite(row)]
+    num_nan = int(torch.isnan(row).sum())
+    num_positive = int(torch.isposinf(row).sum())
+    num_negative = int(torch.isneginf(row).sum())
+    summary = (
+        f"finite values from {float(finite.min()):.4g} to {float(finite.max()):.4g}, mean {float(finite.mean()):.4g}"
+        if finite.numel()
+        else "no finite value"
+    )
+    return RequestError(
+        "nan_logits", f"{num_nan} NaN, {num_positive} +inf, {num_negative} -inf of {row.numel()} logits; {summary}"
+    )
