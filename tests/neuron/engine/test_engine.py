@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-
 from neuron.engine.errors import DeviceError
 from neuron.protocol import SamplingParams
 
@@ -173,7 +172,7 @@ def test_running_out_of_pages_preempts_the_latest_and_changes_no_answer():
     assert engine.stats().preemptions > 0
     for item in items:
         assert answers.tokens[item.request_id] == answer_alone(item.prompt_ids, 40)
-    assert list(answers.finish)[0] == 0, "the first to arrive is never the one that gives way"
+    assert next(iter(answers.finish)) == 0, "the first to arrive is never the one that gives way"
 
 
 def test_log_probabilities_of_output_and_prompt():

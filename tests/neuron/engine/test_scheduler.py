@@ -6,7 +6,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from neuron.engine.errors import RequestError
 from neuron.engine.page_pool import OutOfPages, PagePool
 from neuron.engine.prefix_cache import PrefixCache
@@ -48,7 +47,7 @@ def compute(scheduler: Scheduler, plan, token: int = 1) -> None:
 
 
 class Books(RuleBasedStateMachine):
-    """Random arrivals, cancellations, failures and steps; the pages of computed tokens are checked against the tokens."""
+    """Random arrivals, cancellations, failures and steps; pages are checked against the tokens they stand for."""
 
     @initialize(num_pages=st.integers(6, 24), budget=st.integers(1, 20), running=st.integers(1, 6), cache=st.booleans())
     def start(self, num_pages: int, budget: int, running: int, cache: bool) -> None:
@@ -181,7 +180,7 @@ def test_the_queue_is_first_come_even_if_a_later_prompt_would_fit():
 
 
 def test_equal_prompts_that_arrive_together_are_computed_once():
-    scheduler, pool = build(num_pages=65, max_step_tokens=200, max_running=4)
+    scheduler, _ = build(num_pages=65, max_step_tokens=200, max_running=4)
     prompt = list(range(30))
     for arrival in range(4):
         scheduler.add(sequence(arrival, prompt))

@@ -7,13 +7,12 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from neuron.engine.batch import StepBatch, StepContext
 from neuron.engine.engine import Engine
 from neuron.engine.kv_cache import KVLayout, PagedKV
 from neuron.engine.runner import ModelRunner
 from neuron.protocol import Generate, Logprobs, SamplingParams, SequenceFailed
+from torch import Tensor
 
 VOCAB = 101
 PAGE = 4
