@@ -1,0 +1,171 @@
+"""`neuron.toml`: the daemon's configuration, field by field.
+
+The `harness.candle` tables keep the key names of the reference so that its files load unchanged; keys of it that
+have no meaning here are accepted and reported by `without_effect`, never silently swallowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from cortex_core.config import ConfigError, load_config
+from cortex_core.fleet import ModelSpec
+
+HARNESS = "candle"
+"""The one harness name peers know; it stands for our own engine."""
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
+class HarnessEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+
+
+class SourceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A registry that speaks the Hugging Face API. `auth_env` names the variable that holds the token."""
+
+    endpoint: Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
+    auth_env: str | None = None
+    cache_dir: str | None = None
+
+
+class PrefixCacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: bool = True
+    budget_mb: Count | None = None
+    max_entries: Count | None = None
+
+
+class ContextLimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: bool | None = None
+    target_prefill_latency_secs: float | None = None
+    bootstrap_prefill_tok_per_sec: float | None = None
+    activation_headroom_mb: int | None = None
+    min_free_floor_mb: int | None = None
+    output_reserve_tokens: int | None = None
+
+
+class AdmissionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many requests one model works on at once, how many wait, and how long they may wait."""
+
+    max_in_flight: Positive = 128
+    max_queue_depth: Count = 256
+    max_wait_secs: Seconds = 60.0
+    max_per_principal: Count | None = None
+    anon_max_in_flight: Count | None = None
+    anon_max_pending: Count | None = None
+    kv_max_wait_secs: Seconds | None = None
+
+
+class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    te_device: str | None = None
+    te_resident: bool | None = None
+    max_dim: int | None = None
+
+
+class CandleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    hf_cache: str | None = None
+    default_source: str = "huggingface"
+    sources: dict[str, SourceConfig] = {}
+    prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
+    context_limit: ContextLimitConfig = ContextLimitConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    image: ImageConfig = ImageConfig()
+
+
+class HarnessConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    candle: CandleConfig = CandleConfig()
+
+
+class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What every engine group is started with.
+
+    kv_cache_mb sizes the KV cache of a device, kv_cache_tokens that of a CPU; None lets the engine decide.
+    num_threads: torch threads on a CPU. start_timeout_s: from spawn to the engine's first frame.
+    load_stall_timeout_s: the longest silence while loading. recovery_attempts: rebuilds in a row before a model
+    counts as failed; a group that has lived for stable_after_s starts counting anew.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Positive | None = None
+    kv_cache_mb: Positive | None = None
+    kv_cache_tokens: Positive | None = None
+    page_size: Positive = 16
+    max_step_tokens: Positive = 2048
+    max_running: Positive = 256
+    num_threads: Positive | None = None
+    start_timeout_s: Seconds = 180.0
+    load_stall_timeout_s: Seconds = 600.0
+    stop_grace_s: Seconds = 10.0
+    recovery_attempts: Count = 5
+    stable_after_s: Seconds = 60.0
+
+
+class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits and waits of the HTTP side. Times are seconds, sizes bytes.
+
+    stream_hold_s: how long a stream waits for its first token before its headers go out, so that what fails by
+    then is still an HTTP error. unload_wait_s: how long an unload waits for requests in flight before it refuses.
+    """
+
+    max_body_bytes: Positive = 32 * 2**20
+    body_timeout_s: Seconds = 60.0
+    stream_hold_s: Seconds = 2.0
+    ping_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    drain_grace_s: Seconds = 30.0
+    unload_wait_s: Seconds = 10.0
+
+
+class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    host: str = "0.0.0.0"  # noqa: S104  (a daemon of a private network, as in the reference)
+    port: Port = 13131
+    harnesses: tuple[HarnessEntry, ...] = (HarnessEntry(HARNESS),)
+    default_models: tuple[ModelSpec, ...] = ()
+    harness: HarnessConfig = HarnessConfig()
+    engine: EngineSection = EngineSection()
+    server: ServerSection = ServerSection()
+
+    @property
+    def has_engine(self) -> bool:
+        """False where the file lists harnesses and ours is not among them: inference then answers 503."""
+        return any(entry.name == HARNESS for entry in self.harnesses)
+
+
+def load_neuron_config(
+    path: Path | str | None, *, environ: Mapping[str, str] | None = None, required: bool = True
+) -> NeuronConfig:
+    """Read `neuron.toml` and the `NEURON_` environment. Raises `ConfigError`."""
+    config = load_config(NeuronConfig, path, env_prefix="NEURON_", environ=environ, required=required)
+    candle = config.harness.candle
+    if candle.default_source != "huggingface" and candle.default_source not in candle.sources:
+        known = ", ".join(["huggingface", *sorted(candle.sources)])
+        raise ConfigError(
+            [
+                f"{path or '<environment>'}: harness.candle.default_source: no source `{candle.default_source}` "
+                f"(known sources: {known})"
+            ]
+        )
+    return config
+
+
+def without_effect(config: NeuronConfig) -> list[str]:
+    """Dotted keys that the file sets and this neuron does not act on, for a warning at start."""
+    candle = config.harness.candle
+    ignored = [
+        f"harness.candle.{table}.{field}"
+        for table, section, used in (
+            ("prefix_cache", candle.prefix_cache, {"enabled"}),
+            ("context_limit", candle.context_limit, set[str]()),
+            ("admission", candle.admission, {"max_in_flight", "max_queue_depth", "max_wait_secs"}),
+            ("image", candle.image, set[str]()),
+        )
+        for field in section.__struct_fields__
+        if field not in used and getattr(section, field) is not None
+    ]
+    ignored += [f"harnesses: {entry.name}" for entry in config.harnesses if entry.name != HARNESS]
+    return ignored

@@ -1,0 +1,54 @@
+"""Failures of engine groups, and what clients are told of them."""
+
+from __future__ import annotations
+
+from cortex_core.errors import ApiError, invalid
+
+from neuron.protocol import SequenceFailed
+
+
+class EngineLoadError(Exception):
+    """A group did not come up. kind: one of `protocol.LoadFailed`, or `died`, `start_timeout`, `stalled`."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+
+
+def engine_restarting(retry_after: int) -> ApiError:
+    """The group that held the request is gone; its successor is being built."""
+    return ApiError(
+        "overloaded",
+        "The engine that was working on this request stopped and is being restarted. Please retry.",
+        code="engine_restarting",
+        retry_after=retry_after,
+    )
+
+
+def engine_stopped() -> ApiError:
+    """The group was unloaded or given up while the request was in flight."""
+    return ApiError(
+        "overloaded",
+        "The model was unloaded while this request was in flight.",
+        code="model_unloaded",
+        retry_after=5,
+    )
+
+
+def sequence_error(failure: SequenceFailed) -> ApiError:
+    """What one sequence's failure means to its client."""
+    if failure.kind == "invalid_grammar":
+        return invalid(failure.message, code="invalid_schema")
+    if failure.kind == "too_long":
+        return invalid(failure.message, param="messages", code="context_length_exceeded")
+    if failure.kind == "step":
+        return ApiError(
+            "overloaded",
+            f"The request could not be computed with the memory that is free: {failure.message}",
+            code="insufficient_memory",
+            retry_after=5,
+        )
+    if failure.kind == "nan_logits":
+        return ApiError("internal", f"The model produced invalid numbers: {failure.message}", code="unhealthy_logits")
+    return ApiError("internal", "The engine failed on this request.", code="engine_error")

@@ -1,0 +1,148 @@
+"""One request's sequences in an engine group: updates in, one wake-up per step out, cancelled on the way out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from cortex_core.errors import ApiError
+
+from neuron.protocol import Generate, SequenceUpdate
+
+Update = tuple[int, SequenceUpdate]
+"""Index of the choice, and what a step did for it."""
+
+
+class LiveSequence:
+    """What is known of one sequence in flight: with `output_ids` it could be resumed in another engine."""
+
+    __slots__ = ("choice", "generate", "generation", "output_ids")
+
+    def __init__(self, choice: int, generate: Generate, generation: Generation) -> None:
+        self.choice = choice
+        self.generate = generate
+        self.generation = generation
+        self.output_ids: list[int] = []
+
+
+class Generation:
+    """The sequences of one request, as an async iterator of what the steps since the last look did.
+
+    A batch holds every update since the previous one; an empty batch means that nothing came for `heartbeat_s`.
+    Iteration ends when every sequence has ended, and raises the `ApiError` of the first that failed. Leaving the
+    context cancels what still runs.
+    """
+
+    def __init__(self, forget: Callable[[LiveSequence], None], *, heartbeat_s: float | None = None) -> None:
+        self._forget = forget
+        self._heartbeat_s = heartbeat_s
+        self._live: dict[int, LiveSequence] = {}
+        self._pending: list[Update] = []
+        self._error: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_return = self._loop.time()
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def sequences(self) -> list[LiveSequence]:
+        """The sequences that still run, by choice."""
+        return list(self._live.values())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Update]:
+        if not self._pending and self._error is None and self._live:
+            await self._wait()
+        self._last_return = self._loop.time()
+        if self._pending:
+            batch, self._pending = self._pending, []
+            return batch
+        if self._error is not None:
+            raise self._error
+        if not self._live:
+            raise StopAsyncIteration
+        return []
+
+    def end_choice(self, choice: int) -> None:
+        """The caller wants no more of this choice (a stop string was found): its sequence is cancelled."""
+        sequence = self._live.pop(choice, None)
+        if sequence is not None:
+            self._forget(sequence)
+
+    def cancel(self) -> None:
+        """Cancel every sequence that still runs. Idempotent."""
+        for choice in list(self._live):
+            self.end_choice(choice)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake()
+
+    # ------------------------------------------------------------------ for the group
+
+    def add(self, sequence: LiveSequence) -> None:
+        self._live[sequence.choice] = sequence
+
+    def push(self, sequence: LiveSequence, update: SequenceUpdate) -> None:
+        """Called within a step's dispatch; however many sequences of this request it concerns, one wake-up follows."""
+        sequence.output_ids += update.token_ids
+        self._pending.append((sequence.choice, update))
+        if update.finish is not None:
+            self._live.pop(sequence.choice, None)
+        self._wake()
+
+    def fail(self, error: ApiError, *, failed: LiveSequence | None = None) -> None:
+        """End the request with `error`, after the updates that came before it. `failed` is already gone."""
+        if self._error is None:
+            self._error = error
+        if failed is not None:
+            self._live.pop(failed.choice, None)
+        for choice in list(self._live):
+            self.end_choice(choice)
+        self._wake()
+
+    # ------------------------------------------------------------------ waiting
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        if self._heartbeat_s is not None and self._timer is None:
+            self._arm(self._heartbeat_s)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _arm(self, delay_s: float) -> None:
+        """One timer for the whole stream, moved on lazily: a token costs no timer operation."""
+        self._timer = self._loop.call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        assert self._heartbeat_s is not None
+        self._timer = None
+        due = self._last_return + self._heartbeat_s
+        now = self._loop.time()
+        if due > now:
+            self._arm(due - now)
+            return
+        self._arm(self._heartbeat_s)
+        self._wake()
