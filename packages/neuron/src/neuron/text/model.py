@@ -1,0 +1,139 @@
+"""`TextModel`: everything the daemon knows of a model's text, from its checkpoint folder and without torch.
+
+A request passes through it twice: `render` and `resolve` make what the engine needs, and one `EventStream` per choice
+turns what the engine answers into events.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from cortex_core.conversation import Request
+
+from neuron.protocol import Generate, GrammarSpec, SamplingParams
+from neuron.text.chat_template import ChatTemplate
+from neuron.text.constraints import GrammarBuilder
+from neuron.text.event_stream import EventStream
+from neuron.text.markers import reasoning_markers, tool_call_markers
+from neuron.text.render import Prompt, Renderer
+from neuron.text.sampling_defaults import (
+    GenerationDefaults,
+    choice_seed,
+    request_seed,
+    resolve_max_tokens,
+    resolve_sampling,
+)
+from neuron.text.tokenizer import Tokenizer
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One choice, fully resolved; `generate` makes the engine's frame of it."""
+
+    choice: int
+    prompt: Prompt
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    grammar: GrammarSpec | None = None
+    prompt_logprobs: bool = False
+
+    def generate(self, request_id: int, output_ids: tuple[int, ...] = ()) -> Generate:
+        """The frame that starts this choice, or resumes it after `output_ids`."""
+        return Generate(
+            request_id=request_id,
+            prompt_ids=self.prompt.token_ids,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            stop_token_ids=self.stop_token_ids,
+            grammar=self.grammar,
+            output_ids=output_ids,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+class TextModel:
+    """One model's tokenizer, template, defaults and markers. Immutable and thread-safe once loaded."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, defaults: GenerationDefaults) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.defaults = defaults
+        self.reasoning = reasoning_markers(tokenizer, template.all_sources)
+        self.tool_calls = tool_call_markers(tokenizer)
+        self._renderer = Renderer(tokenizer, template, self.reasoning)
+        self._grammars = GrammarBuilder(self.reasoning, self.tool_calls)
+
+    @classmethod
+    def load(cls, path: Path) -> TextModel:
+        """Read a checkpoint folder. Raises `TokenizerError` if it has no tokenizer that can be read.
+
+        Takes up to a second or two for a large vocabulary: call it in an executor.
+        """
+        tokenizer = Tokenizer.load(path)
+        template = ChatTemplate.load(path, tokenizer.special_tokens)
+        return cls(tokenizer, template, GenerationDefaults.load(path, tokenizer))
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The fast tokenizer's serialised form, for `EngineConfig.tokenizer_json`."""
+        return self.tokenizer.tokenizer_json
+
+    @property
+    def renders_tools(self) -> bool:
+        return self.template.renders_tools
+
+    @property
+    def can_reason(self) -> bool:
+        """The chat template knows a reasoning block."""
+        pair = self.reasoning
+        return pair is not None and (pair.open in self.template.all_sources or pair.close in self.template.all_sources)
+
+    def render(self, request: Request) -> list[Prompt]:
+        """One prompt for a conversation, one per raw prompt of a completion; the same for prefill and for counting.
+
+        Raises `ApiError`. Takes about 1 ms per 1,000 tokens: for a long body, call it in an executor.
+        """
+        return self._renderer.render(request)
+
+    def count_tokens(self, request: Request) -> int:
+        """Prompt tokens as they will be billed. Raises `ApiError`."""
+        return sum(prompt.num_tokens for prompt in self.render(request))
+
+    def resolve(self, request: Request, prompts: list[Prompt], *, max_model_len: int) -> list[Generation]:
+        """One `Generation` per choice, prompt-major (`choice = prompt_index * num_choices + i`).
+
+        Raises `ApiError`: a prompt too long, a bad schema, an unknown tool, a logit_bias outside the vocabulary.
+        Compiles grammars, so it may take some milliseconds: call it in an executor when there is a schema.
+        """
+        seed = request_seed(request)
+        generations: list[Generation] = []
+        grammars: dict[str, GrammarSpec | None] = {}
+        for prompt in prompts:
+            max_tokens = resolve_max_tokens(request, prompt.num_tokens, max_model_len, self.defaults)
+            if prompt.reasoning not in grammars:
+                grammars[prompt.reasoning] = self._grammars.build(request, prompt)
+            grammar = grammars[prompt.reasoning]
+            # a grammar ends with a stop token: ignoring those would leave it nothing to end with
+            ignores_eos = request.limits.ignore_eos and grammar is None
+            for _ in range(request.num_choices):
+                choice = len(generations)
+                sampling = resolve_sampling(
+                    request, self.defaults, self.tokenizer.vocab_size, choice_seed(seed, choice)
+                )
+                generations.append(
+                    Generation(
+                        choice=choice,
+                        prompt=prompt,
+                        sampling=sampling,
+                        max_tokens=max_tokens,
+                        stop_token_ids=() if ignores_eos else self.defaults.stop_token_ids,
+                        grammar=grammar,
+                        prompt_logprobs=request.echo and request.logprobs is not None,
+                    )
+                )
+        return generations
+
+    def event_stream(self, request: Request, prompt: Prompt, choice: int = 0) -> EventStream:
+        """A fresh stream for one choice."""
+        return EventStream(self.tokenizer, self.reasoning, self.tool_calls, request, prompt, choice)

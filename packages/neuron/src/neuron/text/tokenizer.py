@@ -1,0 +1,268 @@
+"""The model's tokenizer behind a small, thread-safe interface.
+
+Text becomes ids through Hugging Face `tokenizers` (Rust); ids become bytes through a table built once at load, so
+that decoding a stream costs one list access per token and never splits a code point (`detokenizer.py`).
+Truncation and padding are switched off once and never touched again: a `Tokenizer` is immutable afterwards and
+may be used from several threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+from cortex_core.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenizerError(Exception):
+    """The checkpoint has no tokenizer that can be read."""
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+    special: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+
+
+class _SerializedTokenizer(msgspec.Struct):
+    """The few fields of tokenizer.json that decide how ids become bytes; the rest is skipped unparsed."""
+
+    decoder: Any = None
+    added_tokens: list[_AddedToken] = []
+
+
+class Tokenizer:
+    """Encode text, decode ids, and know the special tokens.
+
+    vocab_size: one more than the largest token id. bos_ids: what the tokenizer itself puts in front of a raw
+    prompt (empty for most). special_tokens: role -> text (`{"eos_token": "<|im_end|>", …}`), for templates.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str], *, add_bos_token: bool | None = None
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.special_tokens = special_tokens
+        self.tokenizer_json: str = backend.to_str()
+        layout = msgspec.json.decode(self.tokenizer_json, type=_SerializedTokenizer)
+        self._special_ids = frozenset(token.id for token in layout.added_tokens if token.special)
+        vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocab.values(), default=-1) + 1
+        decoders = _decoder_types(layout.decoder)
+        self.strips_leading_space = "ByteLevel" not in decoders and bool(decoders & {"Strip", "Metaspace"})
+        """Whether decoding a whole text drops the space that sentencepiece puts before its first word."""
+        self._bytes = _byte_table(vocab, {t.id: t.content for t in layout.added_tokens}, decoders, self.vocab_size)
+        self.output_bytes: list[bytes] = [
+            b"" if token_id in self._special_ids else data for token_id, data in enumerate(self._bytes)
+        ]
+        """Bytes each id adds to visible output: `token_bytes`, except that special tokens are silent."""
+        self.bos_ids = self._probe_bos(add_bos_token)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read the tokenizer of a checkpoint folder: `tokenizer.json`, else a sentencepiece `tokenizer.model`.
+
+        Raises `TokenizerError`.
+        """
+        config = _read_json(path / "tokenizer_config.json")
+        try:
+            if (path / "tokenizer.json").is_file():
+                backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            elif (path / "tokenizer.model").is_file():
+                from neuron.text.sentencepiece_model import tokenizer_from_sentencepiece
+
+                backend = tokenizer_from_sentencepiece(path / "tokenizer.model")
+            else:
+                raise TokenizerError(f"{path}: neither tokenizer.json nor tokenizer.model")
+        except TokenizerError:
+            raise
+        except Exception as exc:  # the Rust side raises bare Exception
+            raise TokenizerError(f"{path}: the tokenizer cannot be read: {exc}") from exc
+        _add_missing_tokens(backend, path, config)
+        add_bos = config.get("add_bos_token")
+        return cls(backend, _special_tokens(path, config), add_bos_token=add_bos if isinstance(add_bos, bool) else None)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; added and special tokens written in it are recognised, nothing is put around it.
+
+        Raises `ApiError` (internal) when the tokenizer itself fails: one request is lost, not the model.
+        """
+        try:
+            return self._encode(text)
+        except (UnicodeError, TypeError):  # lone surrogates: JSON can spell them, UTF-8 cannot
+            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            # the batch call releases the GIL, so a long prompt in an executor does not stall the event loop
+            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as exc:
+            if type(exc).__name__ == "PanicException":  # a Rust panic derives from BaseException
+                raise ApiError("internal", f"the tokenizer failed on this input: {exc}") from exc
+            raise
+        return ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of `token_ids`. Ids outside the vocabulary decode to nothing."""
+        text: str = self._backend.decode(
+            [i for i in token_ids if 0 <= i < self.vocab_size], skip_special_tokens=skip_special_tokens
+        )
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its exact text, None if it is not one entry of the vocabulary."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for (a byte-level token may be part of a character); special tokens their text."""
+        return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text; bytes that are no text on their own show as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def _probe_bos(self, add_bos_token: bool | None) -> tuple[int, ...]:
+        """What the post-processor puts before a text; `add_bos_token` of tokenizer_config decides if it says."""
+        if add_bos_token is False:
+            return ()
+        plain: list[int] = self._backend.encode("a", add_special_tokens=False).ids
+        wrapped: list[int] = self._backend.encode("a", add_special_tokens=True).ids
+        prefix: tuple[int, ...] = ()
+        for start in range(len(wrapped) - len(plain) + 1):
+            if plain and wrapped[start : start + len(plain)] == plain:
+                prefix = tuple(wrapped[:start])
+                break
+        if not prefix and add_bos_token:
+            bos = self.token_id(self.special_tokens.get("bos_token", ""))
+            prefix = () if bos is None else (bos,)
+        return prefix
+
+
+# ---------------------------------------------------------------- ids to bytes
+
+
+def _decoder_types(decoder: Any) -> set[str]:
+    """Names of all decoders in a (possibly nested) decoder description."""
+    if not isinstance(decoder, dict):
+        return set()
+    names = {str(decoder.get("type"))}
+    if decoder.get("prepend_scheme") == "never":
+        names = {"ByteFallback"}  # a Metaspace that adds no space in front: same bytes, nothing to strip
+    for nested in decoder.get("decoders") or ():
+        names |= _decoder_types(nested)
+    return names
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE (GPT-2): printable Latin-1 stands for itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    spare = 0x100
+    for byte in range(0x100):
+        if chr(byte) not in alphabet:
+            alphabet[chr(spare)] = byte
+            spare += 1
+    return alphabet
+
+
+def _byte_table(vocab: dict[str, int], added: dict[int, str], decoders: set[str], size: int) -> list[bytes]:
+    """Bytes of every id; ids without a token (padding of the embedding) are empty."""
+    table = [b""] * size
+    if "ByteLevel" in decoders:
+        alphabet = byte_level_alphabet()
+        for piece, token_id in vocab.items():
+            try:
+                table[token_id] = bytes([alphabet[char] for char in piece])
+            except KeyError:
+                table[token_id] = piece.encode("utf-8", "replace")
+    elif decoders & {"ByteFallback", "Metaspace"}:
+        for piece, token_id in vocab.items():
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                table[token_id] = bytes([int(piece[3:5], 16)])
+            else:
+                table[token_id] = piece.replace("\u2581", " ").encode("utf-8", "replace")
+    elif "WordPiece" in decoders:
+        for piece, token_id in vocab.items():
+            table[token_id] = (piece[2:] if piece.startswith("##") else " " + piece).encode("utf-8", "replace")
+    else:
+        for piece, token_id in vocab.items():
+            table[token_id] = piece.encode("utf-8", "replace")
+    for token_id, content in added.items():
+        table[token_id] = content.encode("utf-8", "replace")
+    return table
+
+
+# ---------------------------------------------------------------- the files beside tokenizer.json
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one if the file is missing or not an object; a broken file is logged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = msgspec.json.decode(path.read_bytes())
+    except msgspec.MsgspecError as exc:
+        logger.warning("%s is not JSON and is ignored: %s", path, exc)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _token_content(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        return str(value["content"])
+    return None
+
+
+def _special_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    merged = _read_json(path / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
+    contents = {role: _token_content(merged.get(role)) for role in SPECIAL_TOKEN_ROLES}
+    return {role: content for role, content in contents.items() if content is not None}
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, path: Path, config: dict[str, Any]) -> None:
+    """Tokens that only `tokenizer_config.json` or `added_tokens.json` declare, in the order of their ids."""
+    declared: dict[int, dict[str, Any]] = {}
+    for content, token_id in _read_json(path / "added_tokens.json").items():
+        if isinstance(token_id, int):
+            declared[token_id] = {"content": content, "special": False}
+    decoder = config.get("added_tokens_decoder")
+    for key, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(key).isdigit():
+            declared[int(key)] = entry
+    for token_id, entry in sorted(declared.items()):
+        if backend.token_to_id(entry["content"]) is not None:
+            continue
+        if backend.get_vocab_size(with_added_tokens=True) != token_id:
+            logger.warning("%s: added token %r cannot have id %d and is left out", path, entry["content"], token_id)
+            continue
+        token = tokenizers.AddedToken(
+            entry["content"],
+            single_word=bool(entry.get("single_word", False)),
+            lstrip=bool(entry.get("lstrip", False)),
+            rstrip=bool(entry.get("rstrip", False)),
+            normalized=bool(entry.get("normalized", False)),
+            special=bool(entry.get("special", False)),
+        )
+        if entry.get("special"):
+            backend.add_special_tokens([token])
+        else:
+            backend.add_tokens([token])

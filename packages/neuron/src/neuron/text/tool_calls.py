@@ -1,0 +1,117 @@
+"""Tool calls in the output, found while it streams.
+
+One `ToolCallStream` per choice is given the text between a call's markers and answers with events: `ToolCallStart` as
+soon as the name is known, argument fragments as they arrive. What turns out to be no call is handed back verbatim as
+text, so nothing the model wrote is lost. A call of a tool that the request does not have is passed on: agents answer
+it with an error that the model can read, which prose would not get. Only a tool that `allowed` excludes is refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from cortex_core.conversation import Request
+from cortex_core.events import Event, ToolCallArguments, ToolCallEnd, ToolCallStart
+
+from neuron.text.tool_formats import CallAction, CallParser, MoreArguments, QwenJsonParser, QwenXmlParser, StartCall
+
+
+class ToolCallStream:
+    """The calls of one choice. Use: `open`, `feed` until `is_open` is False or a marker comes, then `close`.
+
+    num_calls counts calls that ended complete, `num_started` all. `is_full`: parallel calls are off and there is one.
+    """
+
+    def __init__(self, request: Request, choice: int) -> None:
+        self._choice = choice
+        self._schemas: dict[str, dict[str, Any] | None] = {tool.name: tool.parameters for tool in request.tools}
+        allowed = request.tool_choice.allowed
+        self._allowed = None if allowed is None else frozenset(allowed)
+        self._single = not request.parallel_tool_calls
+        self._parser: CallParser | None = None
+        self._undecided = ""
+        self._before = ""
+        self._has_call = False
+        self.is_open = False
+        self.num_calls = 0
+        self.num_started = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._single and self.num_calls > 0
+
+    @property
+    def has_started(self) -> bool:
+        """A call of the open block has been announced: what stood before it can no longer be text."""
+        return self._has_call
+
+    @property
+    def in_string(self) -> bool:
+        """Inside a quoted argument: a marker that comes now is part of it."""
+        return self._parser is not None and self._parser.in_string
+
+    def open(self, before: str) -> None:
+        """An opening marker was read; `before` is its text and what was held back in front of it."""
+        self._parser = None
+        self._undecided = ""
+        self._before = before
+        self._has_call = False
+        self.is_open = True
+
+    def feed(self, text: str) -> tuple[list[Event], str]:
+        """More of the block. Returns events and text that is none of it: then the block is over (`is_open`)."""
+        if self._parser is None:
+            self._undecided += text
+            text = self._undecided
+            head = text.lstrip()
+            if not head:
+                return [], ""
+            if head[0] == "<":
+                self._parser = QwenXmlParser(self._accepts, self._schemas.get)
+            else:
+                self._parser = QwenJsonParser(self._accepts)
+            self._undecided = ""
+        events = self._events(self._parser.feed(text))
+        if not self._parser.has_failed:
+            return events, ""
+        self.is_open = False
+        return events, self._remainder(self._parser.unparsed)
+
+    def close(self, closing: str, *, truncated: bool = False) -> tuple[list[Event], str]:
+        """A closing marker (`closing` is its text) or, with "", the end of the output.
+
+        Returns events and, if the block held no call, all of its text.
+        """
+        self.is_open = False
+        if self._parser is None:
+            return [], self._before + self._undecided + closing
+        events = self._events(self._parser.close(truncated=truncated))
+        if self._has_call:
+            return events, ""
+        return events, self._before + self._parser.unparsed + closing
+
+    def _accepts(self, name: str) -> bool:
+        return self._allowed is None or name in self._allowed
+
+    def _remainder(self, unparsed: str) -> str:
+        """Text of a block that failed: all of it, or what follows its last call."""
+        return unparsed.lstrip() if self._has_call else self._before + unparsed
+
+    def _events(self, actions: list[CallAction]) -> list[Event]:
+        events: list[Event] = []
+        for action in actions:
+            if self.is_full:
+                break  # only the first call was wanted
+            index = self.num_started - 1
+            if isinstance(action, StartCall):
+                self._has_call = True
+                events.append(ToolCallStart(self._choice, index + 1, secrets.token_hex(12), action.name))
+                self.num_started += 1
+            elif isinstance(action, MoreArguments):
+                if action.fragment:
+                    events.append(ToolCallArguments(self._choice, index, action.fragment))
+            else:
+                events.append(ToolCallEnd(self._choice, index))
+                self.num_calls += action.is_complete
+        return events
