@@ -1,0 +1,319 @@
+"""The gateway as one ASGI application: its collaborators, its routes, its lifespan.
+
+Inference goes straight from the path to the relay. Everything else (models, health, admin) is Starlette, which is
+clearer and whose cost does not matter there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import aiohttp
+from cortex_core.catalogue import Catalogue
+from cortex_core.dialects.errors import dialect_of_path, error_body, headers_of, status_of
+from cortex_core.errors import ApiError
+from cortex_core.gateway_config import GatewayConfig
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
+from cortex_gateway.fleet.activity import Activity
+from cortex_gateway.fleet.merge import dead_aliases
+from cortex_gateway.fleet.neuron import NeuronClient, open_session
+from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.observability import access_log
+from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
+from cortex_gateway.placement.loads import Loads
+from cortex_gateway.placement.placement import Placement
+from cortex_gateway.relay.body import ClientGone, RequestBody
+from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, new_request_id
+from cortex_gateway.relay.headers import CORS_HEADERS, identity_headers
+from cortex_gateway.relay.relay import Relay
+from cortex_gateway.routes import anthropic, openai
+from cortex_gateway.routes.admin import AdminRoutes, require_operator
+from cortex_gateway.routes.health import HealthRoutes
+from cortex_gateway.routes.models import ModelRoutes
+from cortex_gateway.routes.surface import Surface
+
+log = logging.getLogger(__name__)
+
+MAX_CONTROL_BODY = 2**20
+CONTROL_BODY_TIMEOUT_S = 30.0
+QUIET_PATHS = frozenset(("/", "/health", "/api/hello"))
+"""Probes: their access lines are written at DEBUG."""
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Gateway:
+    """One gateway. `startup` and `shutdown` are also what the ASGI lifespan calls; both belong to one event loop."""
+
+    def __init__(self, config: GatewayConfig, catalogue: Catalogue | None = None) -> None:
+        self.config = config
+        self.catalogue = catalogue if catalogue is not None else Catalogue()
+        self.metrics = Metrics()
+        self.fleet = Fleet(config.neurons, Activity())
+        self.metrics.observe_fleet(self.fleet)
+        self._inference: dict[str, Surface] = {
+            path: surface for surface in (*openai.SURFACES, *anthropic.SURFACES) for path in surface.paths
+        }
+        self._session: aiohttp.ClientSession | None = None
+        self._poller: Poller
+        self._loads: Loads
+        self.relay: Relay
+        self._control: Starlette
+
+    # ------------------------------------------------------------------------------------------ lifespan
+
+    async def startup(self) -> None:
+        loop = asyncio.get_running_loop()
+        config, fleet, catalogue = self.config, self.fleet, self.catalogue
+        strategy = config.eviction.strategy
+        self._session = open_session(connect_timeout_s=config.gateway.upstream_connect_timeout_s)
+        neurons = {entry.name: NeuronClient(self._session, entry.name, entry.endpoint) for entry in config.neurons}
+        canonical = {f"{profile.source}:{profile.id}": profile.id for profile in catalogue.models if profile.source}
+        self._poller = Poller(fleet, neurons, config.poll, canonical)
+        self._loads = Loads(
+            fleet,
+            neurons,
+            self._poller,
+            self.metrics,
+            catalogue=catalogue,
+            strategy=strategy,
+            defrag_after_cycles=config.eviction.defrag_after_cycles,
+            clock=loop.time,
+        )
+        placement = Placement(
+            fleet,
+            neurons,
+            self._poller,
+            self._loads,
+            catalogue=catalogue,
+            strategy=strategy,
+            wait_s=config.gateway.load_wait_s,
+        )
+        self.relay = Relay(placement, self._poller, self.metrics, config.gateway)
+        models = ModelRoutes(fleet, catalogue)
+        health = HealthRoutes(fleet, lambda: self.relay.is_draining)
+        admin = AdminRoutes(fleet, self._poller, self._loads, placement, catalogue=catalogue, strategy=strategy)
+        self._control = self._control_routes(models, health, admin)
+        self._poller.start()
+
+    async def shutdown(self) -> None:
+        if self._session is None:
+            return
+        await self._poller.stop()
+        await self._loads.stop()
+        await self._session.close()
+        self._session = None
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no more work, let what runs finish within `grace_s`, then end it in its own dialect."""
+        self.relay.is_draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self.relay.wait_idle()
+        if self.relay.num_active:
+            log.warning("ending %d requests that outlasted the drain", self.relay.num_active)
+            self.relay.end_all()
+
+    def log_catalogue(self) -> None:
+        """Name the aliases that lead nowhere."""
+        for alias in dead_aliases(self.fleet.snapshot, self.catalogue):
+            log.warning("alias %s: no such model: %s", alias, self.catalogue.aliases[alias])
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "http":
+            surface = self._inference.get(scope["path"])
+            if surface is not None and scope["method"] == "POST":
+                await self.relay.handle(surface, scope, receive, send)
+            else:
+                await self._handle_control(scope, receive, send)
+        elif kind == "lifespan":
+            await self._lifespan(receive, send)
+        else:
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.startup()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.shutdown()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _handle_control(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One control request: its body read within limits, ids on its answer, one access line."""
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
+        request_id = new_request_id()
+        headers: RawHeaders = scope["headers"]
+        own_headers = identity_headers(request_id)
+        if header(headers, b"origin") is not None:
+            own_headers += CORS_HEADERS
+        status = 0
+
+        async def send_with_ids(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *own_headers]
+            await send(message)
+
+        body = RequestBody(receive, max_bytes=MAX_CONTROL_BODY, timeout_s=CONTROL_BODY_TIMEOUT_S)
+        try:
+            if scope["method"] == "OPTIONS":
+                await preflight(send_with_ids, headers)
+                return
+            payload = await body.read(headers)
+            pending: list[Message] = [{"type": "http.request", "body": payload, "more_body": False}]
+
+            async def receive_read() -> Message:
+                return pending.pop() if pending else await receive()
+
+            scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+            await self._control(scope, receive_read, send_with_ids)
+        except ClientGone:
+            status = CLIENT_GONE_STATUS
+        except ApiError as error:
+            dialect = dialect_of_path(scope["path"])
+            answer: RawHeaders = [JSON_CONTENT_TYPE]
+            await body.respond(send_with_ids, status_of(error, dialect), answer, error_body(error, dialect, request_id))
+        finally:
+            self._log_control(scope, request_id, status, loop.time() - started_at)
+
+    def _log_control(self, scope: Scope, request_id: str, status: int, duration: float) -> None:
+        quiet = scope["path"] in QUIET_PATHS and status < 500
+        access_log.write(
+            access_log.AccessRecord(
+                id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                outcome="client_gone" if status == CLIENT_GONE_STATUS else "ok" if status < 400 else "rejected",
+                duration_ms=round(duration * 1000, 2),
+                client=scope["client"][0] if scope.get("client") else None,
+            ),
+            logging.DEBUG if quiet else logging.INFO,
+        )
+
+    def _control_routes(self, models: ModelRoutes, health: HealthRoutes, admin: AdminRoutes) -> Starlette:
+        routes = [
+            Route("/", health.health, methods=["GET"]),
+            Route("/health", health.health, methods=["GET"]),
+            Route("/api/hello", health.hello, methods=["GET"]),
+        ]
+        for prefix in ("/v1", ""):
+            routes.append(Route(f"{prefix}/models", models.catalogue, methods=["GET"]))
+            routes.append(Route(f"{prefix}/models/{{model:path}}", models.retrieve, methods=["GET"]))
+        for path, endpoint, method in (
+            ("/admin/models/load", admin.load, "POST"),
+            ("/admin/models/unload", admin.unload, "POST"),
+            ("/admin/fleet", admin.fleet, "GET"),
+        ):
+            routes.append(Route(path, for_operators(endpoint), methods=[method]))
+        # Only to answer other methods with 405: a POST never gets here.
+        routes.extend(Route(path, refuse_method, methods=["POST"]) for path in self._inference)
+        app = Starlette(
+            routes=routes,
+            exception_handlers={ApiError: on_api_error, HTTPException: on_http_error, Exception: on_fault},
+        )
+        app.router.redirect_slashes = False
+        return app
+
+
+class MetricsApp:
+    """`GET /metrics`, on a listener of its own."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            while (await receive())["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        if scope["type"] != "http":
+            return
+        body = RequestBody(receive, max_bytes=MAX_CONTROL_BODY, timeout_s=CONTROL_BODY_TIMEOUT_S)
+        if scope["path"] != "/metrics":
+            await body.respond(send, 404, [(b"content-type", b"text/plain")], b"metrics are at /metrics\n")
+        elif scope["method"] not in ("GET", "HEAD"):
+            await body.respond(send, 405, [(b"allow", b"GET, HEAD")], b"")
+        else:
+            await body.respond(send, 200, [(b"content-type", CONTENT_TYPE)], self._metrics.render())
+
+
+# ---------------------------------------------------------------------------------------------- control plane
+
+
+def for_operators(endpoint: Endpoint) -> Endpoint:
+    async def guarded(request: Request) -> Response:
+        require_operator(request)
+        return await endpoint(request)
+
+    return guarded
+
+
+async def refuse_method(request: Request) -> Response:
+    raise HTTPException(405)
+
+
+async def preflight(send: Send, headers: RawHeaders) -> None:
+    """CORS preflight: anything goes, as no cookie or other ambient credential is ever honoured."""
+    asked = header(headers, b"access-control-request-headers") or b"*"
+    answer: RawHeaders = [
+        (b"access-control-allow-methods", b"GET, HEAD, POST, OPTIONS"),
+        (b"access-control-allow-headers", asked),
+        (b"access-control-max-age", b"86400"),
+        (b"allow", b"GET, HEAD, POST, OPTIONS"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": answer})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    dialect = dialect_of_path(request.url.path)
+    return Response(
+        error_body(error, dialect, request.state.request_id),
+        status_code=status_of(error, dialect),
+        headers=headers_of(error),
+        media_type="application/json",
+    )
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals, in the dialect of the path."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        translated = ApiError("method_not_allowed", f"{where}: this method is not allowed here.")
+    elif error.status_code == 404:
+        translated = ApiError("not_found", f"{where}: there is no such route.", code="unknown_url")
+    else:
+        translated = ApiError("invalid_request", str(error.detail), status=error.status_code)
+    response = await on_api_error(request, translated)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_fault(request: Request, error: Exception) -> Response:
+    return await on_api_error(
+        request, ApiError("internal", "The gateway failed on this request.", code="internal_error")
+    )

@@ -1,0 +1,30 @@
+"""The ASGI vocabulary of the hot path: types, and complete answers in two messages."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
+
+JSON_CONTENT_TYPE = (b"content-type", b"application/json")
+
+
+def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """The first value of a header; `name` in lower case, as ASGI servers send them."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+async def respond(send: Send, status: int, headers: RawHeaders, body: bytes) -> None:
+    """Send a complete answer. `content-length` is added here and nowhere else."""
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

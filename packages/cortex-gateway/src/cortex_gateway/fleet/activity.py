@@ -1,0 +1,69 @@
+"""What this gateway itself has in flight, per node and model.
+
+Polled figures are seconds old. A node's load is what it last said plus what was sent since, minus what came back.
+"""
+
+from __future__ import annotations
+
+from cortex_core.fleet import ModelLoad
+
+Key = tuple[str, str]
+"""(node, model)"""
+
+
+class Activity:
+    """Counters of one gateway. Changed only by leases and by the poller; read by the decisions."""
+
+    def __init__(self) -> None:
+        self._in_flight: dict[Key, int] = {}
+        self._at_poll: dict[Key, int] = {}
+        self._last_used: dict[Key, float] = {}
+
+    def begin(self, node: str, model: str, now: float) -> None:
+        key = (node, model)
+        self._in_flight[key] = self._in_flight.get(key, 0) + 1
+        self._last_used[key] = now
+
+    def end(self, node: str, model: str) -> None:
+        key = (node, model)
+        remaining = self._in_flight[key] - 1
+        if remaining:
+            self._in_flight[key] = remaining
+        else:
+            del self._in_flight[key]
+
+    def in_flight(self, node: str, model: str) -> int:
+        return self._in_flight.get((node, model), 0)
+
+    def total_in_flight(self) -> int:
+        return sum(self._in_flight.values())
+
+    def last_used(self, node: str, model: str) -> float:
+        """Monotonic seconds of the last request sent there; -inf if this gateway never used it."""
+        return self._last_used.get((node, model), float("-inf"))
+
+    def mark(self, node: str, model: str, now: float) -> None:
+        """Count a load as a use, or a model just loaded would be the first to go."""
+        self._last_used[(node, model)] = now
+
+    def begin_poll(self, node: str) -> None:
+        """Remember what was in flight when the node was asked: its answer counts those."""
+        for key in [key for key in self._at_poll if key[0] == node]:
+            del self._at_poll[key]
+        self._at_poll.update((key, count) for key, count in self._in_flight.items() if key[0] == node)
+
+    def load_of(self, node: str, model: str, polled: ModelLoad | None) -> int:
+        """Requests running or queued: polled plus sent since."""
+        own = self._in_flight.get((node, model), 0)
+        if polled is None:
+            return own
+        return max(polled.in_flight + polled.queue_depth + own - self._at_poll.get((node, model), 0), own)
+
+    def is_busy(self, node: str, model: str, polled: ModelLoad | None) -> bool:
+        return self.load_of(node, model, polled) > 0
+
+    def forget_absent(self, node: str, models: frozenset[str]) -> None:
+        """Drop what is known of models a node no longer has, or memory grows with every name ever served."""
+        for key in [key for key in self._last_used if key[0] == node and key[1] not in models]:
+            if key not in self._in_flight:
+                del self._last_used[key]

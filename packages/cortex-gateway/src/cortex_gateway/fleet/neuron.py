@@ -1,0 +1,174 @@
+"""HTTP to one neuron: its control endpoints with types, and the raw post that the relay streams from."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, UnloadRequest
+from multidict import CIMultiDict
+from yarl import URL
+
+T = TypeVar("T")
+
+MAX_CONTROL_BYTES = 8 * 2**20
+CONNECTION_KEEPALIVE_S = 4.0
+"""Idle connections are given up before a server's usual five seconds, or a request would race with its close."""
+
+
+class NeuronError(Exception):
+    """A neuron refused or could not be asked. `status` is None where there was no answer at all.
+
+    `kind` is the machine-readable reason where the neuron gave one, `retry_after` its advice in seconds.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, kind: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.kind = kind
+        self.retry_after = retry_after
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether making room could help: what the load refusals of all neuron generations have in common."""
+        text = f"{self.kind or ''} {self.message}".lower()
+        return self.status is not None and ("insufficient" in text or "out of memory" in text or "no room" in text)
+
+
+def open_session(*, connect_timeout_s: float) -> aiohttp.ClientSession:
+    """The one client session of a gateway. No total deadline, no cookies, no decompression, no pool limit."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=CONNECTION_KEEPALIVE_S, ttl_dns_cache=60, happy_eyeballs_delay=None
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s or None),
+        auto_decompress=False,
+        skip_auto_headers=("accept-encoding", "user-agent", "accept", "content-type"),
+        trust_env=False,
+    )
+
+
+class NeuronClient:
+    """One neuron. `endpoint` is its configured base URL; what it says of its own address is not asked."""
+
+    def __init__(self, session: aiohttp.ClientSession, name: str, endpoint: str) -> None:
+        self.name = name
+        self._session = session
+        self._base = endpoint.rstrip("/")
+        self._urls: dict[str, URL] = {}
+
+    def url(self, path: str) -> URL:
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = URL(self._base + path, encoded=True)
+        return url
+
+    async def post(self, path: str, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
+        """Send one inference request; returns as soon as the response headers are there.
+
+        `path` is one of the few upstream paths, so the URL cache stays small. The caller releases or closes the
+        response. Raises `aiohttp.ClientError` and `TimeoutError`.
+        """
+        return await self._session.post(self.url(path), data=body, headers=headers, allow_redirects=False)
+
+    async def discovery(self, timeout_s: float) -> DiscoveryResponse:
+        return await self._get("/discovery", DiscoveryResponse, timeout_s)
+
+    async def health(self, timeout_s: float) -> HealthResponse:
+        return await self._get("/health", HealthResponse, timeout_s)
+
+    async def models(self, timeout_s: float) -> tuple[ModelInfo, ...]:
+        return await self._get("/models", tuple[ModelInfo, ...], timeout_s)
+
+    async def load(self, spec: ModelSpec, timeout_s: float) -> None:
+        """Returns when the model serves; "already loaded" is success (F20). Raises `NeuronError`."""
+        body = msgspec.json.encode({k: v for k, v in msgspec.to_builtins(spec).items() if v is not None})
+        try:
+            await self._call("POST", "/models/load", body, timeout_s)
+        except NeuronError as error:
+            if error.status is None or "already loaded" not in error.message:
+                raise
+
+    async def unload(self, model: str, timeout_s: float) -> None:
+        """Returns when the memory is free again; a model that is not there is success. Raises `NeuronError`."""
+        try:
+            await self._call("POST", "/models/unload", msgspec.json.encode(UnloadRequest(model_id=model)), timeout_s)
+        except NeuronError as error:
+            if error.status != 404 or "in flight" in error.message:
+                raise
+
+    async def _get(self, path: str, type_: type[T], timeout_s: float) -> T:
+        answer = await self._call("GET", path, None, timeout_s)
+        try:
+            return msgspec.json.decode(answer, type=type_, strict=False)
+        except msgspec.DecodeError as exc:
+            raise NeuronError(f"GET {path} of {self.name}: unexpected answer: {exc}", status=200) from exc
+
+    async def _call(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
+        headers = {"content-type": "application/json"} if body is not None else {}
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(
+                    method, self.url(path), data=body, headers=headers, allow_redirects=False
+                ) as response,
+            ):
+                answer = await response.content.read(MAX_CONTROL_BYTES)
+                while chunk := await response.content.read(MAX_CONTROL_BYTES):
+                    answer += chunk
+                    if len(answer) > MAX_CONTROL_BYTES:
+                        raise NeuronError(f"{method} {path} of {self.name}: answer too large", status=response.status)
+        except TimeoutError as exc:
+            raise NeuronError(f"{method} {path} of {self.name}: no answer within {timeout_s:g} s") from exc
+        except (aiohttp.ClientError, OSError) as exc:
+            raise NeuronError(f"{method} {path} of {self.name}: {describe(exc)}") from exc
+        if response.status >= 400:
+            raise refusal(response.status, answer, retry_after=response.headers.get("retry-after"))
+        return answer
+
+
+def refusal(status: int, body: bytes, *, retry_after: str | None = None) -> NeuronError:
+    """An error answer of a neuron of any age: `{"error": text}`, `{"error": {"kind" | "code", "message", …}}`."""
+    message, kind = body[:600].decode("utf-8", "replace").strip() or f"status {status}", None
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        document = None
+    if isinstance(document, dict):
+        error = document.get("error")
+        code = document.get("code")
+        kind = code if isinstance(code, str) else None
+        if isinstance(error, str):
+            message = error
+        elif isinstance(error, dict):
+            found = error.get("kind") or error.get("code") or error.get("type")
+            kind = found if isinstance(found, str) else kind
+            text = error.get("message") or error.get("cause") or error.get("detail")
+            message = text if isinstance(text, str) else msgspec.json.encode(error).decode()[:600]
+    seconds = int(retry_after) if retry_after is not None and retry_after.isdigit() else None
+    return NeuronError(message, status=status, kind=kind, retry_after=seconds)
+
+
+def describe(exc: BaseException) -> str:
+    """An exception and what caused it, on one line (G11)."""
+    parts: list[str] = []
+    seen: BaseException | None = exc
+    while seen is not None and len(parts) < 5:
+        text = str(seen).strip()
+        part = f"{type(seen).__name__}: {text}" if text else type(seen).__name__
+        if not parts or text not in parts[-1] or not text:
+            parts.append(part)
+        seen = seen.__cause__
+    return " <- ".join(parts)
+
+
+def quoted(model: str) -> str:
+    """A model id as one path segment."""
+    return quote(model, safe="")

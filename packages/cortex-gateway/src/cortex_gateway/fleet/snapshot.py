@@ -1,0 +1,88 @@
+"""The fleet at one moment, as frozen structs. Decisions are made on a snapshot, never on live objects."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from cortex_core.fleet import (
+    Activation,
+    DeviceHealth,
+    DiscoveryResponse,
+    ModelInfo,
+    ModelLoad,
+    ModelStatus,
+    status_of,
+)
+
+NodeHealth = Literal["unknown", "healthy", "suspect", "unhealthy"]
+"""`unknown` until the first poll has been answered or missed; `suspect` is still routable."""
+
+OperationKind = Literal["load", "unload"]
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """A load or unload this gateway has under way. It outranks what a poll says of the model meanwhile."""
+
+    kind: OperationKind
+    since: float
+
+
+class NodeSnapshot(msgspec.Struct, frozen=True):
+    """One neuron. The mappings are replaced, never changed in place.
+
+    `unloaded` remembers what this gateway unloaded here, so that a model outside the catalogue can come back.
+    polled_at and operated_at are monotonic seconds: the start of the last answered poll, and the end of the last
+    load or unload. A poll that began before an operation ended describes the past and is not applied.
+    """
+
+    name: str
+    endpoint: str
+    health: NodeHealth = "unknown"
+    misses: int = 0
+    last_error: str | None = None
+    models: dict[str, ModelInfo] = {}
+    loads: dict[str, ModelLoad] = {}
+    devices: tuple[DeviceHealth, ...] = ()
+    memory_free_mb: int = 0
+    uptime_secs: int = 0
+    is_draining: bool = False
+    discovery: DiscoveryResponse | None = None
+    activation: Activation = Activation()
+    operations: dict[str, Operation] = {}
+    unloaded: dict[str, ModelInfo] = {}
+    polled_at: float = 0.0
+    operated_at: float = 0.0
+    lifecycle_cycles: int = 0
+
+    @property
+    def is_routable(self) -> bool:
+        return self.health in ("healthy", "suspect")
+
+    def status(self, model: str) -> ModelStatus | None:
+        """Where the model stands here: own operations, then the neuron's list, then its activation queue."""
+        if self.operations:
+            operation = self.operations.get(model)
+            if operation is not None:
+                return "loading" if operation.kind == "load" else "unloading"
+        info = self.models.get(model)
+        if info is not None:
+            return status_of(info.status)
+        activation = self.activation
+        if activation.state != "ready" and (activation.in_progress == model or model in activation.pending):
+            return "loading"
+        return None
+
+    def is_servable(self, model: str) -> bool:
+        info = self.models.get(model)
+        return info is None or info.servable is None or info.servable.ok
+
+
+class FleetSnapshot(msgspec.Struct, frozen=True):
+    """All nodes by name, in the order of the configuration. `version` changes with every change."""
+
+    nodes: dict[str, NodeSnapshot] = {}
+    version: int = 0
+
+    def has_model(self, model: str) -> bool:
+        return any(node.status(model) is not None for node in self.nodes.values())

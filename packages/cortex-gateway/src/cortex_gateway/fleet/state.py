@@ -1,0 +1,64 @@
+"""The one owner of the fleet snapshot. Everything that changes it is an event applied here, in one step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from cortex_core.gateway_config import NeuronEntry
+
+from cortex_gateway.fleet.activity import Activity
+from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex_gateway.fleet.transitions import FleetEvent, reduce
+
+log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Holds the snapshot and the activity beside it, and wakes whoever waits for a change.
+
+    `apply` runs to its end without yielding, so no two events interleave and no reader sees half of one.
+    """
+
+    def __init__(self, neurons: tuple[NeuronEntry, ...], activity: Activity) -> None:
+        self.snapshot = FleetSnapshot(
+            nodes={
+                neuron.name: NodeSnapshot(name=neuron.name, endpoint=neuron.endpoint.rstrip("/")) for neuron in neurons
+            }
+        )
+        self.activity = activity
+        self._changed: asyncio.Future[None] | None = None
+
+    def apply(self, event: FleetEvent) -> None:
+        before = self.snapshot
+        after = reduce(before, event)
+        if after is before:
+            return
+        self.snapshot = after
+        _log_health(before.nodes[event.node], after.nodes[event.node])
+        self.wake()
+
+    def wake(self) -> None:
+        """Let waiters look again: the snapshot changed, or a busy model became free."""
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
+    @property
+    def has_waiters(self) -> bool:
+        return self._changed is not None
+
+    async def changed(self) -> None:
+        """Return at the next change. Look at the snapshot first, wait then: nothing runs in between."""
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._changed)
+
+
+def _log_health(before: NodeSnapshot, after: NodeSnapshot) -> None:
+    if before.health == after.health:
+        return
+    if after.health == "healthy":
+        log.info("node %s is healthy (was %s)", after.name, before.health)
+    else:
+        log.warning("node %s is %s after %d missed polls: %s", after.name, after.health, after.misses, after.last_error)

@@ -1,0 +1,214 @@
+"""Prometheus metrics of one gateway, in a registry of its own. Each one that is described here is emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from cortex_gateway.fleet.snapshot import FleetSnapshot
+from cortex_gateway.fleet.state import Fleet
+
+LONG_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
+SHORT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
+TOKENS_PER_SECOND_BUCKETS = (1, 2.5, 5, 10, 15, 20, 30, 40, 60, 80, 120, 200)
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+MIN_RATE_WINDOW_S = 0.1
+
+_PLACE = ("model", "node")
+_RESIDENT = ("node", "model")
+
+
+class _ModelSeries:
+    """The children of one (model, node), looked up once."""
+
+    __slots__ = (
+        "cached_tokens",
+        "client_gone",
+        "cold_starts",
+        "completion_tokens",
+        "duration",
+        "errors",
+        "prompt_tokens",
+        "requests",
+        "tokens_per_second",
+        "ttft",
+    )
+
+    def __init__(self, metrics: Metrics, model: str, node: str) -> None:
+        self.requests = metrics.requests.labels(model, node)
+        self.duration = metrics.request_duration.labels(model, node)
+        self.errors = metrics.request_errors.labels(model, node)
+        self.client_gone = metrics.client_gone.labels(model, node)
+        self.cold_starts = metrics.cold_starts.labels(model, node)
+        self.ttft = metrics.ttft.labels(model, node)
+        self.tokens_per_second = metrics.tokens_per_second.labels(model, node)
+        self.prompt_tokens = metrics.prompt_tokens.labels(model, node)
+        self.completion_tokens = metrics.completion_tokens.labels(model, node)
+        self.cached_tokens = metrics.cached_tokens.labels(model, node)
+
+
+class Metrics:
+    """Counters and histograms that events move, and gauges read from the fleet snapshot at each scrape.
+
+    Labels hold only models and nodes that a request was routed to, so their number is bounded by the fleet.
+    """
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("cortex_requests", "Requests sent to a neuron.", _PLACE, registry=registry)
+        self.request_duration = Histogram(
+            "cortex_request_duration_seconds",
+            "Until the neuron's response headers.",
+            _PLACE,
+            buckets=LONG_BUCKETS,
+            registry=registry,
+        )
+        self.request_errors = Counter(
+            "cortex_request_errors",
+            "Requests that a neuron did not answer: connection, timeout, malformed answer.",
+            _PLACE,
+            registry=registry,
+        )
+        self.client_gone = Counter(
+            "cortex_client_gone", "Requests whose client hung up before the end.", _PLACE, registry=registry
+        )
+        self.rejections = Counter(
+            "cortex_rejected_requests",
+            "Requests the gateway answered with an error of its own, by error code.",
+            ("code",),
+            registry=registry,
+        )
+        self.cold_starts = Counter(
+            "cortex_cold_starts", "Requests that waited for a load of their model.", _PLACE, registry=registry
+        )
+        self.evictions = Counter(
+            "cortex_evictions", "Models unloaded to make room for another.", _PLACE, registry=registry
+        )
+        self.loads = Counter("cortex_model_loads", "Load calls, by outcome.", (*_PLACE, "outcome"), registry=registry)
+        self.load_duration = Histogram(
+            "cortex_model_load_seconds", "Successful loads.", _PLACE, buckets=LONG_BUCKETS, registry=registry
+        )
+        self.ttft = Histogram(
+            "cortex_time_to_first_token_seconds",
+            "From the request to the first byte of the answer's body that is no keep-alive.",
+            _PLACE,
+            buckets=SHORT_BUCKETS,
+            registry=registry,
+        )
+        self.tokens_per_second = Histogram(
+            "cortex_tokens_per_second",
+            "Completion tokens over the time between the first and the last byte.",
+            _PLACE,
+            buckets=TOKENS_PER_SECOND_BUCKETS,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("cortex_prompt_tokens", "Prompt tokens.", _PLACE, registry=registry)
+        self.completion_tokens = Counter("cortex_completion_tokens", "Completion tokens.", _PLACE, registry=registry)
+        self.cached_tokens = Counter(
+            "cortex_cached_prompt_tokens", "Prompt tokens taken from a prefix cache.", _PLACE, registry=registry
+        )
+        self._series: dict[tuple[str, str], _ModelSeries] = {}
+
+    def observe_fleet(self, fleet: Fleet) -> None:
+        """Expose the gauges of a fleet's snapshot as well."""
+        self.registry.register(FleetCollector(fleet))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def place(self, model: str, node: str) -> _ModelSeries:
+        series = self._series.get((model, node))
+        if series is None:
+            series = self._series[(model, node)] = _ModelSeries(self, model, node)
+        return series
+
+    def load_finished(self, model: str, node: str, outcome: str, seconds: float) -> None:
+        self.loads.labels(model, node, outcome).inc()
+        if outcome == "loaded":
+            self.load_duration.labels(model, node).observe(seconds)
+
+    def evicted(self, model: str, node: str) -> None:
+        self.evictions.labels(model, node).inc()
+
+
+class FleetCollector(Collector):
+    """The polled gauges. A ceiling of 0 is unknown and not exposed."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterable[Metric]:
+        snapshot = self._fleet.snapshot
+        yield from _model_gauges(snapshot)
+        yield from _device_gauges(snapshot)
+        healthy = GaugeMetricFamily("cortex_node_healthy", "1 if requests are routed to the node.", labels=["node"])
+        in_flight = GaugeMetricFamily(
+            "cortex_in_flight", "Requests this gateway has running on a model.", labels=list(_RESIDENT)
+        )
+        for node in snapshot.nodes.values():
+            healthy.add_metric([node.name], 1.0 if node.is_routable else 0.0)
+            for model in node.models:
+                in_flight.add_metric([node.name, model], self._fleet.activity.in_flight(node.name, model))
+        yield healthy
+        yield in_flight
+
+
+_LOAD_GAUGES = (
+    ("in_flight", "Requests the neuron is running.", False),
+    ("queue_depth", "Requests waiting on the neuron.", False),
+    ("max_in_flight", "Ceiling of running requests.", True),
+    ("max_queue_depth", "Ceiling of waiting requests.", True),
+    ("tok_s_prefill", "Prefill speed, tokens per second.", False),
+    ("tok_s_decode", "Decode speed, tokens per second.", False),
+    ("anon_in_flight", "Running requests without an identity.", False),
+    ("anon_max_in_flight", "Ceiling of running requests without an identity.", True),
+)
+_REJECTIONS = (
+    ("queue_full", "rejected_queue_full"),
+    ("wait_timeout", "rejected_timeout"),
+    ("per_principal", "rejected_per_principal"),
+    ("anon_yield", "rejected_anon_yield"),
+    ("kv_timeout", "rejected_kv_timeout"),
+    ("kv_unservable", "rejected_kv_unservable"),
+)
+_DEVICE_GAUGES = (
+    ("vram_used_mb", "Device memory in use, MB."),
+    ("vram_free_mb", "Device memory free, MB."),
+    ("utilization_pct", "Device utilisation, percent."),
+    ("temp_c", "Device temperature, degrees Celsius."),
+)
+
+
+def _model_gauges(snapshot: FleetSnapshot) -> Iterator[Metric]:
+    for field, text, is_ceiling in _LOAD_GAUGES:
+        gauge = GaugeMetricFamily(f"cortex_model_{field}", text, labels=list(_RESIDENT))
+        for node in snapshot.nodes.values():
+            for model, load in node.loads.items():
+                value = getattr(load, field)
+                if value or not is_ceiling:
+                    gauge.add_metric([node.name, model], value)
+        yield gauge
+    rejections = CounterMetricFamily(
+        "cortex_model_rejections",
+        "Requests a neuron refused since the model was loaded.",
+        labels=[*_RESIDENT, "reason"],
+    )
+    for node in snapshot.nodes.values():
+        for model, load in node.loads.items():
+            for reason, field in _REJECTIONS:
+                rejections.add_metric([node.name, model, reason], getattr(load, field))
+    yield rejections
+
+
+def _device_gauges(snapshot: FleetSnapshot) -> Iterator[Metric]:
+    for field, text in _DEVICE_GAUGES:
+        gauge = GaugeMetricFamily(f"cortex_device_{field}", text, labels=["node", "device"])
+        for node in snapshot.nodes.values():
+            for device in node.devices:
+                gauge.add_metric([node.name, str(device.index)], getattr(device, field))
+        yield gauge

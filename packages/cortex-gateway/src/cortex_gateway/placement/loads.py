@@ -1,0 +1,191 @@
+"""Loads and unloads: exactly one of each per (node, model) at a time, however many clients wait for it.
+
+A load belongs to the gateway, not to the request that started it: a client that leaves takes its waiting with it
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from cortex_core.catalogue import Catalogue
+from cortex_core.errors import ApiError
+from cortex_core.fleet import ModelSpec
+
+from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
+from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.fleet.transitions import OperationEnded, OperationStarted
+from cortex_gateway.observability.metrics import Metrics
+from cortex_gateway.placement.evictor import Strategy, eviction_order
+
+log = logging.getLogger(__name__)
+
+LOAD_TIMEOUT_S = 1800.0
+UNLOAD_TIMEOUT_S = 120.0
+MAX_EVICTION_ROUNDS = 3
+"""How often a neuron's refusal for lack of memory is answered by evicting one more model."""
+
+Key = tuple[str, str]
+
+
+class RoomLost(Exception):
+    """A victim turned out to be busy: nothing was loaded, and the decision has to be made anew."""
+
+
+class Loads:
+    """Carries out what the router decided. Each operation is a task of its own; joining one is awaiting it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        neurons: Mapping[str, NeuronClient],
+        poller: Poller,
+        metrics: Metrics,
+        *,
+        catalogue: Catalogue,
+        strategy: Strategy,
+        defrag_after_cycles: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._neurons = neurons
+        self._poller = poller
+        self._metrics = metrics
+        self._catalogue = catalogue
+        self._strategy: Strategy = strategy
+        self._defrag_after_cycles = defrag_after_cycles
+        self._clock = clock
+        self._loads: dict[Key, asyncio.Task[None]] = {}
+        self._unloads: dict[Key, asyncio.Task[None]] = {}
+
+    def running(self, node: str, model: str) -> asyncio.Task[None] | None:
+        """The load under way there, to be awaited through `asyncio.shield`. Raises `ApiError`, `RoomLost`."""
+        return self._loads.get((node, model))
+
+    def start(self, node: str, model: str, spec: ModelSpec, victims: tuple[str, ...] = ()) -> asyncio.Task[None]:
+        """Start a load, or join the one under way.
+
+        The model counts as loading and the victims as unloading before this returns, so that no other request
+        is decided on a picture in which they are not.
+        """
+        task = self._loads.get((node, model))
+        if task is None:
+            self._begin(node, model, "load")
+            unloads = [self.unload(node, victim, reason="room") for victim in victims]
+            task = asyncio.create_task(self._load(node, model, spec, unloads), name=f"load-{model}-{node}")
+            self._keep(self._loads, (node, model), task)
+        return task
+
+    def unload(self, node: str, model: str, *, reason: str) -> asyncio.Task[None]:
+        """Start an unload, or join the one under way. The task raises `NeuronError`."""
+        task = self._unloads.get((node, model))
+        if task is None:
+            self._begin(node, model, "unload")
+            task = asyncio.create_task(self._unload(node, model, reason), name=f"unload-{model}-{node}")
+            self._keep(self._unloads, (node, model), task)
+        return task
+
+    async def stop(self) -> None:
+        """Forget what is under way; the neurons finish it without us."""
+        tasks = [*self._loads.values(), *self._unloads.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @staticmethod
+    def _keep(tasks: dict[Key, asyncio.Task[None]], key: Key, task: asyncio.Task[None]) -> None:
+        def forget(done: asyncio.Task[None]) -> None:
+            del tasks[key]
+            if not done.cancelled():
+                done.exception()  # seen: nobody may be waiting
+
+        tasks[key] = task
+        task.add_done_callback(forget)
+
+    def _begin(self, node: str, model: str, kind: str) -> None:
+        self._fleet.apply(
+            OperationStarted(node=node, model=model, kind="load" if kind == "load" else "unload", at=self._clock())
+        )
+
+    async def _load(self, node: str, model: str, spec: ModelSpec, unloads: list[asyncio.Task[None]]) -> None:
+        started_at = self._clock()
+        outcome = "failed"
+        try:
+            try:
+                await asyncio.gather(*unloads)
+            except NeuronError as error:
+                outcome = "no_room"
+                raise RoomLost from error
+            await self._load_making_room(node, model, spec)
+            outcome = "loaded"
+        except NeuronError as error:
+            log.warning(
+                "loading %s on %s failed (status %s, %s): %s", model, node, error.status, error.kind, error.message
+            )
+            raise load_failed(model, node, error) from error
+        finally:
+            loaded = outcome == "loaded"
+            if loaded:
+                self._fleet.activity.mark(node, model, self._clock())
+            self._fleet.apply(OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=loaded))
+            self._metrics.load_finished(model, node, outcome, self._clock() - started_at)
+            self._poller.nudge(node)
+        log.info("loaded %s on %s in %.1f s", model, node, self._clock() - started_at)
+
+    async def _load_making_room(self, node: str, model: str, spec: ModelSpec) -> None:
+        for round_ in range(MAX_EVICTION_ROUNDS + 1):
+            log.info("loading %s on %s", model, node)
+            try:
+                await self._neurons[node].load(spec, LOAD_TIMEOUT_S)
+                return
+            except NeuronError as error:
+                victim = self._next_victim(node, model)
+                if not error.lacks_memory or victim is None or round_ == MAX_EVICTION_ROUNDS:
+                    raise
+                log.info("%s does not fit on %s beside %s: %s", model, node, victim, error.message)
+            await self.unload(node, victim, reason="refused")
+
+    def _next_victim(self, node: str, model: str) -> str | None:
+        snapshot = self._fleet.snapshot.nodes[node]
+        order = eviction_order(snapshot, model, self._catalogue, self._fleet.activity, self._strategy)
+        return order[0] if order else None
+
+    async def _unload(self, node: str, model: str, reason: str) -> None:
+        succeeded = False
+        info = self._fleet.snapshot.nodes[node].models.get(model)
+        try:
+            await self._neurons[node].unload(info.id if info is not None else model, UNLOAD_TIMEOUT_S)
+            succeeded = True
+        except NeuronError as error:
+            log.warning("unloading %s from %s failed: %s", model, node, error.message)
+            raise
+        finally:
+            self._fleet.apply(
+                OperationEnded(node=node, model=model, kind="unload", at=self._clock(), succeeded=succeeded)
+            )
+            self._poller.nudge(node)
+        if reason != "admin":
+            self._metrics.evicted(model, node)
+        log.info("unloaded %s from %s (%s)", model, node, reason)
+        cycles = self._fleet.snapshot.nodes[node].lifecycle_cycles
+        if self._defrag_after_cycles and cycles % self._defrag_after_cycles == 0:
+            log.warning("node %s has seen %d evictions; consider restarting it to defragment", node, cycles)
+
+
+def load_failed(model: str, node: str, error: NeuronError) -> ApiError:
+    """What a client reads: retryable unless the neuron said that the request itself can never work."""
+    if error.status in (400, 404, 422) and not error.lacks_memory:
+        return ApiError(
+            "overloaded",
+            f"The model `{model}` cannot be loaded on {node}: {error.message}",
+            code=error.kind or "model_load_failed",
+        )
+    return ApiError(
+        "overloaded",
+        f"The model `{model}` could not be loaded on {node}: {error.message}",
+        code=error.kind or "model_load_failed",
+        retry_after=error.retry_after or 10,
+    )

@@ -1,0 +1,1 @@
+"""Carry one request to a neuron and its answer back, byte for byte."""

@@ -1,0 +1,147 @@
+"""Read a request body once, within a limit of size and of time, and leave the connection usable.
+
+An ASGI server hands over the body through a bounded queue. An application that answers without reading all of
+it leaves the server blocked on that queue, and closing a socket with unread input makes the kernel send a reset
+that can destroy the answer on its way. So whoever answers early goes through `respond_early`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from contextlib import suppress
+
+from cortex_core.errors import ApiError
+
+from cortex_gateway.asgi import RawHeaders, Receive, Send, respond
+
+DISCARD_TIMEOUT_S = 10.0
+DISCARD_FACTOR = 8
+"""How much of a refused body is swallowed so that its sender gets to read the answer, in body limits."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads an answer."""
+
+
+class RequestBody:
+    """One request's body. `is_complete` tells whether the server still holds some of it."""
+
+    __slots__ = ("_receive", "is_complete", "max_bytes", "timeout_s")
+
+    def __init__(self, receive: Receive, *, max_bytes: int, timeout_s: float) -> None:
+        self._receive = receive
+        self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
+        self.is_complete = False
+
+    async def read(self, headers: RawHeaders) -> bytes:
+        """The whole body. Raises `ApiError` 413 (by declared length or by count), 408, 415 and `ClientGone`."""
+        encoding = None
+        for name, value in headers:
+            if name == b"content-length":
+                if not value.isdigit() or int(value) > self.max_bytes:
+                    raise too_large(self.max_bytes)
+            elif name == b"content-encoding":
+                encoding = value.strip().lower()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                body = await self._receive_all()
+        except TimeoutError:
+            raise ApiError(
+                "timeout", "The request body did not arrive in time.", code="request_timeout", status=408
+            ) from None
+        if encoding is None or encoding == b"identity":
+            return body
+        return decompress(body, encoding, self.max_bytes)
+
+    async def _receive_all(self) -> bytes:
+        message = await self._receive()
+        if message["type"] != "http.request":
+            raise ClientGone
+        first: bytes = message.get("body", b"")
+        if not message.get("more_body", False):
+            self.is_complete = True
+            if len(first) > self.max_bytes:
+                raise too_large(self.max_bytes)
+            return first
+        parts = [first]
+        num_bytes = len(first)
+        while True:
+            if num_bytes > self.max_bytes:
+                raise too_large(self.max_bytes)
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            part = message.get("body", b"")
+            if part:
+                parts.append(part)
+                num_bytes += len(part)
+            if not message.get("more_body", False):
+                self.is_complete = True
+                break
+        if num_bytes > self.max_bytes:
+            raise too_large(self.max_bytes)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def respond(self, send: Send, status: int, headers: RawHeaders, body: bytes) -> None:
+        """Answer, and swallow (within bounds) what the client is still sending."""
+        if self.is_complete:
+            await respond(send, status, headers, body)
+            return
+        headers.append((b"content-length", b"%d" % len(body)))
+        headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        with suppress(TimeoutError, ClientGone):
+            async with asyncio.timeout(DISCARD_TIMEOUT_S):
+                await self._discard(self.max_bytes * DISCARD_FACTOR)
+        # Beyond the bound: keep the queue moving while the server closes, or it would wait for us for ever.
+        rest = asyncio.ensure_future(self._discard(None))
+        try:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            rest.cancel()
+            with suppress(asyncio.CancelledError, ClientGone):
+                await rest
+
+    async def _discard(self, max_bytes: int | None) -> None:
+        num_bytes = 0
+        while not self.is_complete and (max_bytes is None or num_bytes < max_bytes):
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            num_bytes += len(message.get("body", b""))
+            self.is_complete = not message.get("more_body", False)
+
+
+def too_large(max_bytes: int) -> ApiError:
+    return ApiError(
+        "request_too_large",
+        f"The request body is larger than {max_bytes} bytes.",
+        code="request_too_large",
+        extras={"max_bytes": max_bytes},
+    )
+
+
+def decompress(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
+    """Undo `content-encoding: gzip` or `deflate`. Raises `ApiError` 415 for others, 413 for a bomb, 400 for noise."""
+    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
+        raise ApiError(
+            "invalid_request",
+            f"content-encoding `{encoding.decode('latin-1')}` is not supported; send the body plain or with gzip.",
+            code="unsupported_media_type",
+            status=415,
+        )
+    inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    try:
+        plain = inflate.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise ApiError(
+            "invalid_request", "The body is not what its content-encoding says.", code="invalid_encoding"
+        ) from None
+    if len(plain) > max_bytes:
+        raise too_large(max_bytes)
+    if not inflate.eof:
+        raise ApiError("invalid_request", "The compressed body is truncated.", code="invalid_encoding")
+    return plain

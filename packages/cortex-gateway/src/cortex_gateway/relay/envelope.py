@@ -1,0 +1,49 @@
+"""The little the gateway needs to know of a body: which model, and whether to stream."""
+
+from __future__ import annotations
+
+import msgspec
+from cortex_core.errors import ApiError, invalid
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """A partial decode: every other field is skipped, and the body travels on as it came."""
+
+    model: str
+    stream: bool | None = None
+
+
+_decoder = msgspec.json.Decoder(Envelope)
+
+
+def read_envelope(body: bytes) -> Envelope:
+    """Raises `ApiError` 400, and nothing else, whatever the bytes."""
+    try:
+        envelope = _decoder.decode(body)
+        if not body.isascii():
+            body.decode()
+    except msgspec.ValidationError as exc:
+        raise _wrong_shape(str(exc)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise invalid(f"The body is not valid JSON: {exc}", code="invalid_json") from None
+    except RecursionError:
+        raise invalid("The body is nested too deeply.", code="invalid_json") from None
+    if not envelope.model:
+        raise _missing_model()
+    return envelope
+
+
+def _missing_model() -> ApiError:
+    return invalid("model: field required", param="model", code="missing_model_field")
+
+
+def _wrong_shape(fault: str) -> ApiError:
+    message, _, path = fault.partition(" - at `")
+    path = path.rstrip("`").removeprefix("$").removeprefix(".")
+    if path == "stream":
+        return invalid(f"stream: {message}", param="stream", code="invalid_type")
+    if path == "model":
+        return invalid(f"model: {message}", param="model", code="invalid_type")
+    if "`model`" in message:
+        return _missing_model()
+    return invalid(f"The body must be a JSON object: {message}", code="invalid_type")

@@ -1,0 +1,84 @@
+"""What is known of one request: filled as it goes, counted and logged exactly once at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Literal
+
+from cortex_core.errors import ApiError
+
+from cortex_gateway.asgi import Scope
+from cortex_gateway.relay.body import ClientGone
+from cortex_gateway.relay.events import Usage
+from cortex_gateway.routes.surface import Surface
+
+Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeout", "client_gone", "shutdown", "error"]
+
+CLIENT_GONE_STATUS = 499
+"""Not an HTTP status: what the log and the metrics call a client that hung up (nginx's convention)."""
+
+
+def new_request_id() -> str:
+    return "req_" + os.urandom(12).hex()
+
+
+class Exchange:
+    """One inference request and its answer. Times are seconds on the loop's clock."""
+
+    __slots__ = (
+        "client",
+        "error",
+        "first_byte_at",
+        "interruption",
+        "is_stream",
+        "last_byte_at",
+        "model",
+        "node",
+        "num_attempts",
+        "outcome",
+        "path",
+        "request_id",
+        "resolved",
+        "response_started",
+        "route",
+        "started_at",
+        "status",
+        "surface",
+        "task",
+        "usage",
+        "wants_cors",
+    )
+
+    def __init__(self, surface: Surface, scope: Scope, task: asyncio.Task[None], now: float) -> None:
+        self.surface = surface
+        self.task: asyncio.Task[None] | None = task
+        self.request_id = new_request_id()
+        self.path: str = scope["path"]
+        self.client: str | None = scope["client"][0] if scope.get("client") else None
+        self.started_at = now
+        self.first_byte_at: float | None = None
+        self.last_byte_at = now
+        self.model: str | None = None
+        self.resolved: str | None = None
+        self.node: str | None = None
+        self.route: str | None = None
+        self.num_attempts = 0
+        self.is_stream = False
+        self.wants_cors = False
+        self.status = 0
+        self.outcome: Outcome = "ok"
+        self.error: str | None = None
+        self.usage: Usage | None = None
+        self.response_started = False
+        self.interruption: ApiError | ClientGone | None = None
+
+    def interrupt(self, reason: ApiError | ClientGone) -> None:
+        """End the request from outside, wherever it is: the handler sees `reason` raised. The first reason wins."""
+        if self.interruption is None and self.task is not None:
+            self.interruption = reason
+            self.task.cancel()
+
+    def settle(self) -> None:
+        """From here on nothing interrupts: the last bytes are on their way."""
+        self.task = None

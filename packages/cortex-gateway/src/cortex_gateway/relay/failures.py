@@ -1,0 +1,53 @@
+"""What a client reads when a neuron, or the gateway, cannot finish. Details go to the log, not to clients (G8)."""
+
+from __future__ import annotations
+
+import aiohttp
+from cortex_core.errors import ApiError
+
+from cortex_gateway.fleet.neuron import refusal
+
+
+def shutting_down() -> ApiError:
+    return ApiError("overloaded", "The gateway is shutting down; ask again.", code="shutting_down", retry_after=5)
+
+
+def is_dead_connection(exc: BaseException) -> bool:
+    """Whether the request met a connection that the neuron had just closed: it was never read there."""
+    return isinstance(exc, aiohttp.ServerDisconnectedError | ConnectionResetError | BrokenPipeError) or (
+        isinstance(exc, aiohttp.ClientOSError) and not isinstance(exc, aiohttp.ClientConnectorError)
+    )
+
+
+def upstream_failed(exc: BaseException) -> ApiError:
+    what = "could not be reached" if isinstance(exc, aiohttp.ClientConnectorError) else "did not finish its answer"
+    return ApiError(
+        "internal",
+        f"The neuron {what}; ask again.",
+        code="upstream_connection_error",
+        retry_after=1,
+        status=502,
+    )
+
+
+def as_api_error(status: int, body: bytes, retry_after: str | None) -> ApiError:
+    """A neuron's error in our words, where its own cannot be passed on as they are."""
+    refused = refusal(status, body, retry_after=retry_after)
+    message = refused.message if refused.kind is not None else f"The neuron answered with status {status}."
+    match status:
+        case 400 | 415 | 422:
+            return ApiError("invalid_request", message, code=refused.kind, status=status)
+        case 404:
+            return ApiError("not_found", message, code=refused.kind or "not_found")
+        case 405:
+            return ApiError("method_not_allowed", message)
+        case 413:
+            return ApiError("request_too_large", message, code=refused.kind)
+        case 429:
+            return ApiError("rate_limit", message, code=refused.kind, retry_after=refused.retry_after)
+        case 503 | 529:
+            return ApiError("overloaded", message, code=refused.kind, retry_after=refused.retry_after or 2)
+        case 504:
+            return ApiError("timeout", message, code=refused.kind, retry_after=refused.retry_after)
+        case _:
+            return ApiError("internal", message, code=refused.kind or "upstream_error", status=status)

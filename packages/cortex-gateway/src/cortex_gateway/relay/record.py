@@ -1,0 +1,52 @@
+"""The end of every request: its metrics and its one access line."""
+
+from __future__ import annotations
+
+from cortex_gateway.observability import access_log
+from cortex_gateway.observability.metrics import MIN_RATE_WINDOW_S, Metrics
+from cortex_gateway.relay.events import Usage
+from cortex_gateway.relay.exchange import Exchange
+
+
+def record(exchange: Exchange, metrics: Metrics, now: float) -> None:
+    """Count and log one finished exchange. Unknown token counts stay unknown: absent is not zero."""
+    usage = exchange.usage or Usage()
+    duration = now - exchange.started_at
+    ttft = None if exchange.first_byte_at is None else exchange.first_byte_at - exchange.started_at
+    if exchange.node is not None and exchange.resolved is not None:
+        series = metrics.place(exchange.resolved, exchange.node)
+        if exchange.outcome == "client_gone":
+            series.client_gone.inc()
+        if ttft is not None:
+            series.ttft.observe(ttft)
+        if usage.prompt_tokens:
+            series.prompt_tokens.inc(usage.prompt_tokens)
+        if usage.cached_tokens:
+            series.cached_tokens.inc(usage.cached_tokens)
+        if usage.completion_tokens:
+            series.completion_tokens.inc(usage.completion_tokens)
+            window = exchange.last_byte_at - exchange.first_byte_at if exchange.first_byte_at is not None else 0.0
+            seconds = window if window >= MIN_RATE_WINDOW_S else duration
+            series.tokens_per_second.observe(usage.completion_tokens / max(seconds, 1e-6))
+    access_log.write(
+        access_log.AccessRecord(
+            id=exchange.request_id,
+            method="POST",
+            path=exchange.path,
+            status=exchange.status,
+            outcome=exchange.outcome,
+            duration_ms=round(duration * 1000, 2),
+            model=exchange.model,
+            resolved=exchange.resolved if exchange.resolved != exchange.model else None,
+            node=exchange.node,
+            route=exchange.route,
+            stream=exchange.is_stream,
+            attempts=exchange.num_attempts,
+            ttft_ms=None if ttft is None else round(ttft * 1000, 2),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            client=exchange.client,
+            error=exchange.error,
+        )
+    )

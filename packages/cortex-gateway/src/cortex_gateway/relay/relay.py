@@ -1,0 +1,386 @@
+"""One inference request from accept to last byte, on every surface.
+
+There is one path: streaming or not, warm or cold, in either dialect. What ends a request from outside (the client
+hung up, the gateway shuts down, the neuron went silent) interrupts it wherever it is, so that no phase is without
+a watch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+import aiohttp
+from cortex_core.dialects.errors import error_body, headers_of, status_of
+from cortex_core.errors import ApiError
+from cortex_core.gateway_config import GatewaySection
+
+from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send
+from cortex_gateway.fleet.neuron import describe
+from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.observability.metrics import Metrics
+from cortex_gateway.placement.placement import Lease, Placement
+from cortex_gateway.relay.body import ClientGone, RequestBody
+from cortex_gateway.relay.envelope import read_envelope
+from cortex_gateway.relay.events import EventRelay, scan_usage
+from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
+from cortex_gateway.relay.failures import as_api_error, is_dead_connection, shutting_down, upstream_failed
+from cortex_gateway.relay.headers import (
+    CORS_HEADERS,
+    EVENT_STREAM_HEADERS,
+    identity_headers,
+    request_headers,
+    response_headers,
+)
+from cortex_gateway.relay.idle import IdleWatch
+from cortex_gateway.relay.opening import StreamOpening
+from cortex_gateway.relay.record import record
+from cortex_gateway.routes.surface import Surface
+
+log = logging.getLogger(__name__)
+
+MAX_BUFFERED_ANSWER = 2**20
+MAX_LOGGED_ERROR = 600
+MAX_ATTEMPTS = 2
+
+
+class StaleRoute(Exception):
+    """The neuron does not have the model after all, or closed the connection unanswered: ask it, and route again."""
+
+
+class Relay:
+    """Carries requests of all surfaces; knows which are in flight."""
+
+    def __init__(self, placement: Placement, poller: Poller, metrics: Metrics, settings: GatewaySection) -> None:
+        self._placement = placement
+        self._poller = poller
+        self._metrics = metrics
+        self._settings = settings
+        self._active: set[Exchange] = set()
+        self._idle: asyncio.Event = asyncio.Event()
+        self._idle.set()
+        self.is_draining = False
+
+    # ------------------------------------------------------------------------------------------ drain
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
+
+    def end_all(self) -> None:
+        """End what is still running: streams with an error event, the others with a 503."""
+        for exchange in list(self._active):
+            exchange.interrupt(shutting_down())
+
+    # ------------------------------------------------------------------------------------------ a request
+
+    async def handle(self, surface: Surface, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        exchange = Exchange(surface, scope, task, loop.time())
+        body = RequestBody(receive, max_bytes=self._settings.max_body_bytes, timeout_s=self._settings.body_timeout_s)
+        self._active.add(exchange)
+        self._idle.clear()
+        try:
+            await self._answer(exchange, body, scope["headers"], receive, send, loop)
+        except ClientGone:
+            exchange.status, exchange.outcome = CLIENT_GONE_STATUS, "client_gone"
+        finally:
+            exchange.settle()
+            self._active.discard(exchange)
+            if not self._active:
+                self._idle.set()
+            record(exchange, self._metrics, loop.time())
+
+    async def _answer(
+        self,
+        exchange: Exchange,
+        body: RequestBody,
+        headers: RawHeaders,
+        receive: Receive,
+        send: Send,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        opening: StreamOpening | None = None
+        watcher: asyncio.Future[Message] | None = None
+        try:
+            try:
+                if self.is_draining:
+                    raise shutting_down()
+                for name, _ in headers:
+                    if name == b"origin":
+                        exchange.wants_cors = True
+                payload = await body.read(headers)
+                envelope = read_envelope(payload)
+                exchange.model = envelope.model
+                exchange.is_stream = bool(envelope.stream) and exchange.surface.can_stream
+                watcher = asyncio.ensure_future(receive())
+                watcher.add_done_callback(partial(_on_disconnect, exchange))
+                if exchange.is_stream:
+                    opening = StreamOpening(
+                        send,
+                        headers=partial(self._stream_headers, exchange),
+                        ping=exchange.surface.ping,
+                        hold_s=self._settings.stream_hold_s,
+                        interval_s=self._settings.ping_interval_s,
+                    )
+                await self._route(exchange, payload, headers, send, opening, loop)
+            except asyncio.CancelledError:
+                if exchange.interruption is None:
+                    raise
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]
+                raise exchange.interruption from None
+        except ApiError as error:
+            exchange.settle()
+            await self._fail(exchange, error, body, send, opening)
+        except ClientGone:
+            raise
+        except Exception as exc:
+            log.exception("request %s failed in the gateway", exchange.request_id)
+            exchange.settle()
+            exchange.outcome = "error"
+            exchange.error = describe(exc)
+            fault = ApiError("internal", "The gateway failed on this request.", code="internal_error")
+            await self._fail(exchange, fault, body, send, opening)
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            if opening is not None:
+                await opening.close()
+
+    async def _route(
+        self,
+        exchange: Exchange,
+        payload: bytes,
+        headers: RawHeaders,
+        send: Send,
+        opening: StreamOpening | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        assert exchange.model is not None
+        model = exchange.resolved = self._placement.resolve(exchange.model)
+        while True:
+            lease = self._placement.try_now(model, loop.time())
+            if lease is None:
+                lease = await self._placement.wait(model)
+            with lease:
+                exchange.node, exchange.route = lease.neuron.name, lease.route
+                exchange.num_attempts += 1
+                try:
+                    await self._forward(exchange, lease, payload, headers, send, opening, loop)
+                    return
+                except StaleRoute:
+                    pass
+            await self._poller.refresh(lease.neuron.name)
+
+    async def _forward(
+        self,
+        exchange: Exchange,
+        lease: Lease,
+        payload: bytes,
+        headers: RawHeaders,
+        send: Send,
+        opening: StreamOpening | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        series = self._metrics.place(lease.model, lease.neuron.name)
+        series.requests.inc()
+        if lease.route == "cold":
+            series.cold_starts.inc()
+        watch = IdleWatch(exchange, lease.neuron.name, self._settings.upstream_idle_timeout_s, self._poller, loop)
+        response: aiohttp.ClientResponse | None = None
+        try:
+            response = await lease.neuron.post(
+                exchange.surface.upstream_path,
+                payload,
+                request_headers(headers, request_id=exchange.request_id, model=lease.neuron_model),
+            )
+            series.duration.observe(loop.time() - exchange.started_at)
+            await self._relay_response(exchange, response, send, opening, loop)
+        except (aiohttp.ClientError, OSError) as exc:
+            if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | ConnectionError):
+                self._poller.nudge(lease.neuron.name)
+            if response is None and exchange.num_attempts < MAX_ATTEMPTS and is_dead_connection(exc):
+                raise StaleRoute from exc
+            series.errors.inc()
+            log.warning("request %s: node %s: %s", exchange.request_id, lease.neuron.name, describe(exc))
+            exchange.outcome = "upstream_failed"
+            raise upstream_failed(exc) from exc
+        finally:
+            watch.cancel()
+            if response is not None:
+                response.release() if response.content.at_eof() else response.close()
+
+    # ------------------------------------------------------------------------------------------ the answer
+
+    async def _relay_response(
+        self,
+        exchange: Exchange,
+        response: aiohttp.ClientResponse,
+        send: Send,
+        opening: StreamOpening | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        if response.status >= 400:
+            await self._relay_refusal(exchange, response, send, opening)
+            return
+        is_open = opening is not None and await opening.close()
+        content_type = response.headers.get("content-type", "")
+        if content_type.startswith("text/event-stream"):
+            if not is_open:
+                headers = self._answer_headers(exchange, response)
+                for name, value in EVENT_STREAM_HEADERS[1:]:
+                    if not any(given == name for given, _ in headers):
+                        headers.append((name, value))
+                exchange.status = response.status
+                exchange.response_started = True
+                await send({"type": "http.response.start", "status": response.status, "headers": headers})
+            await self._relay_events(exchange, response, send, loop)
+        elif is_open:
+            exchange.outcome = "upstream_failed"
+            raise ApiError("internal", "The neuron did not answer with a stream.", code="upstream_malformed_response")
+        else:
+            await self._relay_whole(exchange, response, send, loop)
+
+    async def _relay_events(
+        self, exchange: Exchange, response: aiohttp.ClientResponse, send: Send, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """The hot loop: one read, one write, nothing decoded."""
+        exchange.status = 200
+        exchange.response_started = True
+        events = EventRelay()
+        feed = events.feed
+        readany = response.content.readany
+        now = loop.time
+        try:
+            while chunk := await readany():
+                data = feed(chunk)
+                if not data:
+                    continue
+                exchange.last_byte_at = now()
+                if exchange.first_byte_at is None and not data.startswith((b":", b"event: ping")):
+                    exchange.first_byte_at = exchange.last_byte_at
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        finally:
+            exchange.usage = events.usage()
+        exchange.settle()
+        await send({"type": "http.response.body", "body": events.flush(), "more_body": False})
+
+    async def _relay_whole(
+        self, exchange: Exchange, response: aiohttp.ClientResponse, send: Send, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        headers = self._answer_headers(exchange, response)
+        length = response.content_length
+        if length is not None and length <= MAX_BUFFERED_ANSWER:
+            data = await response.read()
+            exchange.first_byte_at = exchange.last_byte_at = loop.time()
+            exchange.usage = scan_usage(data)
+            exchange.status = response.status
+            exchange.settle()
+            exchange.response_started = True
+            headers.append((b"content-length", b"%d" % len(data)))
+            await send({"type": "http.response.start", "status": response.status, "headers": headers})
+            await send({"type": "http.response.body", "body": data, "more_body": False})
+            return
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        exchange.status = response.status
+        exchange.response_started = True
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        tail = b""
+        while chunk := await response.content.readany():
+            exchange.last_byte_at = loop.time()
+            if exchange.first_byte_at is None:
+                exchange.first_byte_at = exchange.last_byte_at
+            tail = (tail + chunk)[-4096:]
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        exchange.usage = scan_usage(tail)
+        exchange.settle()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _relay_refusal(
+        self,
+        exchange: Exchange,
+        response: aiohttp.ClientResponse,
+        send: Send,
+        opening: StreamOpening | None,
+    ) -> None:
+        """An error of the neuron: its status, headers and body pass if they are in an API's shape."""
+        data = await response.content.read(MAX_BUFFERED_ANSWER)
+        while len(data) < MAX_BUFFERED_ANSWER and (more := await response.content.read(MAX_BUFFERED_ANSWER)):
+            data += more
+        if response.status == 404 and b"model_not_found" in data and exchange.num_attempts < MAX_ATTEMPTS:
+            raise StaleRoute
+        snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
+        exchange.outcome = "upstream_error"
+        exchange.error = snippet
+        log.warning("request %s: node %s answered %d: %s", exchange.request_id, exchange.node, response.status, snippet)
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        is_open = opening is not None and await opening.close()
+        if is_open or not is_json:
+            raise as_api_error(response.status, data, response.headers.get("retry-after"))
+        headers = self._answer_headers(exchange, response)
+        exchange.status = response.status
+        exchange.settle()
+        exchange.response_started = True
+        headers.append((b"content-length", b"%d" % len(data)))
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def _fail(
+        self, exchange: Exchange, error: ApiError, body: RequestBody, send: Send, opening: StreamOpening | None
+    ) -> None:
+        """Say `error` in the surface's dialect: as a status while that is possible, else as the stream's last event."""
+        surface = exchange.surface
+        if exchange.outcome == "ok":
+            exchange.outcome = "timeout" if error.kind == "timeout" else "rejected"
+            if error.code == "shutting_down":
+                exchange.outcome = "shutdown"
+        exchange.error = exchange.error or f"{error.code or error.kind}: {error.message}"
+        if exchange.outcome not in ("upstream_error", "upstream_failed"):
+            self._metrics.rejections.labels(error.code or error.kind).inc()
+        is_open = opening is not None and await opening.close()
+        if is_open or exchange.response_started:
+            exchange.status = status_of(error, surface.dialect)
+            final = surface.error_event(error, exchange.request_id)
+            if exchange.is_stream:
+                await send({"type": "http.response.body", "body": final, "more_body": False})
+            return  # A body cut short: closing without the rest is the only way left to tell.
+        status = exchange.status = status_of(error, surface.dialect)
+        headers = self._own_headers(exchange)
+        headers.append(JSON_CONTENT_TYPE)
+        headers.extend((name.encode("ascii"), value.encode("ascii")) for name, value in headers_of(error).items())
+        if self.is_draining:
+            headers.append((b"connection", b"close"))
+        exchange.response_started = True
+        await body.respond(send, status, headers, error_body(error, surface.dialect, exchange.request_id))
+
+    # ------------------------------------------------------------------------------------------ headers
+
+    def _own_headers(self, exchange: Exchange) -> RawHeaders:
+        headers = identity_headers(
+            exchange.request_id, node=exchange.node, model=exchange.resolved, route=exchange.route
+        )
+        if exchange.wants_cors:
+            headers.extend(CORS_HEADERS)
+        return headers
+
+    def _answer_headers(self, exchange: Exchange, response: aiohttp.ClientResponse) -> RawHeaders:
+        headers = response_headers(response.raw_headers)
+        headers.extend(self._own_headers(exchange))
+        return headers
+
+    def _stream_headers(self, exchange: Exchange) -> RawHeaders:
+        """For a stream that opens before a node is known."""
+        cors = CORS_HEADERS if exchange.wants_cors else []
+        return [*EVENT_STREAM_HEADERS, *identity_headers(exchange.request_id), *cors]
+
+
+def _on_disconnect(exchange: Exchange, received: asyncio.Future[Message]) -> None:
+    if not received.cancelled() and received.exception() is None:
+        exchange.interrupt(ClientGone())

@@ -1,0 +1,280 @@
+"""`/admin`: load and unload models, look at the fleet. For operators on this machine only."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+from cortex_core.catalogue import Catalogue, load_spec
+from cortex_core.dialects.errors import openai_error_body
+from cortex_core.errors import ApiError, invalid, model_not_found
+from cortex_core.fleet import LoadProgress, ModelSpec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from cortex_gateway.fleet.neuron import NeuronError
+from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.fleet.snapshot import NodeSnapshot
+from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
+from cortex_gateway.placement.evictor import Strategy, plan_room
+from cortex_gateway.placement.loads import Loads, RoomLost
+from cortex_gateway.placement.placement import Placement, refused
+
+
+class ModelRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of load and unload. Without `node` the gateway chooses (load) or means all of them (unload)."""
+
+    model: str
+    node: str | None = None
+
+
+class AdminRoutes:
+    def __init__(
+        self,
+        fleet: Fleet,
+        poller: Poller,
+        loads: Loads,
+        placement: Placement,
+        *,
+        catalogue: Catalogue,
+        strategy: Strategy,
+    ) -> None:
+        self._fleet = fleet
+        self._poller = poller
+        self._loads = loads
+        self._placement = placement
+        self._catalogue = catalogue
+        self._strategy: Strategy = strategy
+
+    # ------------------------------------------------------------------------------------------ load
+
+    async def load(self, request: Request) -> Response:
+        """Load a model; answers when it is loaded, or with its progress as events if the client accepts them."""
+        wanted = await read_request(request)
+        model = self._placement.resolve(wanted.model)
+        if wanted.node is not None:
+            self._known(wanted.node)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return StreamingResponse(
+                self._load_events(model, wanted.node, request.state.request_id),
+                media_type="text/event-stream",
+                headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            )
+        return json(await self._load(model, wanted.node))
+
+    async def _load(self, model: str, node: str | None) -> dict[str, str]:
+        while True:
+            chosen, load = await self._start(model, node)
+            try:
+                if load is not None:
+                    await asyncio.shield(load)
+                return {"model": model, "node": chosen, "status": "loaded"}
+            except RoomLost:
+                with self._poller.watching(chosen):
+                    await self._fleet.changed()
+
+    async def _load_events(self, model: str, node: str | None, request_id: str) -> AsyncIterator[bytes]:
+        """`progress` whenever it moved, then `done` or `error`. A client that leaves does not cancel the load."""
+        load = asyncio.ensure_future(self._load(model, node))
+        shown: LoadProgress | None = None
+        try:
+            while not load.done():
+                where, progress = self._progress(model, node)
+                if progress is not None and progress != shown:
+                    shown = progress
+                    yield event("progress", {"node": where, **msgspec.to_builtins(progress)})
+                await self._next_change(where or node, load)
+            yield event("done", load.result())
+        except ApiError as error:
+            yield b"event: error\ndata: " + openai_error_body(error, request_id) + b"\n\n"
+        finally:
+            load.cancel()
+
+    async def _next_change(self, node: str | None, load: asyncio.Future[dict[str, str]]) -> None:
+        changed: asyncio.Future[Any] = asyncio.ensure_future(self._fleet.changed())
+        either: set[asyncio.Future[Any]] = {changed, load}
+        try:
+            with self._poller.watching(node) if node is not None else nullcontext():
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+
+    def _progress(self, model: str, node: str | None) -> tuple[str | None, LoadProgress | None]:
+        for snapshot in self._fleet.snapshot.nodes.values():
+            if node is not None and snapshot.name != node:
+                continue
+            if snapshot.status(model) in ("fetching", "loading", "recovering"):
+                info = snapshot.models.get(model)
+                return snapshot.name, info.progress if info is not None else None
+        return None, None
+
+    async def _start(self, model: str, node: str | None) -> tuple[str, asyncio.Task[None] | None]:
+        """Start or join a load: (node, the load's task or None if the model is there already)."""
+        if node is not None:
+            return node, self._start_on(self._known(node), model)
+        while True:
+            decision = self._placement.decide(model)
+            match decision:
+                case Forward():
+                    return decision.node, None
+                case Load():
+                    return decision.node, self._loads.start(decision.node, model, decision.spec, decision.victims)
+                case Hold():
+                    running = self._loads.running(decision.node, model)
+                    if running is not None:
+                        return decision.node, running
+                    with self._poller.watching(decision.node):
+                        await self._fleet.changed()
+                case Refuse(code="model_not_found"):
+                    # No catalogue entry is needed to load by hand.
+                    roomiest = self._roomiest()
+                    if roomiest is None:
+                        raise refused(decision, model)
+                    return roomiest.name, self._start_on(roomiest, model)
+                case Refuse():
+                    raise refused(decision, model)
+
+    def _roomiest(self) -> NodeSnapshot | None:
+        nodes = [node for node in self._fleet.snapshot.nodes.values() if node.is_routable and not node.is_draining]
+        return min(nodes, key=lambda node: (-free_mb(node), node.name), default=None)
+
+    def _start_on(self, node: NodeSnapshot, model: str) -> asyncio.Task[None] | None:
+        """On a node the operator names: the catalogue's profile if there is one, else the neuron's defaults."""
+        if node.status(model) == "loaded":
+            return None
+        running = self._loads.running(node.name, model)
+        if running is not None:
+            return running
+        profile = self._catalogue.profile(model)
+        if profile is None or node.discovery is None:
+            known = node.unloaded.get(model)
+            return self._loads.start(node.name, model, ModelSpec(model_id=known.id if known is not None else model))
+        room = plan_room(profile, node, self._catalogue, self._fleet.activity, self._strategy)
+        spec = load_spec(profile, node.discovery)
+        if room.devices is not None and len(room.devices) == profile.min_devices:
+            spec = msgspec.structs.replace(spec, devices=room.devices)
+        return self._loads.start(node.name, model, spec, room.victims)
+
+    # ------------------------------------------------------------------------------------------ unload
+
+    async def unload(self, request: Request) -> Response:
+        """Unload a model from one node or from all that have it."""
+        wanted = await read_request(request)
+        model = self._placement.resolve(wanted.model)
+        nodes = [self._known(wanted.node)] if wanted.node is not None else list(self._fleet.snapshot.nodes.values())
+        having = [node.name for node in nodes if node.status(model) not in (None, "unloaded")]
+        if not having:
+            raise model_not_found(wanted.model)
+        try:
+            await asyncio.gather(*(asyncio.shield(self._loads.unload(node, model, reason="admin")) for node in having))
+        except NeuronError as error:
+            raise ApiError(
+                "conflict" if error.status is not None else "internal",
+                f"{model} was not unloaded: {error.message}",
+                code="unload_failed",
+                status=None if error.status is not None else 502,
+            ) from error
+        return json({"model": model, "nodes": having, "status": "unloaded"})
+
+    # ------------------------------------------------------------------------------------------ fleet
+
+    async def fleet(self, request: Request) -> Response:
+        """The snapshot. `?refresh=1` polls every node first."""
+        if request.query_params.get("refresh", "") not in ("", "0", "false"):
+            await self._poller.refresh_all()
+        now = asyncio.get_running_loop().time()
+        nodes = [self._node(node, now) for node in self._fleet.snapshot.nodes.values()]
+        return json({"nodes": nodes, "in_flight": self._fleet.activity.total_in_flight()})
+
+    def _node(self, node: NodeSnapshot, now: float) -> dict[str, Any]:
+        models = []
+        for model in sorted(node.models.keys() | node.operations.keys()):
+            info = node.models.get(model)
+            models.append(
+                {
+                    "id": model,
+                    "status": node.status(model),
+                    "in_flight": self._fleet.activity.in_flight(node.name, model),
+                    "residency_priority": self._catalogue.residency(model),
+                    "vram_used_mb": info.vram_used_mb if info is not None else None,
+                    "devices": info.devices if info is not None else (),
+                    "progress": info.progress if info is not None else None,
+                    "servable": info.servable if info is not None else None,
+                    "error": info.error if info is not None else None,
+                    "load": node.loads.get(model),
+                }
+            )
+        return {
+            "name": node.name,
+            "endpoint": node.endpoint,
+            "health": node.health,
+            "misses": node.misses,
+            "last_error": node.last_error,
+            "polled_s_ago": round(now - node.polled_at, 3) if node.polled_at else None,
+            "uptime_secs": node.uptime_secs,
+            "draining": node.is_draining,
+            "lifecycle_cycles": node.lifecycle_cycles,
+            "discovery": node.discovery,
+            "devices": node.devices,
+            "memory_free_mb": node.memory_free_mb,
+            "activation": node.activation,
+            "models": models,
+        }
+
+    def _known(self, name: str) -> NodeSnapshot:
+        node = self._fleet.snapshot.nodes.get(name)
+        if node is None:
+            known = ", ".join(self._fleet.snapshot.nodes) or "none"
+            raise ApiError(
+                "not_found", f"No node is called `{name}`; known: {known}.", code="node_not_found", param="node"
+            )
+        return node
+
+
+async def read_request(request: Request) -> ModelRequest:
+    try:
+        return msgspec.json.decode(await request.body(), type=ModelRequest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise invalid(f'The body must be {{"model": …, "node"?: …}}: {exc}', code="invalid_body") from None
+
+
+def require_operator(request: Request) -> None:
+    """Admin routes answer the loopback only, and no web page: a browser always tells on whose behalf it posts.
+
+    Raises `ApiError` 403.
+    """
+    client = request.client.host if request.client is not None else ""
+    if not is_loopback(client):
+        raise ApiError("permission", "Admin routes answer only on the loopback interface.", code="admin_forbidden")
+    origin = request.headers.get("origin")
+    if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
+        raise ApiError("permission", "Admin routes do not answer to web pages.", code="admin_forbidden")
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+def free_mb(node: NodeSnapshot) -> int:
+    return max((device.vram_free_mb for device in node.devices), default=node.memory_free_mb)
+
+
+def event(name: str, data: object) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (name.encode("ascii"), msgspec.json.encode(data))
+
+
+def json(document: object) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")

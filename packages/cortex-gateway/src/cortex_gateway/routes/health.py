@@ -1,0 +1,70 @@
+"""`GET /health` and what clients use to warm a connection: `GET /`, `HEAD /`, `HEAD /api/hello`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cortex_gateway.fleet.snapshot import FleetSnapshot
+from cortex_gateway.fleet.state import Fleet
+
+
+class NodeCount(msgspec.Struct, frozen=True):
+    healthy: int
+    total: int
+
+
+class Unservable(msgspec.Struct, frozen=True):
+    """A model that is resident and refuses every request (F24): liveness is not serviceability."""
+
+    node: str
+    model: str
+    reason: str | None = None
+    detail: str | None = None
+
+
+class FleetHealth(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`status`: ok, impaired (a resident model cannot be served), degraded (no healthy node), draining."""
+
+    status: str
+    nodes: NodeCount
+    unservable: tuple[Unservable, ...] = ()
+
+
+def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool) -> FleetHealth:
+    nodes = [node for node in snapshot.nodes.values() if node.is_routable]
+    unservable = tuple(
+        Unservable(node=node.name, model=model, reason=info.servable.reason, detail=info.servable.detail)
+        for node in nodes
+        for model, info in node.models.items()
+        if info.servable is not None and not info.servable.ok
+    )
+    if is_draining:
+        status = "draining"
+    elif not nodes:
+        status = "degraded"
+    else:
+        status = "impaired" if unservable else "ok"
+    return FleetHealth(
+        status=status, nodes=NodeCount(healthy=len(nodes), total=len(snapshot.nodes)), unservable=unservable
+    )
+
+
+class HealthRoutes:
+    def __init__(self, fleet: Fleet, is_draining: Callable[[], bool]) -> None:
+        self._fleet = fleet
+        self._is_draining = is_draining
+
+    async def health(self, request: Request) -> Response:
+        """200 while the gateway takes work, whatever the fleet's state; 503 once it drains, so balancers move on."""
+        is_draining = self._is_draining()
+        health = fleet_health(self._fleet.snapshot, is_draining=is_draining)
+        return Response(
+            msgspec.json.encode(health), status_code=503 if is_draining else 200, media_type="application/json"
+        )
+
+    async def hello(self, request: Request) -> Response:
+        return Response(b"{}", media_type="application/json")

@@ -1,0 +1,42 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`, for both dialects at once."""
+
+from __future__ import annotations
+
+import time
+
+from cortex_core.catalogue import Catalogue
+from cortex_core.dialects.models import ModelEntry, model_body, models_body, parse_page
+from cortex_core.errors import model_not_found
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cortex_gateway.fleet.merge import merge_models
+from cortex_gateway.fleet.state import Fleet
+
+
+class ModelRoutes:
+    """Answers from the snapshot: cheap, and never waiting for a neuron."""
+
+    def __init__(self, fleet: Fleet, catalogue: Catalogue) -> None:
+        self._fleet = fleet
+        self._catalogue = catalogue
+        self._created = int(time.time())
+        self._entries: list[ModelEntry] = []
+        self._version = -1
+
+    async def catalogue(self, request: Request) -> Response:
+        return Response(models_body(self._current(), parse_page(request.query_params)), media_type="application/json")
+
+    async def retrieve(self, request: Request) -> Response:
+        wanted: str = request.path_params["model"]
+        for entry in self._current():
+            if entry.id == wanted:
+                return Response(model_body(entry), media_type="application/json")
+        raise model_not_found(wanted)
+
+    def _current(self) -> list[ModelEntry]:
+        snapshot = self._fleet.snapshot
+        if snapshot.version != self._version:
+            self._entries = merge_models(snapshot, self._catalogue, self._created)
+            self._version = snapshot.version
+        return self._entries

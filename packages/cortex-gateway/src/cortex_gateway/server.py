@@ -1,0 +1,213 @@
+"""Serve a gateway: bind, run, drain on SIGTERM. The HTTP server is named nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cortex_core.catalogue import Catalogue, load_catalogue
+from cortex_core.config import ConfigError
+from cortex_core.gateway_config import GatewayConfig
+from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.config import Config as HypercornConfig
+
+from cortex_gateway.app import Gateway, MetricsApp
+from cortex_gateway.asgi import ASGIApp
+from cortex_gateway.observability.logs import configure_logging
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1024
+KEEP_ALIVE_S = 75
+CLOSE_TIMEOUT_S = 5
+"""How long connections get to close once the drain is over."""
+
+EXIT_CONFIG = 2
+
+
+class RunningGateway:
+    """A gateway that listens. `url` and `metrics_url` name the ports that were really bound."""
+
+    def __init__(self, gateway: Gateway, url: str, metrics_url: str) -> None:
+        self.gateway = gateway
+        self.url = url
+        self.metrics_url = metrics_url
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def wait_failed(self) -> None:
+        """Returns only if a listener ended by itself, by raising why."""
+        await asyncio.shield(self._failed)
+
+    def _listener_ended(self, task: asyncio.Task[None]) -> None:
+        if self._failed.done() or task.cancelled():
+            return
+        self._failed.set_exception(task.exception() or RuntimeError(f"{task.get_name()} ended"))
+        self._failed.exception()  # seen
+
+
+@asynccontextmanager
+async def running(
+    config: GatewayConfig, catalogue: Catalogue | None = None, *, grace_s: float | None = None
+) -> AsyncIterator[RunningGateway]:
+    """A listening gateway in this event loop; leaving the context drains it (`grace_s`: config's by default).
+
+    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound.
+    """
+    gateway = Gateway(config, catalogue)
+    with bind(config.gateway.listen) as listener, bind(config.gateway.metrics_listen) as metrics_listener:
+        stop, stop_metrics = asyncio.Event(), asyncio.Event()
+        # Before the first request can arrive: hypercorn would run the lifespan too, but does not say when.
+        await gateway.startup()
+        server = _start(_without_lifespan(gateway), listener, stop, "listener")
+        metrics_server = _start(MetricsApp(gateway.metrics), metrics_listener, stop_metrics, "metrics listener")
+        started = RunningGateway(gateway, url_of(listener), url_of(metrics_listener))
+        for task in (server, metrics_server):
+            task.add_done_callback(started._listener_ended)
+        try:
+            yield started
+        finally:
+            try:
+                await gateway.drain(config.gateway.drain_grace_s if grace_s is None else grace_s)
+                await _close(server, stop)
+            finally:
+                await gateway.shutdown()
+                await _close(metrics_server, stop_metrics)
+
+
+def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_path: Path | str | None = None) -> int:
+    """Run a gateway until SIGTERM or SIGINT; returns the exit code. A second signal skips the drain.
+
+    Without `catalogue` the one named in the configuration is read. Uses uvloop where it is installed.
+    """
+    configure_logging()
+    try:
+        catalogue = catalogue if catalogue is not None else load_catalogue(config.models_config)
+    except ConfigError as error:
+        log.error("catalogue refused\n%s", error)
+        return EXIT_CONFIG
+    log.info("starting cortex neurons=%d listen=%s", len(config.neurons), config.gateway.listen)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        try:
+            runner.run(_serve(config, catalogue, config_path))
+        except OSError as error:
+            log.error("cannot listen: %s", error)
+            return 1
+    return 0
+
+
+async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path | str | None) -> None:
+    loop = asyncio.get_running_loop()
+    asked_to_stop = asyncio.Event()
+    main = asyncio.current_task()
+
+    def on_signal() -> None:
+        if asked_to_stop.is_set():
+            log.warning("second signal: not waiting any longer")
+            if main is not None:
+                main.cancel()
+            return
+        log.info("draining for up to %g s", config.gateway.drain_grace_s)
+        asked_to_stop.set()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, on_signal)
+    with suppress(asyncio.CancelledError):
+        async with running(config, catalogue) as started:
+            log.info("prometheus metrics exporter on %s/metrics", started.metrics_url)
+            num_models, num_neurons = len(catalogue.models), len(config.neurons)
+            log.info(
+                "cortex listening on %s (config %s, %d neuron%s, %d model%s in the catalogue)",
+                started.url,
+                config_path or "built in",
+                num_neurons,
+                "" if num_neurons == 1 else "s",
+                num_models,
+                "" if num_models == 1 else "s",
+            )
+            stopping = asyncio.ensure_future(asked_to_stop.wait())
+            failing = asyncio.ensure_future(started.wait_failed())
+            done, pending = await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+            for future in pending:
+                future.cancel()
+            for future in done:
+                future.result()
+    log.info("stopped")
+
+
+# ---------------------------------------------------------------------------------------------- the server
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where it is installed: the same CPU, but events wait a third as long."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def bind(address: str) -> socket.socket:
+    """A listening address: `host:port`, `[v6]:port`, or `fd://N` for a socket handed down by a supervisor."""
+    if address.startswith("fd://"):
+        return socket.socket(fileno=int(address.removeprefix("fd://")))
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind((host, int(port)))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _start(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str) -> asyncio.Task[None]:
+    server = HypercornConfig()
+    server.bind = [f"fd://{os.dup(listener.fileno())}"]
+    server.backlog = BACKLOG
+    server.keep_alive_timeout = KEEP_ALIVE_S
+    server.keep_alive_max_requests = 100_000
+    server.graceful_timeout = CLOSE_TIMEOUT_S
+    server.include_server_header = False
+    server.errorlog = logging.getLogger("cortex_gateway.http")
+    server.loglevel = "WARNING"
+    server.h11_max_incomplete_size = 64 * 1024
+    serving: Coroutine[Any, Any, None] = hypercorn_serve(app, server, shutdown_trigger=stop.wait, mode="asgi")
+    return asyncio.create_task(serving, name=name)
+
+
+async def _close(server: asyncio.Task[None], stop: asyncio.Event) -> None:
+    """Close a listener and its connections; on Python 3.12 hypercorn would wait for ever for a client that stays."""
+    stop.set()
+    done, _ = await asyncio.wait({server}, timeout=CLOSE_TIMEOUT_S + 1)
+    if not done:
+        server.cancel()
+        await asyncio.wait({server}, timeout=1)
+
+
+def _without_lifespan(app: ASGIApp) -> ASGIApp:
+    async def without_lifespan(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while (await receive())["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        await app(scope, receive, send)
+
+    return without_lifespan
