@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import msgspec
@@ -120,8 +121,7 @@ def test_everything_else_that_is_mapped() -> None:
         ({"suffix": 3}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"n": 65, "prompt": ["a", "b"]}, "n"),
-        ({"echo": True, "logprobs": 0}, "echo"),
-        ({"echo": True, "prompt": [1, 2]}, "echo"),
+        ({"echo": True, "logprobs": 0, "max_tokens": 0}, "max_tokens"),
         ({"stop": ""}, "stop[0]"),
     ],
 )
@@ -145,7 +145,6 @@ def test_streamed_chunks_concatenate_to_the_body(data: st.DataObject) -> None:
         prompts=(RawPrompt("hi"),) * num_prompts,
         num_choices=n,
         logprobs=logprobs,
-        echo=logprobs is None and data.draw(st.booleans()),
         include_usage=True,
     )
     events = data.draw(event_streams(num_choices=num_prompts * n, top_logprobs=logprobs, tools=False))
@@ -202,13 +201,23 @@ def test_finish_reasons(reason: Any, finish_reason: str) -> None:
     assert body_of(parse(), events)["choices"][0]["finish_reason"] == finish_reason
 
 
-def test_echo_starts_each_choice_with_its_own_prompt() -> None:
-    asked = parse(prompt=["a", "b"], n=2, echo=True)
-    events: list[Event] = [event for i in range(4) for event in (TextDelta(i, str(i)), Finish(i, "stop"))]
-    body = body_of(asked, [*events, USAGE])
-    assert [choice["text"] for choice in body["choices"]] == ["a0", "a1", "b2", "b3"]
-    first = chunks_of(asked, [*events, USAGE])[:4]
-    assert [chunk["choices"][0]["text"] for chunk in first] == ["a", "a", "b", "b"]
+def test_echo_is_asked_of_the_renderer_and_may_come_without_generation() -> None:
+    assert parse(echo=True, prompt=[1, 2]).echo is True
+    assert parse(echo=True, logprobs=1).echo is True
+    assert parse(echo=True, max_tokens=0).limits.max_tokens == 0
+
+
+def test_the_first_token_of_an_echoed_prompt_has_no_logprob() -> None:
+    echo = TextDelta(0, "ab", (TokenLogprob("a", math.nan), TokenLogprob("b", -1.0)))
+    events: list[Event] = [echo, TextDelta(0, "c", (TokenLogprob("c", -2.0),)), Finish(0, "length"), USAGE]
+    choice = body_of(parse(echo=True, logprobs=1), events)["choices"][0]
+    assert choice["text"] == "abc"
+    assert choice["logprobs"] == {
+        "tokens": ["a", "b", "c"],
+        "token_logprobs": [None, -1.0, -2.0],
+        "top_logprobs": [None, {"b": -1.0}, {"c": -2.0}],
+        "text_offset": [0, 1, 2],
+    }
 
 
 def test_logprobs_are_columns_with_character_offsets() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cortex_core.conversation import Limits, RawPrompt, Request
@@ -18,7 +19,16 @@ from cortex_core.dialects.openai_answer import (
     usage_object,
 )
 from cortex_core.errors import ApiError, invalid
-from cortex_core.events import Event, Failure, Finish, FinishReason, ReasoningDelta, TextDelta, Usage
+from cortex_core.events import (
+    Event,
+    Failure,
+    Finish,
+    FinishReason,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
 
 MAPPED = (
     "echo",
@@ -67,9 +77,8 @@ def parse(body: bytes) -> Request:
     if len(prompts) * num_choices > openai_fields.MAX_CHOICES:
         raise invalid(f"n: at most {openai_fields.MAX_CHOICES} choices over all prompts", param="n")
     echo = fields.boolean("echo")
-    if echo:
-        _check_echo(prompts, logprobs)
-    max_tokens = openai_fields.max_tokens(fields, "max_tokens")
+    # Nothing to generate is a sensible wish where the prompt comes back as text; scoring it takes a step.
+    max_tokens = openai_fields.max_tokens(fields, "max_tokens", minimum=0 if echo and logprobs is None else 1)
     return Request(
         model=openai_fields.model_name(fields),
         prompts=prompts,
@@ -124,18 +133,6 @@ def _token_ids(items: list[Any], path: str) -> tuple[int, ...]:
     return tuple(items)
 
 
-def _check_echo(prompts: tuple[RawPrompt, ...], logprobs: int | None) -> None:
-    if logprobs is not None:
-        raise unsupported("echo", "log-probabilities of the prompt are not computed; drop echo or logprobs")
-    if any(prompt.text is None for prompt in prompts):
-        raise unsupported("echo", "needs a prompt given as text")
-
-
-def _echo_of(request: Request, index: int) -> str:
-    """The text that choice `index` starts with: choices are prompt-major."""
-    return (request.prompts[index // request.num_choices].text or "") if request.echo else ""
-
-
 def _count_choices(request: Request) -> int:
     return len(request.prompts) * request.num_choices
 
@@ -145,54 +142,59 @@ def _finish_reason(reason: FinishReason) -> str:
     return "stop" if mapped == "tool_calls" else mapped
 
 
+def _logprob(logprob: float) -> float | None:
+    """The first token of an echoed prompt has none: it comes as NaN and goes as null."""
+    return None if math.isnan(logprob) else finite_logprob(logprob)
+
+
 class _LegacyLogprobs:
     """The column-wise format, with each token's character offset into the choice's text."""
 
-    def __init__(self, top: int, offset: int) -> None:
+    def __init__(self, top: int) -> None:
         self._top = top
-        self._offset = offset
+        self._offset = 0
 
     def columns(self, event: TextDelta | ReasoningDelta) -> dict[str, Any]:
         """Columns of one delta. Tokens that complete no character share the offset of the next that does."""
         logprobs = event.logprobs if isinstance(event, TextDelta) else ()
-        columns: dict[str, Any] = {
-            "tokens": [entry.token for entry in logprobs],
-            "token_logprobs": [finite_logprob(entry.logprob) for entry in logprobs],
-            "top_logprobs": None,
-            "text_offset": [],
-        }
-        end = self._offset + len(event.text)
+        offsets: list[int] = []
         offset = self._offset
+        self._offset += len(event.text)
         for entry in logprobs:
-            columns["text_offset"].append(offset)
-            offset = min(offset + len(entry.token), end)
-        self._offset = end
-        if self._top:
-            columns["top_logprobs"] = [
-                {top.token: finite_logprob(top.logprob) for top in entry.top}
-                | {entry.token: finite_logprob(entry.logprob)}
-                for entry in logprobs
-            ]
-        return columns
+            offsets.append(offset)
+            offset = min(offset + len(entry.token), self._offset)
+        return {
+            "tokens": [entry.token for entry in logprobs],
+            "token_logprobs": [_logprob(entry.logprob) for entry in logprobs],
+            "top_logprobs": [_candidates(entry) for entry in logprobs] if self._top else None,
+            "text_offset": offsets,
+        }
+
+
+def _candidates(entry: TokenLogprob) -> dict[str, float] | None:
+    """The most likely tokens and, as the official API has it, the sampled one wherever it stands."""
+    sampled = _logprob(entry.logprob)
+    if sampled is None:
+        return None
+    return {top.token: finite_logprob(top.logprob) for top in entry.top} | {entry.token: sampled}
 
 
 class Projector:
-    """See `interface.Projector`. The stream starts with the prompt of each choice where `echo` asks for it."""
+    """See `interface.Projector`. An echoed prompt is the first text of its choice, put there by the renderer."""
 
     def __init__(self, request: Request, *, response_id: str, created: int, model: str) -> None:
         frame = ChunkFrame(request, kind="text_completion", response_id=response_id, created=created, model=model)
-        self._request = request
         self._frame = frame
         self._heads = [frame.prefix + b'[{"index":%d,"text":' % i for i in range(_count_choices(request))]
         self._text_end = b',"logprobs":null,"finish_reason":null}]' + frame.suffix
         self._logprobs: list[_LegacyLogprobs] = []
         if request.logprobs is not None:
-            self._logprobs = [_LegacyLogprobs(request.logprobs, 0) for _ in self._heads]
+            self._logprobs = [_LegacyLogprobs(request.logprobs) for _ in self._heads]
         self._stream = StreamEnd()
 
     def begin(self, prompt_tokens: int) -> bytes:
-        echoes = ((index, _echo_of(self._request, index)) for index in range(len(self._heads)))
-        return b"".join(self.feed(TextDelta(index, text)) for index, text in echoes)
+        """Nothing: a completion has no role to announce."""
+        return b""
 
     def feed(self, event: Event) -> bytes:
         if self._stream.is_closed:
@@ -237,13 +239,13 @@ class Projector:
 class _Completion:
     """One choice as it grows."""
 
-    def __init__(self, echo: str, top_logprobs: int | None) -> None:
-        self.text = [echo]
+    def __init__(self, top_logprobs: int | None) -> None:
+        self.text: list[str] = []
         self.finish: Finish | None = None
         self.columns: dict[str, Any] | None = None
         self._legacy: _LegacyLogprobs | None = None
         if top_logprobs is not None:
-            self._legacy = _LegacyLogprobs(top_logprobs, len(echo))
+            self._legacy = _LegacyLogprobs(top_logprobs)
             self.columns = {
                 "tokens": [],
                 "token_logprobs": [],
@@ -265,9 +267,7 @@ class Collector:
 
     def __init__(self, request: Request, *, response_id: str, created: int, model: str) -> None:
         self._head = {"id": response_id, "object": "text_completion", "created": created, "model": model}
-        self._completions = [
-            _Completion(_echo_of(request, index), request.logprobs) for index in range(_count_choices(request))
-        ]
+        self._completions = [_Completion(request.logprobs) for _ in range(_count_choices(request))]
         self._usage: Usage | None = None
 
     def feed(self, event: Event) -> None:

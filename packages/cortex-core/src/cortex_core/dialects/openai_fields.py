@@ -22,8 +22,8 @@ def model_name(body: Fields) -> str:
     return body.required_string("model")
 
 
-def max_tokens(body: Fields, name: str) -> int | None:
-    value = body.integer(name, 1)
+def max_tokens(body: Fields, name: str, *, minimum: int = 1) -> int | None:
+    value = body.integer(name, minimum)
     return None if value is None else min(value, MAX_TOKENS_CEILING)
 
 
