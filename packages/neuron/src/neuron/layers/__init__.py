@@ -1,0 +1,1 @@
+"""Building blocks of the model families, in their tensor-parallel form. Hidden states are packed: [T, H]."""

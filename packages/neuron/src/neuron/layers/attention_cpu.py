@@ -1,0 +1,346 @@
+"""Paged attention in plain torch: gather a sequence's pages, then `scaled_dot_product_attention`.
+
+It is the CPU's backend and works on any device. A *plan* (which pages, which rows, which masks) is made once per step
+and window, by the first layer that needs it; the layers only gather and multiply.
+
+- Decodes run as one batch. Query heads that share a KV head become rows of one small attention problem
+  ([S, Hkv, G, D] against [S, Hkv, L, D]): twice as fast as `enable_gqa` and each page is read once. Shorter
+  sequences are padded to the longest of their bucket and masked.
+- A prefill chunk runs by itself. Without a cached prefix it attends to its own keys; behind a prefix it attends to
+  gathered pages, in tiles of rows so that masked keys beyond a tile are skipped. The masks of all tiles are views of
+  one "staircase" matrix: row i sees the columns up to i + its width, so shifting the columns gives every prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from neuron.engine.batch import StepBatch
+
+_TILE_ROWS = 256
+# Decodes are split into buckets of similar length when padding would make them gather this much more than they hold.
+_MAX_PADDING_RATIO = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class PageSpan:
+    """Consecutive pages of one or several sequences, as rows of `kv_layer` seen as [num_pages * 2, page_size, …].
+
+    keys, values: [S * n] int64. first: token position at which a single sequence's span begins (0 for batches).
+    """
+
+    keys: Tensor
+    values: Tensor
+    first: int = 0
+
+    @classmethod
+    def of(cls, pages: Tensor, first: int = 0) -> PageSpan:
+        keys = pages.to(torch.int64).mul_(2).flatten()
+        return cls(keys, keys + 1, first)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBucket:
+    """Decodes of similar length. rows: which of the step's rows (None: the first `size`, in order).
+
+    length: keys per sequence after padding. mask: [S, 1, 1, length], added to the scores; None where all are full.
+    """
+
+    rows: Tensor | None
+    size: int
+    span: PageSpan
+    length: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows [begin, end) of a chunk against keys [key_begin, key_end) of its span; mask [rows, keys] or None."""
+
+    begin: int
+    end: int
+    key_begin: int
+    key_end: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Rows [begin, end) of the step. span: pages to gather, None if the chunk's own keys are all it sees.
+
+    tiles: None means plain causal attention of the chunk to itself.
+    """
+
+    begin: int
+    end: int
+    span: PageSpan | None
+    tiles: tuple[Tile, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    decodes: tuple[DecodeBucket, ...]
+    chunks: tuple[PrefillChunk, ...]
+
+
+def decode_buckets(num_pages: list[int]) -> list[list[int]]:
+    """Group sequences (by index) so that padding each group to its longest does not gather too much.
+
+    num_pages: pages that each sequence gathers. One group as long as that is cheap, else one per power of two.
+    """
+    if max(num_pages) * len(num_pages) <= _MAX_PADDING_RATIO * sum(num_pages):
+        return [list(range(len(num_pages)))]
+    buckets: dict[int, list[int]] = {}
+    for index, count in enumerate(num_pages):
+        buckets.setdefault((count - 1).bit_length(), []).append(index)
+    return list(buckets.values())
+
+
+class Staircase:
+    """Masks of prefill tiles, as views of one matrix [_TILE_ROWS, width + _TILE_ROWS] that grows when needed.
+
+    Entry (i, x) is 0 where key x - width (relative to the tile's first row) is visible to row i, else -inf.
+    """
+
+    def __init__(self, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        self._window = window
+        self._dtype = dtype
+        self._device = device
+        self._width = 0
+        self._matrix: Tensor | None = None
+
+    def mask(self, num_rows: int, num_keys_before: int) -> Tensor:
+        """[num_rows, num_keys_before + num_rows]: the tile's rows against the keys before it and its own."""
+        matrix = self._matrix
+        if matrix is None or self._width < num_keys_before:
+            self._width = width = max(_TILE_ROWS, 1 << (num_keys_before - 1).bit_length()) if num_keys_before else 0
+            row = torch.arange(_TILE_ROWS, device=self._device).unsqueeze(1)
+            key = torch.arange(-width, _TILE_ROWS, device=self._device).unsqueeze(0)
+            hidden = key > row
+            if self._window is not None:
+                hidden |= key <= row - self._window
+            zeros = torch.zeros(_TILE_ROWS, width + _TILE_ROWS, dtype=self._dtype, device=self._device)
+            self._matrix = matrix = zeros.masked_fill_(hidden, float("-inf"))
+        begin = self._width - num_keys_before
+        return matrix[:num_rows, begin : self._width + num_rows]
+
+
+class GatherAttention:
+    """`AttentionBackend` on gathered pages and SDPA; float32, bfloat16 and float16."""
+
+    def __init__(self) -> None:
+        self._plans: dict[int | None, Plan] = {}
+        self._staircases: dict[tuple[int | None, torch.dtype], Staircase] = {}
+        self._slots: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self, batch: StepBatch) -> None:
+        self._plans.clear()
+        self._slots = None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_layer: Tensor,
+        batch: StepBatch,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        if self._slots is None:
+            self._slots = _cache_rows(batch.slot_mapping, kv_layer.shape[2])
+        key_rows, value_rows = self._slots
+        cells = kv_layer.view(-1, *kv_layer.shape[3:])  # [num_pages * 2 * page_size, Hkv, D]
+        cells.index_copy_(0, key_rows, k.to(cells.dtype))
+        cells.index_copy_(0, value_rows, v.to(cells.dtype))
+        return self._attend(q, (k, v), kv_layer, batch, scale=scale, sliding_window=sliding_window)
+
+    def attend(
+        self, q: Tensor, kv_layer: Tensor, batch: StepBatch, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        return self._attend(q, None, kv_layer, batch, scale=scale, sliding_window=sliding_window)
+
+    def _attend(
+        self,
+        q: Tensor,
+        new: tuple[Tensor, Tensor] | None,
+        kv_layer: Tensor,
+        batch: StepBatch,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        plan = self._plans.get(sliding_window)
+        if plan is None:
+            plan = self._make_plan(batch, kv_layer.shape[2], q.dtype, sliding_window, gather_all=new is None)
+            self._plans[sliding_window] = plan
+        num_kv_heads, head_dim = kv_layer.shape[3:]
+        grouped = q.view(q.shape[0], num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
+        if len(plan.decodes) == 1 and not plan.chunks:
+            return _decode(plan.decodes[0], grouped, kv_layer, scale).reshape(q.shape)
+        out = torch.empty(grouped.shape, dtype=q.dtype, device=q.device)
+        for bucket in plan.decodes:
+            if bucket.rows is None:
+                out[: bucket.size] = _decode(bucket, grouped[: bucket.size], kv_layer, scale)
+            else:
+                rows = grouped.index_select(0, bucket.rows)
+                out.index_copy_(0, bucket.rows, _decode(bucket, rows, kv_layer, scale))
+        for chunk in plan.chunks:
+            _prefill(chunk, grouped, new, kv_layer, scale, out)
+        return out.view(q.shape[0], -1, head_dim)
+
+    # ------------------------------------------------------------------ plans
+
+    def _make_plan(
+        self, batch: StepBatch, page_size: int, dtype: torch.dtype, window: int | None, *, gather_all: bool
+    ) -> Plan:
+        chunks = []
+        begin = batch.num_decodes
+        for sequence in range(batch.num_decodes, batch.num_sequences):
+            end = begin + batch.query_lens_host[sequence]
+            chunks.append(self._plan_chunk(batch, sequence, begin, end, page_size, dtype, window, gather_all))
+            begin = end
+        return Plan(_plan_decodes(batch, page_size, dtype, window) if batch.num_decodes else (), tuple(chunks))
+
+    def _plan_chunk(
+        self,
+        batch: StepBatch,
+        sequence: int,
+        begin: int,
+        end: int,
+        page_size: int,
+        dtype: torch.dtype,
+        window: int | None,
+        gather_all: bool,
+    ) -> PrefillChunk:
+        context_len = batch.context_lens_host[sequence]
+        num_rows = end - begin
+        prefix_len = context_len - num_rows
+        if prefix_len == 0 and not gather_all and (window is None or num_rows <= window):
+            return PrefillChunk(begin, end, None, None)
+
+        span = None
+        first = 0
+        if prefix_len or gather_all:
+            first_page = 0 if window is None else max(0, prefix_len - window + 1) // page_size
+            first = first_page * page_size
+            pages = batch.page_tables[sequence, first_page : -(-context_len // page_size)]
+            span = PageSpan.of(pages, first)
+
+        staircase = self._staircase(window, dtype, batch.page_tables.device)
+        tiles = []
+        for row in range(0, num_rows, _TILE_ROWS):
+            last = min(row + _TILE_ROWS, num_rows)
+            position = prefix_len + row
+            lowest = 0 if window is None else max(0, position - window + 1)
+            # A single row sees exactly the keys from the lowest one to its own.
+            mask = None if last - row == 1 else staircase.mask(last - row, position - lowest)
+            tiles.append(Tile(row, last, lowest - first, prefix_len + last - first, mask))
+        return PrefillChunk(begin, end, span, tuple(tiles))
+
+    def _staircase(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Staircase:
+        staircase = self._staircases.get((window, dtype))
+        if staircase is None:
+            staircase = self._staircases[window, dtype] = Staircase(window, dtype, device)
+        return staircase
+
+
+def _cache_rows(slot_mapping: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Where keys and values of these slots lie in a layer seen as [num_pages * 2 * page_size, …]; [T] int64 each."""
+    # A page holds its keys, then its values, so that everything after page 0 is shifted by whole pages.
+    keys = slot_mapping + slot_mapping.div(page_size, rounding_mode="floor").mul_(page_size)
+    return keys, keys + page_size
+
+
+def _plan_decodes(batch: StepBatch, page_size: int, dtype: torch.dtype, window: int | None) -> tuple[DecodeBucket, ...]:
+    context_lens = batch.context_lens_host[: batch.num_decodes]
+    lowest = [0 if window is None else max(0, length - window) for length in context_lens]
+    first_page = [position // page_size for position in lowest]
+    num_pages = [-(-length // page_size) - first for length, first in zip(context_lens, first_page, strict=True)]
+    groups = decode_buckets(num_pages)
+    tables = batch.page_tables
+    buckets = []
+    for members in groups:
+        rows = None
+        table = tables[: batch.num_decodes]
+        if len(groups) > 1:
+            rows = torch.tensor(members, dtype=torch.int64, device=tables.device)
+            table = tables.index_select(0, rows)
+        width = max(num_pages[i] for i in members)
+        if any(first_page[i] for i in members):
+            start = torch.tensor([first_page[i] for i in members], device=tables.device).unsqueeze(1)
+            columns = start + torch.arange(width, device=tables.device)
+            pages = table.gather(1, columns.clamp_(max=table.shape[1] - 1))  # beyond a context: masked below
+        else:
+            pages = table[:, :width]
+        begin = [lowest[i] - first_page[i] * page_size for i in members]
+        end = [context_lens[i] - first_page[i] * page_size for i in members]
+        length = max(end)
+        mask = None
+        if any(begin) or min(end) != length:
+            key = torch.arange(length, device=tables.device)
+            hidden = key >= torch.tensor(end, device=tables.device).unsqueeze(1)
+            if any(begin):
+                hidden |= key < torch.tensor(begin, device=tables.device).unsqueeze(1)
+            mask = torch.zeros(len(members), length, dtype=dtype, device=tables.device)
+            mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+        buckets.append(DecodeBucket(rows, len(members), PageSpan.of(pages), length, mask))
+    return tuple(buckets)
+
+
+def _gather(kv_layer: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
+    """Pages as the keys (or values) of sequences: [S, Hkv, pages * page_size, D], strided."""
+    page_size, num_kv_heads, head_dim = kv_layer.shape[2:]
+    pages = kv_layer.view(-1, page_size * num_kv_heads * head_dim).index_select(0, rows)
+    return pages.view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+
+
+def _decode(bucket: DecodeBucket, q: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
+    """q: [S, Hkv, G, D]; returns the same shape."""
+    keys = _gather(kv_layer, bucket.span.keys, bucket.size)[:, :, : bucket.length]
+    values = _gather(kv_layer, bucket.span.values, bucket.size)[:, :, : bucket.length]
+    if keys.dtype != q.dtype:
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bucket.mask, scale=scale)
+
+
+def _prefill(
+    chunk: PrefillChunk,
+    q: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+    kv_layer: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """q, out: [T, Hkv, G, D] of the whole step; writes the chunk's rows of `out`."""
+    group = q.shape[2]
+    queries = q[chunk.begin : chunk.end].permute(1, 2, 0, 3)  # [Hkv, G, n, D]
+    result = out[chunk.begin : chunk.end].permute(1, 2, 0, 3)
+    if chunk.span is None:
+        assert new is not None
+        keys, values = (x[chunk.begin : chunk.end].transpose(0, 1) for x in new)  # [Hkv, n, D]
+    else:
+        keys = _gather(kv_layer, chunk.span.keys, 1)[0]
+        values = _gather(kv_layer, chunk.span.values, 1)[0]
+    # Query heads of a group see the same keys: a dimension of stride 0 instead of copies.
+    keys = keys.to(q.dtype).unsqueeze(1).expand(-1, group, -1, -1)
+    values = values.to(q.dtype).unsqueeze(1).expand(-1, group, -1, -1)
+    if chunk.tiles is None:
+        result.copy_(F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale))
+        return
+    for tile in chunk.tiles:
+        visible = slice(tile.key_begin, tile.key_end)
+        result[:, :, tile.begin : tile.end] = F.scaled_dot_product_attention(
+            queries[:, :, tile.begin : tile.end],
+            keys[:, :, visible],
+            values[:, :, visible],
+            attn_mask=tile.mask,
+            scale=scale,
+        )

@@ -1,0 +1,39 @@
+"""The gated feed-forward block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from neuron.layers.activation import silu_mul
+from neuron.layers.linear import MergedColumnParallelLinear, RowParallelLinear, WeightFormat
+from neuron.parallel.group import ParallelGroup
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up merged into one product."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool,
+        group: ParallelGroup,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            {"gate": intermediate_size, "up": intermediate_size},
+            bias=bias,
+            group=group,
+            weight_format=weight_format,
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size, hidden_size, bias=bias, group=group, weight_format=weight_format
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T, H]"""
+        projected: Tensor = self.down_proj(silu_mul(self.gate_up_proj(hidden)))
+        return projected

@@ -1,0 +1,92 @@
+"""RMSNorm (Zhang and Sennrich 2019), with the residual addition that precedes it in a decoder layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from neuron.layers.fused import fused_kernel
+from neuron.layers.placement import Placement
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension; statistics in float32.
+
+    x: [..., D]; weight: [D] (or broadcastable to x). Returns a new tensor of x's shape and dtype.
+    """
+    kernel = fused_kernel("norm", "rms_norm", x.device)
+    if kernel is not None:
+        result: Tensor = kernel(x, weight, eps)
+        return result
+    size = x.shape[-1]
+    if x.dtype == torch.float32:
+        scale: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale.square_().mul_(1.0 / size).add_(eps).rsqrt_()
+        return x.mul(scale).mul_(weight)
+    upcast = x.float()
+    scale = torch.linalg.vector_norm(upcast, dim=-1, keepdim=True)
+    scale.square_().mul_(1.0 / size).add_(eps).rsqrt_()
+    return upcast.mul_(scale).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`residual + x`, and its RMSNorm. Returns (normalised, sum); the sum overwrites `residual`.
+
+    x, residual: [T, H]; weight: [H].
+    """
+    kernel = fused_kernel("norm", "add_rms_norm", x.device)
+    if kernel is not None:
+        fused: tuple[Tensor, Tensor] = kernel(x, residual, weight, eps)
+        return fused
+    residual.add_(x)
+    return rms_norm(residual, weight, eps), residual
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learnt scale per element; replicated on every rank."""
+
+    weight: nn.Parameter
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[T, H] -> (normalised sum of x and residual, that sum). Without a residual, x itself is the sum."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+    def placements(self, part: str | None) -> list[Placement]:
+        everything = (slice(0, self.weight.shape[0]),)
+        return [Placement("weight", tuple(self.weight.shape), everything, "weight", everything)]
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of each query and key head, with one scale for all query heads and one for all key heads (Qwen3).
+
+    The checkpoint's parts are `q` and `k`, [head_dim] each. After loading, `joint` holds the scales of all
+    `num_heads + num_kv_heads` heads as [Hq + Hkv, D], so that the torch path normalises both in one pass.
+    """
+
+    q: nn.Parameter
+    k: nn.Parameter
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.eps = eps
+        self.q = nn.Parameter(torch.empty(head_dim), requires_grad=False)
+        self.k = nn.Parameter(torch.empty(head_dim), requires_grad=False)
+        self.joint: Tensor | None = None
+
+    def finish_loading(self) -> None:
+        self.joint = torch.cat((self.q.expand(self.num_heads, -1), self.k.expand(self.num_kv_heads, -1)))
+
+    def placements(self, part: str | None) -> list[Placement]:
+        if part not in ("q", "k"):
+            raise ValueError(f"QKNorm has the parts q and k, not {part!r}")
+        size = self.q.shape[0]
+        return [Placement("weight", (size,), (slice(0, size),), part, (slice(0, size),))]

@@ -1,0 +1,42 @@
+"""The contract between layers and the weight loader: where a checkpoint tensor goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One checkpoint tensor, seen from the layer that holds (a part of) it.
+
+    suffix: last component of the checkpoint's name (`weight`, `bias`). checkpoint_shape: its full shape, which the
+    loader verifies before it reads. source: what this rank reads of it, one slice per dimension. parameter: the
+    layer's parameter; target: where in it the part is written. Source and target have the same extent.
+    """
+
+    suffix: str
+    checkpoint_shape: tuple[int, ...]
+    source: Slices
+    parameter: str
+    target: Slices
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """A layer with parameters."""
+
+    def placements(self, part: str | None) -> list[Placement]:
+        """The checkpoint tensors of one checkpoint module. `part` names the slice of a fused layer, else None."""
+        ...
+
+
+@runtime_checkable
+class NeedsFinishing(Protocol):
+    """A layer that derives something from its loaded parameters."""
+
+    def finish_loading(self) -> None:
+        """Called once, after every parameter of the model has been filled."""
+        ...

@@ -1,0 +1,48 @@
+"""The ranks that share one model, and the collectives between them. A group of one is a no-op."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ParallelGroup:
+    """A tensor-parallel group as one rank sees it.
+
+    Layers are written against this class in their parallel form; with `world_size` 1 no collective is called and no
+    process group needs to exist. `process_group`: None with more than one rank means torch.distributed's default
+    group, which must then be initialised (NCCL on CUDA, gloo on the CPU).
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, process_group: dist.ProcessGroup | None = None) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in a group of {world_size}")
+        self.rank = rank
+        self.world_size = world_size
+        self._process_group = process_group
+
+    @classmethod
+    def single(cls) -> ParallelGroup:
+        """The group of one."""
+        return cls()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns `x`."""
+        if self.world_size > 1:
+            dist.all_reduce(x, group=self._process_group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate the ranks' tensors [..., n] along the last dimension: [..., world_size * n], in rank order.
+
+        All ranks must pass the same shape.
+        """
+        if self.world_size == 1:
+            return x
+        gathered = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self._process_group)
+        return gathered.movedim(0, -2).reshape(*x.shape[:-1], self.world_size * x.shape[-1])
+
+    def __repr__(self) -> str:
+        return f"ParallelGroup(rank={self.rank}, world_size={self.world_size})"

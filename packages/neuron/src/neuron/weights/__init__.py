@@ -1,0 +1,1 @@
+"""Filling a model with weights: safetensors checkpoints read slice by slice, or seeded random ones."""

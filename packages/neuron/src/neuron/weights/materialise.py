@@ -1,0 +1,34 @@
+"""From the meta device into memory: parameters are allocated one at a time, when they are about to be filled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from neuron.engine.errors import ModelError, is_out_of_memory
+from neuron.layers.placement import Loadable
+from neuron.models.decoder import CausalLM
+
+
+def materialise(model: CausalLM, module: Loadable, name: str) -> Tensor:
+    """The parameter `name` of `module` in memory, allocated at the first call. Raises `ModelError` (out_of_memory)."""
+    assert isinstance(module, nn.Module)
+    parameter = module.get_parameter(name)
+    if parameter.is_meta:
+        allocate = torch.zeros if getattr(module, "padding_elements", 0) else torch.empty
+        try:
+            memory = allocate(parameter.shape, dtype=parameter.dtype, device=model.device)
+        except (RuntimeError, MemoryError) as exc:
+            if not is_out_of_memory(exc):
+                raise
+            num_bytes = parameter.numel() * parameter.dtype.itemsize
+            raise ModelError("out_of_memory", f"no memory for {num_bytes} bytes of weights: {exc}") from exc
+        parameter = nn.Parameter(memory, requires_grad=False)
+        setattr(module, name, parameter)
+    return parameter
+
+
+def finish(model: CausalLM) -> None:
+    """What follows when every parameter is filled: layers rearrange and derive what they need."""
+    with torch.inference_mode(False), torch.no_grad():
+        model.finish_loading()

@@ -1,0 +1,167 @@
+"""A safetensors checkpoint folder: what is in it, checked before anything is read, and sliced reads.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from neuron.layers.placement import Slices
+from neuron.models.errors import BadCheckpoint
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100 * 2**20
+
+# safetensors dtype -> (torch dtype, bytes per element), those that a float model's weights come in.
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, from its file's header. offset: of its data within the file's data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint folder. Opening reads and verifies headers only.
+
+    Takes `model.safetensors.index.json` with its shards, `model.safetensors`, or the only `*.safetensors` there is.
+    A context manager; files stay open (memory-mapped) while it is. Raises `BadCheckpoint`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handles: dict[Path, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        files, expected = _list_files(path)
+        for file in files:
+            for info in read_header(file):
+                if info.name in self.tensors:
+                    raise BadCheckpoint(f"two files of {path} hold the same tensor", tensors=[info.name])
+                self.tensors[info.name] = info
+        absent = sorted(expected - self.tensors.keys())
+        if absent:
+            raise BadCheckpoint("the index names tensors that no shard holds", tensors=absent)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors together."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def read(self, name: str, source: Slices) -> Tensor:
+        """A part of a tensor, on the CPU in its stored dtype. Only the pages of the file that hold it are touched.
+
+        source: one slice per dimension. Raises `BadCheckpoint` if the file is damaged or its dtype is not a float's.
+        """
+        info = self.tensors[name]
+        if info.dtype not in _DTYPES:
+            raise BadCheckpoint(f"dtype {info.dtype} is not supported for weights", tensors=[name])
+        try:
+            handle = self._handles.get(info.file)
+            if handle is None:
+                handle = self._handles[info.file] = safe_open(info.file, framework="pt", device="cpu")
+            part: Tensor = handle.get_slice(name)[source] if info.shape else handle.get_tensor(name)
+        except (SafetensorError, OSError) as exc:
+            raise BadCheckpoint(f"{info.file.name} cannot be read ({exc})", tensors=[name]) from exc
+        return part
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._handles.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def bytes_per_element(dtype: str) -> int:
+    """Of a float dtype as safetensors names it."""
+    return _DTYPES[dtype].itemsize
+
+
+def _list_files(path: Path) -> tuple[list[Path], set[str]]:
+    """The files to read, and the tensor names that the index promises (none without an index)."""
+    index = path / _INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            shards = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise BadCheckpoint(f"{index} is not a safetensors index: {exc!r}") from exc
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise BadCheckpoint(f"{path} lacks shards that its index names: {', '.join(missing)}")
+        return [path / shard for shard in shards], set(weight_map)
+    single = path / _SINGLE_FILE
+    if single.is_file():
+        return [single], set()
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, set()
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise BadCheckpoint(f"{path} has several safetensors files ({names}) but no {_INDEX_FILE}")
+    raise BadCheckpoint(f"{path} has no safetensors file (other weight formats are not supported)")
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of one file, in order of their data, checked against its size. Raises `BadCheckpoint`."""
+    try:
+        with file.open("rb") as stream:
+            file_bytes = os.fstat(stream.fileno()).st_size
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise BadCheckpoint(
+                    f"{file.name} is damaged: a header of {header_bytes} bytes in a file of {file_bytes}"
+                )
+            header = json.loads(stream.read(header_bytes))
+        tensors = [
+            TensorInfo(
+                name=name,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                file=file,
+                offset=entry["data_offsets"][0],
+                num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except OSError as exc:
+        raise BadCheckpoint(f"{file.name} cannot be read: {exc}") from exc
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
+        raise BadCheckpoint(f"{file.name} is damaged: its header is not a safetensors header ({exc!r})") from exc
+    data_bytes = file_bytes - 8 - header_bytes
+    for info in tensors:
+        if info.offset < 0 or info.offset + info.num_bytes > data_bytes:
+            raise BadCheckpoint(f"{file.name} is truncated: {data_bytes} bytes of data", tensors=[info.name])
+        if info.dtype in _DTYPES and info.num_bytes != math.prod(info.shape) * bytes_per_element(info.dtype):
+            raise BadCheckpoint(f"{file.name} is damaged: size and shape disagree", tensors=[info.name])
+    return sorted(tensors, key=lambda info: info.offset)
