@@ -93,6 +93,7 @@ def toy_engine(
     max_model_len: int = 200,
     tokenizer_json: str | None = None,
     prefix_cache: bool = True,
+    epoch: int = 0,
 ) -> Engine:
     layout = KVLayout(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32)
     runner = ModelRunner(
@@ -115,6 +116,7 @@ def toy_engine(
         max_model_len=max_model_len,
         tokenizer_json=tokenizer_json,
         prefix_cache=prefix_cache,
+        epoch=epoch,
     )
 
 

@@ -308,5 +308,16 @@ class Engine:
         """Contradictions in the engine's books; empty when all is well."""
         return self._scheduler.check()
 
+    def heal(self) -> list[str]:
+        """To be called when idle: check the books and, if they are wrong, start them afresh. Returns what was wrong.
+
+        Nothing is held when no sequence is here, so a contradiction costs the cached prefixes and no answer.
+        """
+        problems = self.check()
+        if problems and self._scheduler.is_empty:
+            self._cache.clear()
+            self._pool.reset()
+        return problems
+
     def close(self) -> None:
         self._compiler.close()

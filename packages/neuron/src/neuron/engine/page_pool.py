@@ -22,14 +22,23 @@ class PagePool:
         if num_pages < 2:
             raise ValueError("a pool needs page 0 and at least one usable page")
         self.num_pages = num_pages
-        self._counts = [0] * num_pages
-        self._blank = list(range(num_pages - 1, 0, -1))
+        self._counts: list[int] = []
+        self._blank: list[int] = []
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._dirty: list[int] = []
         self._tainted: set[int] = set()
+        self.reset()
         # Set by the prefix cache: which pages it can still find, and a notice that one is handed out for new content.
         self.is_findable: Callable[[int], bool] = lambda page: False
         self.on_reuse: Callable[[int], None] = lambda page: None
+
+    def reset(self) -> None:
+        """Start afresh: nobody holds anything and every page is blank."""
+        self._counts = [0] * self.num_pages
+        self._idle.clear()
+        self._tainted.clear()
+        self._dirty = []
+        self._blank = list(range(self.num_pages - 1, 0, -1))
 
     @property
     def num_usable(self) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 from neuron.engine.batch import BatchBuilder, StepBatch, StepContext
 from neuron.engine.sampler import Sampled, Sampler, token_logprobs
 from neuron.engine.scheduler import Chunk, StepPlan
-from neuron.protocol import Logprobs
+from neuron.engine.sequence import Sequence
+from neuron.protocol import Generate, Logprobs, SamplingParams
 
 if TYPE_CHECKING:
     from neuron.engine.kv_cache import PagedKV
@@ -62,6 +63,7 @@ class ModelRunner:
         self.kv = kv
         self._attention = attention
         self._device = device
+        self._vocab_size = vocab_size
         self._builder = BatchBuilder(
             max_tokens=max_step_tokens,
             max_sequences=max_running,
@@ -108,6 +110,23 @@ class ModelRunner:
                     counts = [max(sequence.sampling.logprobs, 0)] * size
                     result.prompt_logprobs += token_logprobs(logits, tokens, counts)
             begin += query_len
+
+    def warm_up(self, num_tokens: int, num_rows: int = 1) -> None:
+        """Run a prefill of `num_tokens` and a decode on page 0, and sample `num_rows` rows.
+
+        So no request pays for what is made on first use, and the allocator has seen steps of this size.
+        """
+        sampling = SamplingParams(top_p=0.5)
+        request = Generate(request_id=0, prompt_ids=[0] * (num_tokens + 1), sampling=sampling, max_tokens=1)
+        sequence = Sequence(request, 0)
+        sequence.pages.extend([0] * (num_tokens // self.kv.page_size + 1))
+        self.execute(StepPlan(0, [Chunk(sequence, 0, num_tokens, True)], 0, num_tokens))
+        self.execute(StepPlan(0, [Chunk(sequence, num_tokens, 1, True)], 1, 1))
+        with torch.inference_mode():
+            self._sampler.sample(torch.zeros(num_rows, self._vocab_size, device=self._device), [sequence] * num_rows)
+        self.zero_pages([0])
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def zero_pages(self, pages: list[int]) -> None:
         """Make pages that held untrusted values harmless."""

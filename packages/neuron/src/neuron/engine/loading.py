@@ -1,0 +1,214 @@
+"""From an `EngineConfig` to a running engine: model, weights, cache, warm-up. Runs on the device thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron.engine.engine import Engine
+from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
+from neuron.engine.kv_cache import KVLayout, PagedKV
+from neuron.engine.memory import available_host_bytes, num_physical_cores
+from neuron.engine.runner import ModelRunner
+from neuron.layers.attention import make_attention_backend
+from neuron.models.registry import build_model
+from neuron.parallel.group import ParallelGroup
+from neuron.protocol import EngineConfig, Loaded, LoadProgress
+from neuron.weights.loader import load_dummy_weights, load_weights
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[LoadProgress], None]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Without a figure in the configuration, a CPU engine's cache holds this many full-length sequences …
+_DEFAULT_CPU_SEQUENCES = 4
+# … but takes at most this part of the memory that is available.
+_DEFAULT_CPU_SHARE = 0.25
+# Part of the free device memory that the cache leaves to the allocator's fragmentation and to libraries.
+_CUDA_RESERVE_SHARE = 0.05
+# Progress is told at most this often; a checkpoint has thousands of tensors.
+_PROGRESS_INTERVAL_S = 0.1
+
+
+def load_engine(
+    config: EngineConfig, *, rank: int = 0, progress: Progress = lambda progress: None
+) -> tuple[Engine, Loaded]:
+    """Build the engine that `config` describes.
+
+    Raises `ModelError`: `bad_checkpoint`, `unsupported_architecture`, `out_of_memory`, `device` or `internal`.
+    """
+    started = time.perf_counter()
+    try:
+        return _load(config, rank, progress, started)
+    except EngineError:
+        raise
+    except Exception as exc:
+        if is_out_of_memory(exc):
+            raise ModelError("out_of_memory", describe(exc)) from exc
+        if is_device_fault(exc):
+            raise ModelError("device", describe(exc)) from exc
+        raise
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder. Raises `ModelError` (`bad_checkpoint`)."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ModelError("bad_checkpoint", f"{file} cannot be read: {exc}") from exc
+    if not isinstance(config, dict):
+        raise ModelError("bad_checkpoint", f"{file} is not a JSON object")
+    return config
+
+
+def resolve_dtype(config: EngineConfig, hf_config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations: `auto` is float32 on the CPU and the checkpoint's own on a device."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    name = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return _DTYPES.get(name, torch.bfloat16)
+
+
+def num_cache_pages(config: EngineConfig, layout: KVLayout, max_model_len: int, device: torch.device) -> int:
+    """Pages (page 0 included) of this rank's cache: as configured, else from the memory that is free now.
+
+    Raises `ModelError` (`out_of_memory`).
+    """
+    if config.kv_cache_bytes is not None:
+        return layout.pages_for_bytes(config.kv_cache_bytes)
+    if config.kv_cache_tokens is not None:
+        return layout.pages_for_tokens(config.kv_cache_tokens)
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return layout.pages_for_bytes(int(free_bytes * (1.0 - _CUDA_RESERVE_SHARE)))
+    wanted = layout.pages_for_tokens(_DEFAULT_CPU_SEQUENCES * max_model_len)
+    return min(wanted, layout.pages_for_bytes(int(available_host_bytes() * _DEFAULT_CPU_SHARE)))
+
+
+class _Reporter:
+    """Passes on progress, but not more often than anybody can see."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._last = 0.0
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        self._progress(LoadProgress(name, done, total))  # type: ignore[arg-type]
+
+    def weights(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._last >= _PROGRESS_INTERVAL_S:
+            self._last = now
+            self.phase("weights", done, total)
+
+
+def _load(config: EngineConfig, rank: int, progress: Progress, started: float) -> tuple[Engine, Loaded]:
+    if config.tensor_parallel_size != 1:
+        raise ModelError("device", "tensor parallelism is not available in this version: use tensor_parallel_size 1")
+    report = _Reporter(progress)
+    report.phase("starting")
+    device = _open_device(config, rank)
+    path = Path(config.path)
+    hf_config = read_hf_config(path)
+    dtype = resolve_dtype(config, hf_config, device)
+
+    report.phase("weights")
+    model = build_model(hf_config, device=device, dtype=dtype, parallel=ParallelGroup.single())
+    if config.load_format == "dummy":
+        load_dummy_weights(model, seed=0)
+    else:
+        load_weights(model, path, progress=report.weights)
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+    report.phase("kv_cache")
+    shape = model.config
+    layout = KVLayout(shape.num_layers, shape.num_kv_heads_local, shape.head_dim, config.page_size, dtype)
+    max_model_len = shape.max_position_embeddings
+    if config.max_model_len is not None:
+        max_model_len = min(max_model_len, config.max_model_len)
+    max_running = min(config.max_running, config.max_step_tokens)
+
+    def build_runner(num_pages: int) -> ModelRunner:
+        return ModelRunner(
+            model,
+            PagedKV(layout, num_pages, device),
+            make_attention_backend(device),
+            vocab_size=shape.vocab_size,
+            max_step_tokens=config.max_step_tokens,
+            max_running=max_running,
+            max_model_len=max_model_len,
+            device=device,
+        )
+
+    if device.type == "cuda":
+        # The largest step first, over the smallest cache: what it leaves in the allocator is the activations' share.
+        build_runner(2).warm_up(config.max_step_tokens, max_running)
+    num_pages = num_cache_pages(config, layout, max_model_len, device)
+    runner = build_runner(num_pages)
+    report.phase("warm_up")
+    runner.warm_up(min(config.max_step_tokens, 2 * config.page_size))
+
+    engine = Engine(
+        runner,
+        vocab_size=shape.vocab_size,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        max_step_tokens=config.max_step_tokens,
+        max_running=max_running,
+        max_model_len=max_model_len,
+        tokenizer_json=config.tokenizer_json,
+        prefix_cache=config.prefix_cache,
+        cache_root=config.model_id,
+        epoch=config.epoch,
+    )
+    architectures = hf_config.get("architectures") or [type(model).__name__]
+    loaded = Loaded(
+        epoch=config.epoch,
+        architecture=str(architectures[0]),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=engine.max_model_len,
+        vocab_size=shape.vocab_size,
+        num_pages=num_pages - 1,
+        page_size=config.page_size,
+        kv_bytes_per_token=layout.bytes_per_token,
+        weight_bytes=weight_bytes,
+        load_seconds=time.perf_counter() - started,
+    )
+    logger.info(
+        "loaded %s (%s, %s on %s): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",
+        config.model_id,
+        loaded.architecture,
+        loaded.dtype,
+        device,
+        weight_bytes / 1e6,
+        loaded.num_pages,
+        loaded.page_size,
+        loaded.max_model_len,
+        loaded.load_seconds,
+    )
+    return engine, loaded
+
+
+def _open_device(config: EngineConfig, rank: int) -> torch.device:
+    """This rank's device, made current. Raises `ModelError` (`device`)."""
+    torch.set_num_threads(config.num_threads or num_physical_cores())
+    if not config.devices:
+        return torch.device("cpu")
+    index = config.devices[rank]
+    if not torch.cuda.is_available():
+        raise ModelError("device", f"device {index} was asked for, but torch sees no CUDA device")
+    if index >= torch.cuda.device_count():
+        raise ModelError("device", f"device {index} was asked for, but there are only {torch.cuda.device_count()}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device

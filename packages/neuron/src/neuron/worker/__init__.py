@@ -1,0 +1,1 @@
+"""The process of one device: socket and frames around the device thread, which alone touches torch."""

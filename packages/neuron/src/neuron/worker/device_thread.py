@@ -1,0 +1,133 @@
+"""The thread that owns the device: loads the model, then steps until it is told to stop (law 2)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from neuron.protocol import (
+    Cancel,
+    EngineConfig,
+    EngineFault,
+    Generate,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    encode_frame,
+)
+from neuron.worker.channels import Inbox, Outbox
+
+if TYPE_CHECKING:
+    from neuron.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_NAME = 15
+
+EXIT_OK = 0
+EXIT_FAULT = 3
+EXIT_LOAD_FAILED = 4
+
+
+def device_thread_name(config: EngineConfig, rank: int) -> str:
+    """`cuda-dev-N` with the CUDA index of this rank, `cpu-dev-N` with the rank when there is no device."""
+    return f"cuda-dev-{config.devices[rank]}" if config.devices else f"cpu-dev-{rank}"
+
+
+def _name_native_thread(name: str) -> None:
+    """Show the name in `ps -L`, `top -H` and profilers too: Python before 3.14 keeps it to itself."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def load(config: EngineConfig, rank: int, progress: Callable[[LoadProgress], None]) -> tuple[Engine, Loaded]:
+    """Import torch and build the engine; called on the device thread, and nowhere else."""
+    from neuron.engine.loading import load_engine
+
+    return load_engine(config, rank=rank, progress=progress)
+
+
+class DeviceThread(threading.Thread):
+    """Runs one engine. `exit_code` is valid once the thread has ended; `on_end` is then called, on this thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        inbox: Inbox,
+        outbox: Outbox,
+        *,
+        rank: int = 0,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(name=device_thread_name(config, rank), daemon=True)
+        self._config = config
+        self._inbox = inbox
+        self._outbox = outbox
+        self._rank = rank
+        self._on_end = on_end
+        self.exit_code = EXIT_OK
+
+    def run(self) -> None:
+        _name_native_thread(self.name)
+        try:
+            self.exit_code = self._serve()
+        finally:
+            self._on_end()
+
+    def _serve(self) -> int:
+        try:
+            engine, loaded = load(self._config, self._rank, self._report)
+        except Exception as exc:
+            logger.exception("loading %s failed", self._config.model_id)
+            kind, message = _kind_of(exc)
+            self._outbox.send(encode_frame(LoadFailed(self._config.epoch, kind, message)))
+            return EXIT_LOAD_FAILED
+        self._outbox.send(encode_frame(loaded))
+        try:
+            self._step_until_closed(engine)
+        except Exception as exc:
+            logger.exception("the engine of %s cannot go on", self._config.model_id)
+            kind, message = _kind_of(exc)
+            self._outbox.send(encode_frame(EngineFault(self._config.epoch, kind, message)))
+            return EXIT_FAULT
+        finally:
+            engine.close()
+        return EXIT_OK
+
+    def _report(self, progress: LoadProgress) -> None:
+        self._outbox.send(encode_frame(progress))
+
+    def _step_until_closed(self, engine: Engine) -> None:
+        engine.on_wake = self._inbox.wake
+        inbox, outbox = self._inbox, self._outbox
+        is_checked = True
+        while not inbox.is_closed:
+            if engine.is_idle and not is_checked:
+                is_checked = True
+                problems = engine.heal()
+                if problems:
+                    logger.error("the page books were wrong and have been rebuilt: %s", "; ".join(problems))
+            for command in inbox.take(wait=not engine.has_work):
+                if isinstance(command, Generate):
+                    engine.add(command)
+                elif isinstance(command, Cancel):
+                    engine.cancel(command.request_id)
+            output = engine.step()
+            if output is not None:
+                is_checked = False
+                outbox.send(encode_frame(output))
+
+
+def _kind_of(error: Exception) -> tuple[str, str]:
+    """The frame's (kind, message). Errors of the engine carry a kind; anything else is a bug of ours."""
+    from neuron.engine.errors import EngineError, describe, is_device_fault, is_out_of_memory
+
+    if isinstance(error, EngineError):
+        return error.kind, error.message
+    if is_out_of_memory(error):
+        return "out_of_memory", describe(error)
+    return ("device" if is_device_fault(error) else "internal"), describe(error)
