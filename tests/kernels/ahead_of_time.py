@@ -1,0 +1,142 @@
+"""Compile every kernel launch for a GPU that need not be there, with the arguments of the real launchers.
+
+`python -m tests.kernels.ahead_of_time 90 80` replaces Triton's launch by a compilation for the given compute
+capabilities, calls the launchers with CPU tensors of real model shapes, and prints one JSON line per compiled
+variant: registers, spilled bytes, shared memory. ptxas comes with Triton, so no CUDA installation is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages")
+
+
+class Recorder:
+    """Stands in for `JITFunction.run`: compiles the launch for `targets` and runs nothing."""
+
+    def __init__(self, targets: list[int]) -> None:
+        self.targets = targets
+        self.results: list[dict[str, Any]] = []
+        self.label = ""
+        self._seen: set[str] = set()
+
+    def run(self, function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        values = dict(zip(function.arg_names, args, strict=False)) | kwargs
+        signature: dict[str, str] = {}
+        constexprs: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        for index, parameter in enumerate(function.params):
+            value = values[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name] = "constexpr"
+                constexprs[(index,)] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + _TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, bool):
+                signature[parameter.name] = "i1"
+            elif isinstance(value, int):
+                if value == 1 and not parameter.do_not_specialize:
+                    signature[parameter.name] = "constexpr"
+                    constexprs[(index,)] = 1
+                else:
+                    signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                    if value % 16 == 0 and not parameter.do_not_specialize:
+                        attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "fp32"
+        key = repr((function.__name__, signature, constexprs, attributes, options))
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        for capability in self.targets:
+            source = ASTSource(function, signature, constexprs, attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            self.results.append(
+                {
+                    "kernel": function.__name__,
+                    "case": self.label,
+                    "capability": capability,
+                    "shared": compiled.metadata.shared,
+                    "tensor_cores": bool(re.search(r"wgmma|mma\.sync", compiled.asm["ptx"])),
+                    **_resources(compiled.asm["cubin"]),
+                }
+            )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def attention_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from neuron.layers.attention_triton import TritonAttention
+
+    from .cases import AttentionCase
+
+    def launch(case: AttentionCase, window: int | None = None) -> None:
+        backend = TritonAttention()
+        backend.prepare(case.batch)
+        backend.forward(case.q, case.k, case.v, case.kv, case.batch, scale=case.scale, sliding_window=window)
+
+    step = [(1, 40), (40, 300), (300, 300)]
+    shapes = [
+        ("qwen3", torch.bfloat16, 128, 2, None),
+        ("llama3", torch.bfloat16, 128, 4, None),
+        ("mistral", torch.float16, 128, 4, 4096),
+        ("small heads", torch.bfloat16, 80, 7, None),
+        ("head 256", torch.bfloat16, 256, 4, None),
+        ("fp32", torch.float32, 128, 2, None),
+    ]
+    for label, dtype, head_dim, group, window in shapes:
+        case = AttentionCase(step, num_decodes=1, head_dim=head_dim, group=group, dtype=dtype, num_kv_heads=2)
+        yield f"attention {label}", lambda case=case, window=window: launch(case, window)  # type: ignore[misc]
+
+
+def all_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    yield from attention_cases()
+
+
+def main(arguments: list[str]) -> None:
+    recorder = Recorder([int(argument) for argument in arguments if argument.isdigit()])
+    only = [argument for argument in arguments if not argument.isdigit()]
+    JITFunction.run = lambda self, *args, **kwargs: recorder.run(self, *args, **kwargs)  # type: ignore[method-assign]
+    for label, launch in all_cases():
+        if only and not any(part in label for part in only):
+            continue
+        recorder.label = label
+        launch()
+    for result in recorder.results:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,28 @@
+"""Kernel tests run compiled on a CUDA device where there is one, else under Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from . import interpreter
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+if DEVICE.type == "cpu":
+    interpreter.enable()
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Interpreter mode while a test of this folder runs, so that no engine started by another test inherits it."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE

@@ -1,0 +1,125 @@
+"""Triton's interpreter made fit for our tests: switched on whoever imported Triton first, and exact in bfloat16.
+
+Triton reads TRITON_INTERPRET when a function is decorated, so its own library (`tl.sum`, `tl.zeros`, …) must be
+decorated under it too. Its interpreter keeps bfloat16 as raw 16-bit integers: it rounds towards zero and multiplies
+the integers in `tl.dot`, where a GPU rounds to nearest even and multiplies the numbers. Both are put right here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_LIBRARY = ("core", "standard", "math", "random", "semantic")
+
+
+def enable() -> None:
+    """Import (or import again) Triton's library and our kernels so that they run in the interpreter.
+
+    The environment is left as it was; kernels must be called with TRITON_INTERPRET=1 set (`tl` asks again then).
+    """
+    import neuron.kernels
+
+    imported_before = "triton" in sys.modules
+    stale = [name for name in sys.modules if name.startswith("neuron.kernels.") or name.endswith("_triton")]
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        if imported_before:
+            _decorate_library_again()
+            for name in stale:
+                del sys.modules[name]
+        for info in pkgutil.iter_modules(neuron.kernels.__path__):
+            importlib.import_module(f"neuron.kernels.{info.name}")
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    _correct_bfloat16()
+    _correct_index()
+
+
+def _decorate_library_again() -> None:
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    replaced: dict[int, object] = {}
+    library = [importlib.import_module(f"triton.language.{name}") for name in _LIBRARY]
+    for module in (triton, tl, *library):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, replaced.setdefault(id(value), InterpretedFunction(value.fn)))
+
+
+def _to_float32(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, nearest_even).astype(np.uint16).reshape(np.shape(values))
+
+
+def _correct_bfloat16() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if getattr(InterpreterBuilder, "_exact_bfloat16", False):
+        return
+    builder: Any = InterpreterBuilder
+    original_cast, original_convert, original_dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+
+    def convert(src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return TensorHandle(_to_float32(src.data), target)
+        if source == tl.float32 and target == tl.bfloat16:
+            return TensorHandle(_to_bfloat16(src.data), target)
+        return None
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        converted = convert(src, dst_type)  # a handle's truth value is that of its data
+        return original_cast(self, src, dst_type) if converted is None else converted
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        converted = convert(src, dst_type)
+        return original_convert(self, src, dst_type, rounding_mode) if converted is None else converted
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a = TensorHandle(_to_float32(a.data), tl.float32)
+        if b.dtype.scalar == tl.bfloat16:
+            b = TensorHandle(_to_float32(b.data), tl.float32)
+        return original_dot(self, a, b, d, *options)
+
+    builder.cast_impl = cast_impl
+    builder.create_fp_to_fp = create_fp_to_fp
+    builder.create_dot = create_dot
+    # `create_fp_ext` and its like call `self.cast_impl`, so they follow.
+    builder._exact_bfloat16 = True
+
+
+def _correct_index() -> None:
+    """Triton 3.6 turns a loop bound into a Python integer with `int(array of one element)`, which numpy now refuses."""
+    import triton
+    from triton.runtime import interpreter as triton_interpreter
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7):
+        return
+    original = triton_interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *scope: Any) -> None:
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    triton_interpreter._patch_lang_tensor = patch
