@@ -15,8 +15,8 @@ from cortex_core.errors import ApiError
 from neuron.protocol import EngineStats
 from neuron.supervisor.engine_group import EngineGroup, GroupDied, GroupFailed, GroupLoaded, GroupLoading
 
-from ..scripted_engine import Events, eventually, make_group, mute_command, request
-from ..scripted_worker import DIE, FAULT, HOLD, NOISE, REFUSE, SILENT, TALK
+from tests.neuron.scripted_engine import Events, eventually, make_group, mute_command, request
+from tests.neuron.scripted_worker import DIE, FAULT, HOLD, NOISE, REFUSE, SILENT, TALK
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def is_alive(pid: int) -> bool:
 
 
 def open_fds() -> set[str]:
-    return {f"{fd.name} {os.readlink(fd)}" for fd in Path("/proc/self/fd").iterdir() if fd.exists()}
+    return {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.exists()}
 
 
 async def tokens_of(group: EngineGroup, *prompt_ids: int, max_tokens: int = 4) -> list[int]:

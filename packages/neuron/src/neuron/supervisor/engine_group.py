@@ -104,6 +104,7 @@ class EngineGroup:
         assert self._task is None
         self.state = "loading"
         self._task = asyncio.create_task(self._run(), name=f"engine-group {self.config.model_id}")
+        self._task.add_done_callback(self._on_task_done)
 
     async def stop(self) -> None:
         """End every request and every process. Returns when all are gone; the group cannot be started again."""
@@ -220,6 +221,13 @@ class EngineGroup:
     def _book_failure(self, lived_s: float) -> None:
         self._failures = self._policy.failures_after(self._failures, lived_s)
         self._retry_in_s = self._policy.delay_before(self._failures) or 0.0
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        """A bug in the loop above must show as a failed model, not as one that hangs for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("engine group broke model=%s", self.config.model_id, exc_info=error)
+            self.fail_requests(engine_stopped)
+            self._give_up("internal", f"{type(error).__name__}: {error}")
 
     def _give_up(self, kind: str, reason: str) -> None:
         self.state = "failed"

@@ -1,0 +1,76 @@
+"""`default_models`: loaded one after the other in the background once the daemon listens, visible on `/health`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from cortex_core.errors import ApiError
+from cortex_core.fleet import Activation, ActivationFailure, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+RETRY_DELAYS_S = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)
+"""Before each further round over those whose fetch failed for a cause that may pass (F35)."""
+
+
+class Activator:
+    """`run` it once; `status` says at any time how far it is."""
+
+    def __init__(
+        self,
+        specs: Sequence[ModelSpec],
+        load: Callable[[ModelSpec], Awaitable[None]],
+        *,
+        retry_delays_s: Sequence[float] = RETRY_DELAYS_S,
+    ) -> None:
+        self._load = load
+        self._retry_delays_s = retry_delays_s
+        self._pending = list(specs)
+        self._in_progress: str | None = None
+        self._completed: list[str] = []
+        self._failed: list[ActivationFailure] = []
+        self._is_ready = not specs
+
+    @property
+    def status(self) -> Activation:
+        return Activation(
+            state="ready" if self._is_ready else "pre_warming",
+            pending=tuple(spec.model_id for spec in self._pending),
+            in_progress=self._in_progress,
+            completed=tuple(self._completed),
+            failed=tuple(self._failed),
+        )
+
+    async def run(self) -> None:
+        delays = iter(self._retry_delays_s)
+        while True:
+            deferred = await self._round()
+            delay_s = next(delays, None)
+            if not deferred or delay_s is None:
+                break
+            self._pending = [spec for spec, _ in deferred]
+            logger.warning("activation: %d models are tried again in %.0f s", len(deferred), delay_s)
+            await asyncio.sleep(delay_s)
+        self._failed += [ActivationFailure(spec.model_id, error.message) for spec, error in deferred]
+        self._is_ready = True
+
+    async def _round(self) -> list[tuple[ModelSpec, ApiError]]:
+        """One attempt at each pending model; returns those worth another."""
+        deferred: list[tuple[ModelSpec, ApiError]] = []
+        while self._pending:
+            spec = self._pending.pop(0)
+            self._in_progress = spec.model_id
+            try:
+                await self._load(spec)
+                self._completed.append(spec.model_id)
+            except ApiError as exc:
+                logger.error("activation: model=%s failed code=%s reason=%s", spec.model_id, exc.code, exc.message)
+                if exc.code == "repo_fetch_failed" and exc.is_retryable:
+                    deferred.append((spec, exc))
+                else:
+                    self._failed.append(ActivationFailure(spec.model_id, exc.message))
+            finally:
+                self._in_progress = None
+        return deferred

@@ -1,0 +1,262 @@
+"""The life of one model on this neuron, as a pure function: `decide(state, event) -> (state, effects)`.
+
+absent → fetching → loading → loaded → recovering → loaded | failed, and from anywhere → unloading → absent.
+Nothing in here does I/O or looks at a clock; `manager` carries out the effects and feeds back what came of them.
+Loads and unloads join those in progress: whoever asks is answered by the next `AnswerLoads` / `AnswerUnloads`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from cortex_core.errors import ApiError
+from cortex_core.fleet import LoadProgress, ModelSpec
+
+Phase = Literal["absent", "fetching", "loading", "loaded", "recovering", "failed", "unloading"]
+
+
+class ModelState(msgspec.Struct, frozen=True):
+    """progress: while fetching, loading or recovering. error: why it failed or recovers. fetch_failures: in a row.
+
+    next_spec: a load was asked for while unloading; it begins when that is done.
+    """
+
+    phase: Phase = "absent"
+    spec: ModelSpec | None = None
+    progress: LoadProgress | None = None
+    error: str | None = None
+    fetch_failures: int = 0
+    is_draining: bool = False
+    next_spec: ModelSpec | None = None
+
+
+ABSENT = ModelState()
+
+# ---------------------------------------------------------------- events
+
+
+class LoadRequested(msgspec.Struct, frozen=True):
+    spec: ModelSpec
+
+
+class Progressed(msgspec.Struct, frozen=True):
+    """Of the fetch or of the engine's load."""
+
+    progress: LoadProgress
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    path: Path
+
+
+class FetchFailed(msgspec.Struct, frozen=True):
+    """A retryable error is retried by the machine, as often as `FETCH_RETRY_DELAYS_S` has entries."""
+
+    error: ApiError
+
+
+class RetryDue(msgspec.Struct, frozen=True):
+    pass
+
+
+class EngineUp(msgspec.Struct, frozen=True):
+    pass
+
+
+class EngineDied(msgspec.Struct, frozen=True):
+    """A loaded engine ended; the supervisor is already rebuilding it."""
+
+    reason: str
+
+
+class EngineFailed(msgspec.Struct, frozen=True):
+    """The load failed, or the supervisor gave the engine up."""
+
+    error: ApiError
+
+
+class UnloadRequested(msgspec.Struct, frozen=True):
+    pass
+
+
+class Drained(msgspec.Struct, frozen=True):
+    """No request is in flight any more."""
+
+
+class DrainTimedOut(msgspec.Struct, frozen=True):
+    num_in_flight: int
+
+
+class Stopped(msgspec.Struct, frozen=True):
+    """Fetch, engine and processes are gone."""
+
+
+Event = (
+    LoadRequested
+    | Progressed
+    | Fetched
+    | FetchFailed
+    | RetryDue
+    | EngineUp
+    | EngineDied
+    | EngineFailed
+    | UnloadRequested
+    | Drained
+    | DrainTimedOut
+    | Stopped
+)
+
+# ---------------------------------------------------------------- effects
+
+
+class StartFetch(msgspec.Struct, frozen=True):
+    spec: ModelSpec
+
+
+class RetryLater(msgspec.Struct, frozen=True):
+    delay_s: float
+
+
+class StartEngine(msgspec.Struct, frozen=True):
+    path: Path
+
+
+class OpenAdmission(msgspec.Struct, frozen=True):
+    pass
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """Close admission and report `Drained` or `DrainTimedOut`."""
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Call off the fetch, kill the engine, close admission; report `Stopped`."""
+
+
+class AnswerLoads(msgspec.Struct, frozen=True):
+    error: ApiError | None = None
+
+
+class AnswerUnloads(msgspec.Struct, frozen=True):
+    error: ApiError | None = None
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """The model is absent: nothing of it is kept."""
+
+
+Effect = StartFetch | RetryLater | StartEngine | OpenAdmission | Drain | Stop | AnswerLoads | AnswerUnloads | Forget
+
+FETCH_RETRY_DELAYS_S = (1.0, 4.0)
+
+Decision = tuple[ModelState, tuple[Effect, ...]]
+
+
+def decide(state: ModelState, event: Event) -> Decision:
+    """The next state and what to do. An event that means nothing in this state changes nothing."""
+    if isinstance(event, LoadRequested):
+        return _load(state, event.spec)
+    if isinstance(event, UnloadRequested):
+        return _unload(state)
+    if state.phase == "unloading":
+        return _unloading(state, event)
+    if isinstance(event, Progressed) and state.phase in ("fetching", "loading", "recovering"):
+        return msgspec.structs.replace(state, progress=event.progress), ()
+    if state.phase == "fetching":
+        return _fetching(state, event)
+    if state.phase in ("loading", "loaded", "recovering"):
+        return _with_engine(state, event)
+    return state, ()
+
+
+def _load(state: ModelState, spec: ModelSpec) -> Decision:
+    if state.phase in ("absent", "failed"):
+        return _begin(spec)
+    if state.phase == "loaded":
+        return state, (AnswerLoads(),)
+    if state.phase == "unloading":
+        return msgspec.structs.replace(state, next_spec=state.next_spec or spec), ()
+    return state, ()
+
+
+def _begin(spec: ModelSpec) -> Decision:
+    return ModelState("fetching", spec, LoadProgress("fetching")), (StartFetch(spec),)
+
+
+def _unload(state: ModelState) -> Decision:
+    if state.phase == "absent":
+        return state, (AnswerUnloads(_not_here()), Forget())
+    if state.phase == "unloading":
+        return state, ()
+    if state.phase == "loaded":
+        return msgspec.structs.replace(state, phase="unloading", is_draining=True), (Drain(),)
+    unloading = ModelState("unloading", state.spec, error=state.error)
+    return unloading, (AnswerLoads(_called_off()), Stop())
+
+
+def _unloading(state: ModelState, event: Event) -> Decision:
+    if isinstance(event, Drained) and state.is_draining:
+        return msgspec.structs.replace(state, is_draining=False), (Stop(),)
+    if isinstance(event, DrainTimedOut) and state.is_draining:
+        loaded = ModelState("loaded", state.spec)
+        return loaded, (OpenAdmission(), AnswerUnloads(_busy(event.num_in_flight)), AnswerLoads())
+    if isinstance(event, Stopped):
+        if state.next_spec is not None:
+            begun, effects = _begin(state.next_spec)
+            return begun, (AnswerUnloads(), *effects)
+        return ABSENT, (AnswerUnloads(), Forget())
+    return state, ()
+
+
+def _fetching(state: ModelState, event: Event) -> Decision:
+    assert state.spec is not None
+    if isinstance(event, Fetched):
+        return ModelState("loading", state.spec, LoadProgress("starting")), (StartEngine(event.path),)
+    if isinstance(event, RetryDue):
+        return state, (StartFetch(state.spec),)
+    if isinstance(event, FetchFailed):
+        error = event.error
+        if not error.is_retryable:
+            # What was refused never was a model here: it leaves no trace but the answer.
+            return ABSENT, (AnswerLoads(error), Forget())
+        if state.fetch_failures < len(FETCH_RETRY_DELAYS_S):
+            delay_s = FETCH_RETRY_DELAYS_S[state.fetch_failures]
+            waiting = msgspec.structs.replace(state, error=error.message, fetch_failures=state.fetch_failures + 1)
+            return waiting, (RetryLater(delay_s),)
+        return ModelState("failed", state.spec, error=error.message), (AnswerLoads(error),)
+    return state, ()
+
+
+def _with_engine(state: ModelState, event: Event) -> Decision:
+    if isinstance(event, EngineUp):
+        return ModelState("loaded", state.spec), (OpenAdmission(), AnswerLoads())
+    if isinstance(event, EngineDied):
+        recovering = ModelState("recovering", state.spec, LoadProgress("starting"), error=event.reason)
+        return recovering, ()
+    if isinstance(event, EngineFailed):
+        return ModelState("failed", state.spec, error=event.error.message), (AnswerLoads(event.error),)
+    return state, ()
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _not_here() -> ApiError:
+    return ApiError("not_found", "The model is not loaded here.", code="model_not_found", param="model_id")
+
+
+def _called_off() -> ApiError:
+    return ApiError("conflict", "The load was called off by an unload.", code="load_cancelled")
+
+
+def _busy(num_in_flight: int) -> ApiError:
+    noun = "request" if num_in_flight == 1 else "requests"
+    return ApiError(
+        "conflict",
+        f"cannot unload: inference still in flight ({num_in_flight} {noun})",
+        code="model_busy",
+        retry_after=10,
+        extras={"in_flight": num_in_flight},
+    )

@@ -1,0 +1,416 @@
+"""Carries out what `machine.decide` decides, for every model of this neuron. All of it on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from cortex_core.errors import ApiError, model_not_found
+from cortex_core.fleet import DeviceInfo, LoadProgress, ModelInfo, ModelLoad, ModelSpec
+
+from neuron.config import NeuronConfig
+from neuron.lifecycle import machine
+from neuron.lifecycle.admission import Admission
+from neuron.lifecycle.daemon_thread import run_in_daemon_thread
+from neuron.lifecycle.preflight import check_spec, refusal
+from neuron.lifecycle.registry import FetchCancelled
+from neuron.lifecycle.served_model import ServedModel
+from neuron.lifecycle.sources import Sources
+from neuron.protocol import EngineConfig
+from neuron.protocol import LoadProgress as EngineProgress
+from neuron.supervisor.engine_group import (
+    EngineGroup,
+    GroupDied,
+    GroupEvent,
+    GroupFailed,
+    GroupLoaded,
+    GroupLoading,
+)
+from neuron.supervisor.incarnation import LaunchSettings, WorkerCommand, worker_command
+from neuron.supervisor.restart_policy import RestartPolicy
+from neuron.text import TextModel, TokenizerError
+
+logger = logging.getLogger(__name__)
+
+_PERMANENT_LOAD_FAILURES = ("unsupported_architecture", "bad_checkpoint")
+
+
+class ModelManager:
+    """Loads, serves and unloads models.
+
+    runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
+    the argument list of a worker process.
+    """
+
+    def __init__(
+        self,
+        config: NeuronConfig,
+        sources: Sources,
+        *,
+        runtime_dir: Path,
+        devices: tuple[DeviceInfo, ...] = (),
+        cuda_unavailable_reason: str | None = None,
+        command: WorkerCommand = worker_command,
+    ) -> None:
+        engine = config.engine
+        self._config = config
+        self._sources = sources
+        self._devices = devices
+        self._cuda_unavailable_reason = cuda_unavailable_reason
+        self._models: dict[str, ServedModel] = {}
+        self._is_closing = False
+        self._policy = RestartPolicy(engine.recovery_attempts, engine.stable_after_s)
+        self._launch = LaunchSettings(
+            runtime_dir=runtime_dir,
+            command=command,
+            start_timeout_s=engine.start_timeout_s,
+            stall_timeout_s=engine.load_stall_timeout_s,
+            stop_grace_s=engine.stop_grace_s,
+        )
+
+    # ------------------------------------------------------------------ what is here
+
+    def models(self) -> list[ModelInfo]:
+        return [model.info() for model in self._models.values()]
+
+    def loads(self) -> list[ModelLoad]:
+        return [model.load() for model in self._models.values() if model.group is not None]
+
+    def all(self) -> list[ServedModel]:
+        return list(self._models.values())
+
+    def find(self, model_id: str) -> ServedModel | None:
+        """The model of an id, in whatever form its source may be written."""
+        model = self._models.get(model_id)
+        if model is not None:
+            return model
+        try:
+            return self._models.get(self._sources.public_id(model_id))
+        except ApiError:
+            return None
+
+    def serving(self, model_id: str) -> tuple[ServedModel, TextModel, EngineGroup]:
+        """A model that takes requests. Raises `ApiError`: `model_not_found`, or why it does not now."""
+        model = self.find(model_id)
+        if model is None:
+            raise model_not_found(model_id)
+        if model.state.phase != "loaded" or model.text is None or model.group is None:
+            raise model.unavailable()
+        return model, model.text, model.group
+
+    def text_of(self, model_id: str) -> TextModel:
+        """The tokenizer side of a model, which serves also while its engine does not. Raises `ApiError`."""
+        model = self.find(model_id)
+        if model is None:
+            raise model_not_found(model_id)
+        if model.text is None:
+            raise model.unavailable()
+        return model.text
+
+    # ------------------------------------------------------------------ load and unload
+
+    async def load(self, spec: ModelSpec) -> None:
+        """Returns when the model is loaded. One load runs, however many ask; it outlives whoever asked.
+
+        Raises `ApiError`: why it cannot be, or was not, loaded.
+        """
+        if self._is_closing:
+            raise shutting_down()
+        model_id = self._sources.public_id(spec.model_id)
+        model = self._models.get(model_id)
+        if model is None or model.state.phase in ("absent", "failed"):
+            if self._cuda_unavailable_reason is not None:
+                raise ApiError("overloaded", self._cuda_unavailable_reason, code="cuda_unavailable")
+            check_spec(spec, self._devices)
+        if model is None:
+            model = self._models[model_id] = ServedModel(model_id, self._new_admission())
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        model.load_waiters.append(answer)
+        self._post(model, machine.LoadRequested(spec))
+        await answer
+
+    async def unload(self, model_id: str) -> None:
+        """Returns when every process of the model is gone. Raises `ApiError`: not here, or still in use."""
+        model = self.find(model_id)
+        if model is None:
+            raise ApiError(
+                "not_found",
+                f"The model `{model_id}` is not loaded here.",
+                code="model_not_found",
+                param="model_id",
+                extras={"model_id": model_id},
+            )
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        model.unload_waiters.append(answer)
+        self._post(model, machine.UnloadRequested())
+        await answer
+
+    def close_admission(self) -> None:
+        """From now on every request and load is refused with `shutting_down`; who waits in a queue is told so."""
+        self._is_closing = True
+        for model in self._models.values():
+            model.admission.close(shutting_down)
+
+    async def drained(self) -> None:
+        """Wait until no request is in flight on any model."""
+        for model in list(self._models.values()):
+            await model.admission.drained()
+
+    def fail_requests(self) -> None:
+        """End every request in flight with `shutting_down`."""
+        for model in self._models.values():
+            if model.group is not None:
+                model.group.fail_requests(shutting_down)
+
+    async def shutdown(self, *, timeout_s: float) -> None:
+        """Stop every model, each within `timeout_s`."""
+        self.close_admission()
+
+        async def stop(model: ServedModel) -> None:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._stop(model)
+            except TimeoutError:
+                logger.error("model not stopped in time model=%s pids=%s", model.id, model.group and model.group.pids)
+            self._answer(model.load_waiters, shutting_down())
+            self._answer(model.unload_waiters, None)
+
+        await asyncio.gather(*(stop(model) for model in list(self._models.values())))
+        self._models.clear()
+
+    # ------------------------------------------------------------------ events in, effects out
+
+    def _post(self, model: ServedModel, event: machine.Event) -> None:
+        before = model.state
+        model.state, effects = machine.decide(before, event)
+        if model.state.phase != before.phase:
+            logger.info(
+                "model state model=%s from=%s to=%s%s",
+                model.id,
+                before.phase,
+                model.state.phase,
+                f" reason={model.state.error}" if model.state.error else "",
+            )
+        for effect in effects:
+            self._perform(model, effect)
+
+    def _perform(self, model: ServedModel, effect: machine.Effect) -> None:
+        if isinstance(effect, machine.StartFetch):
+            if not model.state.fetch_failures:
+                model.load_began, model.load_seconds = time.monotonic(), None
+            self._spawn(model, self._fetch(model, effect.spec))
+        elif isinstance(effect, machine.RetryLater):
+            self._spawn(model, self._retry_later(model, effect.delay_s))
+        elif isinstance(effect, machine.StartEngine):
+            assert model.state.spec is not None
+            self._spawn(model, self._start_engine(model, model.state.spec, effect.path))
+        elif isinstance(effect, machine.OpenAdmission):
+            if not self._is_closing:
+                model.admission.open()
+        elif isinstance(effect, machine.Drain):
+            self._spawn(model, self._drain(model))
+        elif isinstance(effect, machine.Stop):
+            task = asyncio.create_task(self._stop_and_report(model))
+            self._keep(model, task)
+        elif isinstance(effect, machine.AnswerLoads):
+            self._answer(model.load_waiters, effect.error)
+        elif isinstance(effect, machine.AnswerUnloads):
+            self._answer(model.unload_waiters, effect.error)
+        else:
+            self._models.pop(model.id, None)
+
+    def _spawn(self, model: ServedModel, work: Coroutine[Any, Any, None]) -> None:
+        self._keep(model, asyncio.create_task(work))
+
+    @staticmethod
+    def _keep(model: ServedModel, task: asyncio.Task[None]) -> None:
+        model.tasks.add(task)
+        task.add_done_callback(model.tasks.discard)
+
+    @staticmethod
+    def _answer(waiters: list[asyncio.Future[None]], error: ApiError | None) -> None:
+        for waiter in waiters:
+            if waiter.done():
+                continue  # the client left; the load goes on without it
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
+        waiters.clear()
+
+    # ------------------------------------------------------------------ effects
+
+    async def _fetch(self, model: ServedModel, spec: ModelSpec) -> None:
+        loop = asyncio.get_running_loop()
+        cancelled = model.fetch_cancelled = threading.Event()
+
+        def on_progress(progress: LoadProgress) -> None:
+            if not cancelled.is_set():
+                loop.call_soon_threadsafe(self._post, model, machine.Progressed(progress))
+
+        event: machine.Event
+        try:
+            path = await run_in_daemon_thread(
+                lambda: self._sources.fetch(spec, on_progress=on_progress, cancelled=cancelled),
+                name=f"fetch {model.id}",
+            )
+            event = machine.Fetched(path)
+        except ApiError as exc:
+            logger.warning("fetch failed model=%s code=%s reason=%s", model.id, exc.code, exc.message)
+            event = machine.FetchFailed(exc)
+        except FetchCancelled:
+            return
+        except Exception as exc:
+            logger.exception("fetch failed model=%s", model.id)
+            event = machine.FetchFailed(
+                refusal("repo_fetch_failed", f"`{model.id}` could not be fetched: {exc}", model_id=model.id)
+            )
+        self._post(model, event)
+
+    async def _retry_later(self, model: ServedModel, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        self._post(model, machine.RetryDue())
+
+    async def _start_engine(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
+        try:
+            text = await run_in_daemon_thread(lambda: TextModel.load(path), name=f"tokenizer {model.id}")
+        except TokenizerError as exc:
+            self._post(model, machine.EngineFailed(refusal("bad_checkpoint", str(exc), model_id=model.id)))
+            return
+        except Exception as exc:
+            logger.exception("tokenizer failed model=%s", model.id)
+            error = ApiError("internal", f"The tokenizer of `{model.id}` cannot be used: {exc}", code="load_failed")
+            self._post(model, machine.EngineFailed(error))
+            return
+        config = self._engine_config(model.id, spec, path, text)
+        model.text = text
+        model.devices = config.devices
+        group = EngineGroup(
+            config, self._launch, on_event=lambda event: self._on_group_event(model, group, event), policy=self._policy
+        )
+        model.group = group
+        group.start()
+
+    def _engine_config(self, model_id: str, spec: ModelSpec, path: Path, text: TextModel) -> EngineConfig:
+        engine = self._config.engine
+        kv_cache_mb = spec.kv_cache_mb or engine.kv_cache_mb
+        devices = spec.devices
+        if devices is None:
+            devices = (self._devices[0].index,) if self._devices else ()
+        return EngineConfig(
+            model_id=model_id,
+            path=str(path),
+            tokenizer_json=text.tokenizer_json,
+            devices=devices[:1],
+            dtype=engine.dtype,
+            max_model_len=spec.max_model_len or engine.max_model_len,
+            kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,
+            kv_cache_tokens=engine.kv_cache_tokens,
+            page_size=engine.page_size,
+            max_step_tokens=engine.max_step_tokens,
+            max_running=engine.max_running,
+            prefix_cache=self._config.harness.candle.prefix_cache.enabled,
+            num_threads=engine.num_threads,
+        )
+
+    def _on_group_event(self, model: ServedModel, group: EngineGroup, event: GroupEvent) -> None:
+        if model.group is not group:
+            return  # of a group that has been stopped
+        if isinstance(event, GroupLoading):
+            self._post(model, machine.Progressed(_fleet_progress(event.progress)))
+        elif isinstance(event, GroupLoaded):
+            if model.load_seconds is None:
+                model.load_seconds = time.monotonic() - model.load_began
+            _log_loaded(model, event)
+            self._post(model, machine.EngineUp())
+        elif isinstance(event, GroupDied):
+            self._post(model, machine.EngineDied(event.reason))
+        else:
+            self._post(model, machine.EngineFailed(_load_error(model.id, event)))
+
+    async def _drain(self, model: ServedModel) -> None:
+        model.admission.close(lambda: model.unavailable())
+        try:
+            async with asyncio.timeout(self._config.server.unload_wait_s):
+                await model.admission.drained()
+        except TimeoutError:
+            self._post(model, machine.DrainTimedOut(model.admission.in_flight))
+            return
+        self._post(model, machine.Drained())
+
+    async def _stop_and_report(self, model: ServedModel) -> None:
+        await self._stop(model)
+        self._post(model, machine.Stopped())
+
+    async def _stop(self, model: ServedModel) -> None:
+        model.fetch_cancelled.set()
+        model.admission.close(lambda: model.unavailable())
+        this = asyncio.current_task()
+        for task in list(model.tasks):
+            if task is not this:
+                task.cancel()
+        group, model.group = model.group, None
+        model.text = None
+        if group is not None:
+            await group.stop()
+
+    def _new_admission(self) -> Admission:
+        limits = self._config.harness.candle.admission
+        return Admission(
+            max_in_flight=limits.max_in_flight,
+            max_queue_depth=limits.max_queue_depth,
+            max_wait_s=limits.max_wait_secs,
+        )
+
+
+def shutting_down() -> ApiError:
+    return ApiError(
+        "overloaded", "This neuron is shutting down. Please retry elsewhere.", code="shutting_down", retry_after=15
+    )
+
+
+def _fleet_progress(progress: EngineProgress) -> LoadProgress:
+    return LoadProgress(progress.phase, progress.bytes_done, progress.bytes_total)
+
+
+def _load_error(model_id: str, event: GroupFailed) -> ApiError:
+    """Why an engine did not come up, for whoever asked for the load."""
+    if event.kind in _PERMANENT_LOAD_FAILURES:
+        return refusal(event.kind, f"`{model_id}`: {event.reason}", model_id=model_id)
+    if event.kind == "out_of_memory":
+        return ApiError(
+            "overloaded",
+            f"`{model_id}` does not fit into memory: {event.reason}",
+            code="insufficient_vram",
+            retry_after=5,
+            extras={"kind": event.kind, "model_id": model_id},
+        )
+    return ApiError(
+        "internal",
+        f"`{model_id}` could not be loaded: {event.reason}",
+        code="load_failed",
+        extras={"kind": event.kind, "model_id": model_id},
+    )
+
+
+def _log_loaded(model: ServedModel, event: GroupLoaded) -> None:
+    loaded = event.loaded
+    logger.info(
+        "construction complete model=%s architecture=%s dtype=%s devices=%s max_model_len=%d kv_tokens=%d "
+        "kv_bytes_per_token=%d weight_mb=%d load_s=%.1f epoch=%d",
+        model.id,
+        loaded.architecture,
+        loaded.dtype,
+        ",".join(map(str, model.devices)) or "cpu",
+        loaded.max_model_len,
+        loaded.num_pages * loaded.page_size,
+        loaded.kv_bytes_per_token,
+        loaded.weight_bytes // 2**20,
+        model.load_seconds or loaded.load_seconds,
+        loaded.epoch,
+    )

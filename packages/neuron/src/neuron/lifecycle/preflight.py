@@ -1,0 +1,221 @@
+"""What can be known of a checkpoint before anything is downloaded or started: refuse early, with the facts.
+
+Pure functions over file names and `config.json`. Every refusal is a 422 whose code (and `kind`) names the cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+from cortex_core.errors import ApiError
+from cortex_core.fleet import DeviceInfo, ModelSpec
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SMALL_FILES = frozenset(
+    (
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.json",
+        "preprocessor_config.json",
+        INDEX_FILE,
+        *_TOKENIZER_FILES,
+    )
+)
+
+LayoutKind = Literal["dense", "gguf", "mixed", "diffusers", "empty"]
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What a repository or folder holds. `mixed` has safetensors and GGUF: the former are served."""
+
+    kind: LayoutKind
+    safetensors: tuple[str, ...] = ()
+    gguf: tuple[str, ...] = ()
+    is_sharded: bool = False
+
+
+def classify(names: Iterable[str]) -> Layout:
+    """From file names alone (with their folders); weights count only at the top level."""
+    files = set(names)
+    top = {name for name in files if "/" not in name}
+    gguf = tuple(sorted(name for name in files if name.lower().endswith(".gguf")))
+    safetensors = tuple(sorted(name for name in top if name.endswith(".safetensors")))
+    kind: LayoutKind
+    if "model_index.json" in top:
+        kind = "diffusers"
+    elif safetensors:
+        kind = "mixed" if gguf else "dense"
+    else:
+        kind = "gguf" if gguf else "empty"
+    return Layout(kind, safetensors, gguf, INDEX_FILE in top)
+
+
+def is_small_file(name: str) -> bool:
+    """Configuration, tokenizer and template files: fetched first and always."""
+    return name in _SMALL_FILES or ("/" not in name and name.endswith(".jinja"))
+
+
+def weight_files(layout: Layout, index: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The safetensors files to read: those that the index names, else the single file, else all at the top.
+
+    Raises `ApiError` 422 where the index names a file that is not there.
+    """
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise refusal("bad_checkpoint", f"{INDEX_FILE} has no usable `weight_map`.")
+        wanted = tuple(sorted(set(weight_map.values())))
+        missing = [name for name in wanted if name not in layout.safetensors]
+        if missing:
+            raise refusal(
+                "bad_checkpoint",
+                f"{INDEX_FILE} names {len(missing)} files that do not exist, {missing[0]} among them.",
+                missing=missing,
+            )
+        return wanted
+    return (SINGLE_FILE,) if SINGLE_FILE in layout.safetensors else layout.safetensors
+
+
+def check_spec(spec: ModelSpec, devices: Sequence[DeviceInfo]) -> None:
+    """What the request alone rules out. Raises `ApiError` 422."""
+    if spec.devices is not None:
+        known = {device.index for device in devices}
+        absent = [index for index in spec.devices if index not in known]
+        if absent:
+            raise refusal(
+                "device_not_found",
+                f"Device {absent[0]} does not exist here; this host has "
+                + (f"devices {sorted(known)}." if known else "no accelerator: leave `devices` out to use its CPU."),
+                model_id=spec.model_id,
+                requested=list(spec.devices),
+                available=sorted(known),
+            )
+
+
+def check_layout(spec: ModelSpec, names: Iterable[str]) -> Layout:
+    """Whether what the repository holds can be served as asked. Raises `ApiError` 422."""
+    names = list(names)
+    layout = classify(names)
+    tensor_parallel = spec.tensor_parallel or 1
+    if layout.kind == "empty":
+        found = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".onnx")))
+        hint = f" It holds {found[0]}, but only safetensors weights are read." if found else ""
+        raise refusal("empty_repo", f"`{spec.model_id}` has no weights.{hint}", model_id=spec.model_id)
+    if layout.kind in ("gguf", "diffusers") and tensor_parallel > 1:
+        raise refusal(
+            "tp_requires_safetensors",
+            f"`{spec.model_id}` has no safetensors language model, which tensor parallelism needs.",
+            model_id=spec.model_id,
+            tp_size=tensor_parallel,
+            gguf_quants=list(layout.gguf),
+            suggestion="use the repository with the original safetensors weights",
+        )
+    if layout.kind == "diffusers":
+        raise refusal("unsupported_layout", f"`{spec.model_id}` is a diffusion pipeline.", model_id=spec.model_id)
+    if layout.kind == "gguf":
+        if spec.quant:
+            _check_quant_exists(spec, layout)
+        raise refusal(
+            "gguf_unsupported",
+            f"`{spec.model_id}` holds GGUF files only, and GGUF is not supported yet.",
+            model_id=spec.model_id,
+            gguf_quants=list(layout.gguf),
+            suggestion="use the repository with the original safetensors weights",
+        )
+    if spec.quant:
+        raise refusal(
+            "quant_unsupported",
+            f"quant `{spec.quant}` was asked for, and quantisation at load is not supported yet.",
+            model_id=spec.model_id,
+            requested=spec.quant,
+        )
+    if tensor_parallel > 1:
+        raise refusal(
+            "tensor_parallel_unsupported",
+            f"tensor_parallel {tensor_parallel} was asked for, and only 1 is supported yet.",
+            model_id=spec.model_id,
+            tp_size=tensor_parallel,
+        )
+    if "config.json" not in names:
+        raise refusal("bad_checkpoint", f"`{spec.model_id}` has no config.json.", model_id=spec.model_id)
+    if not any(name in names for name in _TOKENIZER_FILES):
+        raise refusal(
+            "bad_checkpoint",
+            f"`{spec.model_id}` has neither tokenizer.json nor tokenizer.model.",
+            model_id=spec.model_id,
+        )
+    return layout
+
+
+def check_config(spec: ModelSpec, config: Any) -> None:
+    """Whether the architecture of `config.json` can be served. Raises `ApiError` 422."""
+    if not isinstance(config, Mapping):
+        raise refusal("bad_checkpoint", "config.json is not a JSON object.", model_id=spec.model_id)
+    model_type = config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        named = f"model_type `{model_type}`" if model_type else "no model_type"
+        raise refusal(
+            "unsupported_architecture",
+            f"`{spec.model_id}` has {named}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}.",
+            model_id=spec.model_id,
+            model_type=model_type,
+            architectures=config.get("architectures"),
+            supported=list(SUPPORTED_MODEL_TYPES),
+        )
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping):
+        method = quantization.get("quant_method", "unknown")
+        raise refusal(
+            "quant_unsupported",
+            f"`{spec.model_id}` holds weights quantised with `{method}`, which is not supported yet.",
+            model_id=spec.model_id,
+            requested=method,
+        )
+
+
+def refusal(kind: str, message: str, **facts: Any) -> ApiError:
+    """A structured 422 of `/models/load`."""
+    return ApiError("invalid_request", message, code=kind, status=422, extras={"kind": kind, **facts})
+
+
+def _check_quant_exists(spec: ModelSpec, layout: Layout) -> None:
+    quant = (spec.quant or "").lower()
+    if any(quant in name.lower() for name in layout.gguf):
+        return
+    available = sorted({quant_of(name) for name in layout.gguf})
+    nearest = min(available, key=lambda name: edit_distance(quant, name.lower()))
+    raise refusal(
+        "quant_not_found",
+        f"`{spec.model_id}` has no quant `{spec.quant}`; the nearest is `{nearest}`.",
+        model_id=spec.model_id,
+        requested=spec.quant,
+        available=available,
+        nearest=nearest,
+    )
+
+
+def quant_of(file_name: str) -> str:
+    """The quant tag of a GGUF file: the last dash-separated token of its name."""
+    stem = file_name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    return stem.rsplit("-", 1)[-1]
+
+
+def edit_distance(left: str, right: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(right, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1]

@@ -1,0 +1,135 @@
+"""One model on this neuron: its state, what serves it, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+from cortex_core.errors import ApiError
+from cortex_core.fleet import ContextLimit, ModelInfo, ModelLoad, Servable
+
+from neuron.config import HARNESS
+from neuron.lifecycle.admission import Admission
+from neuron.lifecycle.machine import ABSENT, ModelState
+from neuron.protocol import EngineStats, Loaded
+from neuron.supervisor.engine_group import EngineGroup
+from neuron.text import TextModel
+
+_MIB = 2**20
+
+
+class ServedModel:
+    """What `manager` keeps for one id. `state` is what the machine decided; the rest are the means."""
+
+    def __init__(self, model_id: str, admission: Admission) -> None:
+        self.id = model_id
+        self.state: ModelState = ABSENT
+        self.admission = admission
+        self.devices: tuple[int, ...] = ()
+        self.text: TextModel | None = None
+        self.group: EngineGroup | None = None
+        self.created = int(time.time())
+        self.load_began = time.monotonic()
+        self.load_seconds: float | None = None
+        self.load_waiters: list[asyncio.Future[None]] = []
+        self.unload_waiters: list[asyncio.Future[None]] = []
+        self.fetch_cancelled = threading.Event()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def loaded(self) -> Loaded | None:
+        return None if self.group is None else self.group.loaded
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats() if self.group is None else self.group.stats
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions a sequence may have; 0 before the first load."""
+        return 0 if self.loaded is None else self.loaded.max_model_len
+
+    def unavailable(self) -> ApiError:
+        """Why the model does not take requests now."""
+        phase = self.state.phase
+        if phase == "recovering" and self.group is not None:
+            return ApiError(
+                "overloaded",
+                f"The model `{self.id}` is recovering from a failure of its engine. Please retry shortly.",
+                code="engine_restarting",
+                retry_after=self.group.retry_after,
+            )
+        if phase in ("fetching", "loading"):
+            return ApiError(
+                "overloaded", f"The model `{self.id}` is being loaded.", code="model_loading", retry_after=5
+            )
+        if phase == "unloading":
+            return ApiError(
+                "overloaded", f"The model `{self.id}` is being unloaded.", code="model_unloading", retry_after=5
+            )
+        return ApiError(
+            "overloaded",
+            f"The model `{self.id}` failed and was given up: {self.state.error or 'unknown reason'}",
+            code="model_failed",
+            retry_after=30,
+        )
+
+    # ------------------------------------------------------------------ for the outside
+
+    def info(self) -> ModelInfo:
+        """The element of `GET /models`."""
+        state, loaded, text = self.state, self.loaded, self.text
+        phase = "fetching" if state.phase == "absent" else state.phase
+        window = None if loaded is None else loaded.max_model_len
+        return ModelInfo(
+            id=self.id,
+            harness=HARNESS,
+            status=phase,
+            devices=self.devices,
+            vram_used_mb=self._vram_used_mb(),
+            capabilities=("text",) if text is not None else (),
+            limit=None if window is None else ContextLimit(context=window, input=window, output=window),
+            tool_call=text is not None and text.renders_tools,
+            reasoning=text is not None and text.can_reason,
+            servable=Servable(ok=True) if phase == "loaded" else None,
+            progress=state.progress,
+            error=state.error,
+            created=self.created,
+        )
+
+    def load(self) -> ModelLoad:
+        """The element of `GET /health`."""
+        admission, stats, loaded = self.admission, self.stats, self.loaded
+        budget_mb = available_mb = 0
+        if loaded is not None:
+            page_bytes = loaded.page_size * loaded.kv_bytes_per_token
+            total_pages = stats.total_pages or loaded.num_pages
+            free_pages = stats.free_pages if stats.total_pages else total_pages
+            budget_mb = total_pages * page_bytes // _MIB
+            available_mb = free_pages * page_bytes // _MIB
+        return ModelLoad(
+            id=self.id,
+            in_flight=admission.in_flight,
+            queue_depth=admission.queue_depth,
+            max_in_flight=admission.max_in_flight,
+            max_queue_depth=admission.max_queue_depth,
+            rejected_queue_full=admission.rejected_queue_full,
+            rejected_timeout=admission.rejected_timeout,
+            kv_budget_mb=budget_mb,
+            kv_available_mb=available_mb,
+            tok_s_prefill=_rate(stats.prefill_tokens, stats.prefill_seconds),
+            tok_s_decode=_rate(stats.decode_tokens, stats.decode_seconds),
+        )
+
+    def _vram_used_mb(self) -> int | None:
+        """Weights and KV cache; None on a CPU, where it is no device memory."""
+        loaded = self.loaded
+        if loaded is None or not self.devices:
+            return None
+        kv_bytes = loaded.num_pages * loaded.page_size * loaded.kv_bytes_per_token
+        return (loaded.weight_bytes + kv_bytes) // _MIB
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return round(tokens / seconds, 1) if seconds > 0 else 0.0
