@@ -318,6 +318,20 @@ def test_a_call_without_arguments_has_an_empty_object() -> None:
     assert body_of(request(), events)["content"][0]["input"] == {}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ('{"n": 123456789012345678901234567890}', {"n": 123456789012345678901234567890}),
+        ("[1]", {}),
+        ("[" * 100_000, {}),
+    ],
+)
+def test_input_is_an_object_whatever_the_model_wrote(arguments: str, value: Any) -> None:
+    events: list[Event] = [ToolCallStart(0, 0, "a", "f"), ToolCallArguments(0, 0, arguments), ToolCallEnd(0, 0)]
+    body = body_of(request(), [*events, Finish(0, "tool_calls"), USAGE])
+    assert body["content"][0]["input"] == value
+
+
 def test_a_failure_is_one_error_event_and_nothing_after_it() -> None:
     error = ApiError("overloaded", "no room", retry_after=5)
     projector = anthropic_messages.Projector(request(), **IDENTITY)

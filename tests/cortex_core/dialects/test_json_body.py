@@ -13,6 +13,8 @@ from cortex_core.errors import ApiError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from .rich_bodies import RICH_CHAT, RICH_MESSAGES
+
 PARSERS = [
     openai_chat.parse,
     openai_completions.parse,
@@ -175,64 +177,6 @@ def test_a_wrong_type_anywhere_is_a_request_or_a_typed_error(data: st.DataObject
         key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
     node[key] = data.draw(objects)
     outcome(parse, json.dumps(copy).encode())
-
-
-RICH_CHAT = {
-    "model": "m",
-    "messages": [
-        {"role": "system", "content": "a"},
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "https://x"}}],
-        },
-        {
-            "role": "assistant",
-            "content": None,
-            "reasoning_content": "hm",
-            "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
-        },
-        {"role": "tool", "tool_call_id": "c", "content": "r"},
-    ],
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-    "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "f"}}]}},
-    "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}},
-    "logit_bias": {"1": 1},
-    "stop": ["a"],
-    "stream_options": {"include_usage": True},
-    "chat_template_kwargs": {"enable_thinking": True},
-    "thinking": {"type": "enabled", "budget_tokens": 5},
-}
-RICH_MESSAGES = {
-    "model": "m",
-    "max_tokens": 5000,
-    "system": [{"type": "text", "text": "a"}],
-    "messages": [
-        {
-            "role": "user",
-            "content": [
-                {"type": "text", "text": "a"},
-                {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}},
-            ],
-        },
-        {"role": "system", "content": "x", "clear_at": "never"},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "thinking", "thinking": "a", "signature": "s"},
-                {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}},
-            ],
-        },
-        {
-            "role": "user",
-            "content": [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "r"}]}],
-        },
-    ],
-    "tools": [{"name": "f", "input_schema": {"type": "object"}}],
-    "tool_choice": {"type": "tool", "name": "f"},
-    "thinking": {"type": "enabled", "budget_tokens": 2000},
-    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {}}},
-    "stop_sequences": ["a"],
-}
 
 
 def test_the_rich_bodies_are_valid() -> None:

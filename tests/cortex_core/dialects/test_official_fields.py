@@ -38,6 +38,10 @@ MESSAGE: dict[str, Any] = {
 OTHER_VALUES: dict[ModuleType, dict[str, dict[str, Any]]] = {
     openai_chat: {
         "chat_template_kwargs": {"chat_template_kwargs": {"a": 1}},
+        "continue_final_message": {
+            "continue_final_message": True,
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}],
+        },
         "enable_thinking": {"enable_thinking": True},
         "frequency_penalty": {"frequency_penalty": 1},
         "guided_json": {"guided_json": {}},

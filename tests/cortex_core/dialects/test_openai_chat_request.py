@@ -549,6 +549,13 @@ def test_template_kwargs_are_handed_on_whole() -> None:
     assert parse(chat_template_kwargs=kwargs).template_kwargs == kwargs
 
 
+def test_a_final_assistant_message_is_history_unless_it_is_to_be_continued() -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "The answer"}]
+    assert parse(messages=messages).continue_final_turn is False
+    assert parse(messages=messages, continue_final_message=True).continue_final_turn is True
+    assert refused(messages=messages[:1], continue_final_message=True).param == "continue_final_message"
+
+
 # Refused and ignored
 
 

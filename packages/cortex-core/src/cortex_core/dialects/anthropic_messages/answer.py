@@ -252,13 +252,16 @@ class Collector:
         return {**block, "input": _tool_input(text)}
 
 
-def _tool_input(arguments: str) -> dict[str, Any]:
-    """The arguments as an object. Cut off by the token limit they are no JSON: then nothing rather than a part."""
+def _tool_input(arguments: str) -> msgspec.Raw:
+    """The arguments as an object, in their own bytes: an integer of any size survives.
+
+    Cut off by the token limit they are no JSON: then nothing rather than a part.
+    """
     try:
-        value = _decode(arguments)
-    except msgspec.DecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        is_object = isinstance(_decode(arguments), dict)
+    except (msgspec.DecodeError, RecursionError):
+        is_object = False
+    return msgspec.Raw(arguments.encode() if is_object else b"{}")
 
 
 def _message(

@@ -38,6 +38,7 @@ from cortex_core.errors import ApiError, invalid
 
 MAPPED = (
     "chat_template_kwargs",
+    "continue_final_message",
     "enable_thinking",
     "frequency_penalty",
     "guided_json",
@@ -104,11 +105,12 @@ def parse(body: bytes) -> Request:
     _refuse(fields)
     tools = tuple(_tool(tool) for tool in fields.objects("tools"))
     template_kwargs = fields.object("chat_template_kwargs")
+    turns = _turns(fields)
     max_completion_tokens = openai_fields.max_tokens(fields, "max_completion_tokens")
     max_tokens = openai_fields.max_tokens(fields, "max_tokens")
     return Request(
         model=openai_fields.model_name(fields),
-        turns=_turns(fields),
+        turns=turns,
         tools=tools,
         tool_choice=_tool_choice(fields, tools),
         parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
@@ -124,6 +126,7 @@ def parse(body: bytes) -> Request:
         logprobs=_logprobs(fields),
         stream=fields.boolean("stream"),
         include_usage=openai_fields.include_usage(fields),
+        continue_final_turn=_continues(fields, turns),
         template_kwargs={} if template_kwargs is None else template_kwargs.values,
     )
 
@@ -238,6 +241,18 @@ def _arguments(function: Fields) -> str:
     if type(arguments) is dict:
         return encode_compact(arguments)
     return function.string("arguments") or "{}"
+
+
+def _continues(fields: Fields, turns: tuple[Turn, ...]) -> bool:
+    """An extension: the last assistant message is the beginning of the answer. Without it, it is history."""
+    if not fields.boolean("continue_final_message"):
+        return False
+    if turns[-1].role != "assistant" or any(isinstance(part, ToolCallPart) for part in turns[-1].parts):
+        raise invalid(
+            "continue_final_message: the last message must be an assistant message without tool calls",
+            param="continue_final_message",
+        )
+    return True
 
 
 # Tools and constraints
