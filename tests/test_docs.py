@@ -1,0 +1,122 @@
+"""The documentation is part of the build: what exists is documented, and what is documented exists."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+import pytest
+from cortex_cli.main import cli
+from cortex_core.catalogue import Catalogue
+from cortex_core.config import parse_config
+from cortex_core.gateway_config import GatewayConfig
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("packages/*/README.md"), *ROOT.glob("rpm/*.md")])
+
+
+def options(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield from ((path, name) for name in (*parameter.opts, *parameter.secondary_opts))
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield f"{path} {name}", ""
+            yield from options(child, f"{path} {name}")
+
+
+@pytest.mark.parametrize("name", ["cortex", "neuron"])
+def test_every_command_and_option_is_documented(name: str) -> None:
+    from neuron.cli import cli as neuron_cli
+
+    text = (DOCS / "reference" / "cli.md").read_text()
+    undocumented = []
+    for path, option in options(cli if name == "cortex" else neuron_cli, name):
+        rows = [line for line in text.splitlines() if f"`{path}" in line]
+        if not rows or not any(option in row for row in rows):
+            undocumented.append(f"{path} {option}")
+    assert not undocumented
+
+
+def structs_in(type_: object) -> list[type[msgspec.Struct]]:
+    """The structs a field's type mentions, through optionals, tuples, lists and mappings."""
+    if isinstance(type_, type) and issubclass(type_, msgspec.Struct):
+        return [type_]
+    return [found for argument in getattr(type_, "__args__", ()) for found in structs_in(argument)]
+
+
+def keys(type_: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the leaves, `[]` after lists and `<scheme>` for the names of a mapping."""
+    for field in msgspec.structs.fields(type_):
+        name = f"{prefix}{field.encode_name}"
+        origin = getattr(field.type, "__origin__", None)
+        for nested in structs_in(field.type):
+            suffix = "[]." if origin in (tuple, list) else ".<scheme>." if origin is dict else "."
+            yield from keys(nested, name + suffix)
+        if not structs_in(field.type):
+            yield name
+
+
+WITHOUT_EFFECT = ("harness.candle.context_limit.", "harness.candle.image.", "harnesses[].")
+
+
+@pytest.mark.parametrize("name", ["cortex", "models", "neuron"])
+def test_every_configuration_key_is_documented(name: str) -> None:
+    from neuron.config import NeuronConfig
+
+    type_: type[msgspec.Struct] = {"cortex": GatewayConfig, "models": Catalogue, "neuron": NeuronConfig}[name]
+    text = (DOCS / "reference" / "configuration.md").read_text()
+    missing = []
+    for key in keys(type_):
+        parent, _, leaf = key.rpartition(".")
+        listed_in_its_row = any(f"`{parent}" in row and f"`{leaf}`" in row for row in text.splitlines())
+        if f"`{key}`" not in text and not listed_in_its_row and not key.startswith(WITHOUT_EFFECT):
+            missing.append(key)
+    # These are named in the paragraph on keys of the reference system.
+    prose = text[text.index("Accepted from files of the reference system") :]
+    missing = [key for key in missing if f"`{key.rpartition('.')[2]}`" not in prose]
+    assert not missing
+
+
+def test_internal_links_lead_somewhere() -> None:
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not broken
+
+
+def toml_blocks() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for number, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(), re.S)):
+            yield f"{page.relative_to(ROOT)}#{number}", block
+    for path in sorted(ROOT.glob("rpm/*/*.toml")):
+        yield str(path.relative_to(ROOT)), path.read_text()
+
+
+@pytest.mark.parametrize(("name", "block"), list(toml_blocks()), ids=lambda value: value if "\n" not in value else "")
+def test_every_toml_example_is_accepted(name: str, block: str) -> None:
+    from neuron.config import NeuronConfig
+
+    data = tomllib.loads(block)
+    if "models" in data or "aliases" in data or name.endswith("models.toml"):
+        parse_config(Catalogue, block, name=name)
+    elif "neurons" in data or "gateway" in data:
+        parse_config(GatewayConfig, block, name=name)
+    else:
+        parse_config(NeuronConfig, block, name=name)
+
+
+def test_the_readme_and_ci_run_the_same_test_command() -> None:
+    assert "uv run pytest" in (ROOT / "README.md").read_text()
+    assert "\nuv run pytest\n" in (ROOT / ".ci" / "run").read_text()
