@@ -55,6 +55,7 @@ class GrammarBuilder:
         self._tool_calls = tool_calls
         self._limits = llguidance.LLParserLimits(verbose_errors=False)
         self._schemas: OrderedDict[bytes, str | ApiError] = OrderedDict()
+        self._failures: OrderedDict[bytes, str | None] = OrderedDict()
         self._lock = threading.Lock()
 
     def build(self, request: Request, prompt: Prompt) -> GrammarSpec | None:
@@ -86,7 +87,7 @@ class GrammarBuilder:
         body = " | ".join(alternatives)
         lines = ["%llguidance {}", *self._start_rules(prompt, body), *rules]
         grammar = "\n".join(lines) + "\n"
-        failure = self._failure(grammar)
+        failure = self._known_failure(grammar)
         if failure is not None:
             raise invalid(f"the requested output cannot be constrained: {failure}", param=_param_of(request))
         return GrammarSpec(grammar)
@@ -191,6 +192,20 @@ class GrammarBuilder:
         kinds = sorted(json_schema.types_of(schema, schema))
         logger.warning("a JSON schema is enforced by its type only: %s", failure)
         return _guided({"type": kinds} if kinds else True, lenient=True)
+
+    def _known_failure(self, grammar: str) -> str | None:
+        """`_failure`, cached: an agent sends the same tools with every request."""
+        key = hashlib.sha256(grammar.encode()).digest()
+        with self._lock:
+            if key in self._failures:
+                self._failures.move_to_end(key)
+                return self._failures[key]
+        failure = self._failure(grammar)
+        with self._lock:
+            self._failures[key] = failure
+            if len(self._failures) > _CACHE_ENTRIES:
+                self._failures.popitem(last=False)
+        return failure
 
     def _failure(self, grammar: str) -> str | None:
         """The compiler's message, None if it accepts the grammar."""

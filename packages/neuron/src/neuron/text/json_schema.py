@@ -94,7 +94,8 @@ def _check_keywords(schema: dict[str, Any], path: str) -> None:
     for key in _COUNTS:
         value = schema.get(key, 0)
         # 2.0 is an integer in JSON Schema
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+        is_count = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not is_count or value < 0:
             raise SchemaError(f"`{key}` must be a non-negative integer", f"{path}/{key}")
     for key in _NUMBERS:
         value = schema.get(key, 1)
@@ -198,17 +199,14 @@ def coerce(text: str, schema: Any, root: Any) -> Any:
     if stripped in ("null", "None") and (not kinds or "null" in kinds):
         return None
     try:
-        value = json.loads(stripped, parse_constant=_refuse_constant)
+        value = json.loads(stripped)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
     kind = _type_of_value(value)
     if not kinds:
         return text if kind == "string" else value
-    if kind == "number" and "integer" in kinds and "number" not in kinds and value == int(value):
+    if kind == "number" and "integer" in kinds and "number" not in kinds and value.is_integer():
         return int(value)
     allowed = kind in kinds or (kind == "integer" and "number" in kinds)
     return value if allowed else text
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(name)  # NaN and Infinity are not JSON

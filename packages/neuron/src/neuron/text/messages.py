@@ -116,7 +116,7 @@ def variants(messages: list[Message], *, keeps_inner_system: bool) -> Iterator[l
         yield messages
     regular = _merge_neighbours(_fold_inner_system(_strict_calls(messages)))
     yield regular
-    yield _merge_neighbours(_user_first(_fold_leading_system(regular)))
+    yield _strictly_alternating(_merge_neighbours(_fold_leading_system(regular)))
 
 
 def _strict_calls(messages: list[Message]) -> list[Message]:
@@ -164,11 +164,21 @@ def _fold_leading_system(messages: list[Message]) -> list[Message]:
     return [{"role": "user", "content": m["content"]} if m["role"] == "system" else m for m in messages]
 
 
-def _user_first(messages: list[Message]) -> list[Message]:
-    """Strictly alternating templates start with a user turn: an empty one is put before a leading assistant."""
-    if messages and messages[0]["role"] == "assistant":
-        return [{"role": "user", "content": ""}, *messages]
-    return messages
+def _strictly_alternating(messages: list[Message]) -> list[Message]:
+    """For templates that count turns: what a user adds to tool results becomes part of the last result, and an empty
+    user turn is put before a leading assistant.
+    """
+    alternating: list[Message] = []
+    for message in messages:
+        last = alternating[-1] if alternating else None
+        if message["role"] == "user" and last is not None and last["role"] == "tool":
+            content = "\n\n".join(text for text in (last["content"], message["content"]) if text)
+            alternating[-1] = {**last, "content": content}
+        else:
+            alternating.append(message)
+    if alternating and alternating[0]["role"] == "assistant":
+        alternating.insert(0, {"role": "user", "content": ""})
+    return alternating
 
 
 def _merge_neighbours(messages: list[Message]) -> list[Message]:

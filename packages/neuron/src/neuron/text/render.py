@@ -88,6 +88,8 @@ class Renderer:
         if request.continue_final_turn and turns and turns[-1].role == "assistant" and not turns[-1].parts:
             turns = turns[:-1]  # an empty beginning is no beginning
         messages = messages_of(turns, request.model)
+        if not messages:
+            raise invalid("messages: at least one message is required", param="messages")
         tools = tools_of(offered_tools(request))
         prefix = self._prefix_of(request)
         text = self._rendered(request, messages, tools, prefix)
@@ -98,7 +100,7 @@ class Renderer:
         bos = list(self._tokenizer.bos_ids)
         if not self._template.has_template and bos and ids[: len(bos)] != bos:
             ids = bos + ids  # a template writes its own beginning; plain ChatML does not
-        return Prompt(token_ids=ids, text=text, reasoning=state)
+        return Prompt(token_ids=ids or self._document_start("messages"), text=text, reasoning=state)
 
     def _prefix_of(self, request: Request) -> str | None:
         """The text of a final assistant turn that is to be continued, None if there is nothing to continue."""
@@ -193,19 +195,16 @@ class Renderer:
         bos = list(tokenizer.bos_ids)
         if prompt.token_ids is None and bos and ids[: len(bos)] != bos:
             ids = bos + ids
-        if not ids:
-            start = next(
-                (tokenizer.token_id(t) for t in self._document_starts() if tokenizer.token_id(t) is not None), None
-            )
-            if start is None:
-                raise invalid("the prompt is empty", param=param)
-            ids = [start]
-        return Prompt(token_ids=ids, text=text, is_chat=False)
+        return Prompt(token_ids=ids or self._document_start(param), text=text, is_chat=False)
 
-    def _document_starts(self) -> list[str]:
-        """What a completion of nothing starts from, as with the original API: the beginning of a document."""
+    def _document_start(self, param: str) -> list[int]:
+        """What a prompt of nothing starts from, as with the original API: the beginning of a document."""
         special = self._tokenizer.special_tokens
-        return [special.get("bos_token", ""), "<|endoftext|>", special.get("eos_token", "")]
+        for token in (special.get("bos_token", ""), "<|endoftext|>", special.get("eos_token", "")):
+            token_id = self._tokenizer.token_id(token) if token else None
+            if token_id is not None:
+                return [token_id]
+        raise invalid("the prompt is empty", param=param)
 
     def _fill_in_the_middle(self, ids: list[int], suffix: str) -> list[int]:
         if self._fim is None:

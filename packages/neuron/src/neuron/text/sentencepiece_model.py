@@ -93,13 +93,12 @@ def tokenizer_from_sentencepiece(path: Path) -> Tokenizer:
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.add_dummy_prefix:
-        steps.append(normalizers.Prepend("\u2581"))
-    steps.append(normalizers.Replace(" ", "\u2581"))
-    backend.normalizer = normalizers.Sequence(steps)
-    if model.model_type == _UNIGRAM:
-        # unigram segments word by word; the split changes nothing else, as pieces never span a word border
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?<=[^\u2581])(?=\u2581)"), "isolated")
+    if steps:
+        backend.normalizer = normalizers.Sequence(steps)
+    # The dummy prefix goes in front of the whole text, never after a special token in the middle of it. As in the
+    # fast tokenizers of the field, a text that begins with a space of its own gets none.
+    scheme = "first" if model.add_dummy_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
 
     chain: list[decoders.Decoder] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,21 @@ class EndCall:
 
 
 CallAction = StartCall | MoreArguments | EndCall
+
+
+def to_json(value: Any) -> str:
+    """Readable JSON; lone surrogates, which UTF-8 cannot carry, stay escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if is_utf8(text) else json.dumps(value)
+
+
+def is_utf8(text: str) -> bool:
+    """False if the text holds lone surrogates, as JSON escapes can spell them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class CallParser(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from neuron.text.tool_formats.base import CallAction, EndCall, MoreArguments, StartCall
+from neuron.text.tool_formats.base import CallAction, EndCall, MoreArguments, StartCall, is_utf8, to_json
 
 _WHITESPACE = " \t\r\n"
 _ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
@@ -46,7 +46,7 @@ class _Nesting:
         self.is_broken = False
 
     def scan(self, text: str, at: int) -> tuple[int, bool]:
-        """Walk from `at`; returns (one past the last character used, whether the outermost bracket closed)."""
+        """Walk from `at`; returns (one past the last character used, whether the value ended with it)."""
         length = len(text)
         self.controls.clear()
         while at < length:
@@ -62,6 +62,8 @@ class _Nesting:
                 char = found.group()
                 if char == '"':
                     self.in_string = False
+                    if not self.stack:
+                        return at, True
                 elif char == "\\":
                     self.was_escape = True
                 else:
@@ -234,7 +236,7 @@ class QwenJsonParser:
         if self._name is not None:
             self._state = _AFTER_VALUE
             return
-        if not value or not self._accepts(value):
+        if not value or not is_utf8(value) or not self._accepts(value):
             self._state = _FAILED
             return
         self._name = value
@@ -308,7 +310,7 @@ class QwenJsonParser:
             if self._name is None:
                 self._state = _FAILED
                 return
-            arguments = json.dumps({"arguments": raw}, ensure_ascii=False)
+            arguments = to_json({"arguments": raw})
         self._has_arguments = True
         self._emit(arguments, actions)
 
@@ -352,8 +354,8 @@ def _arguments_from(raw: str) -> str | None:
         except (ValueError, RecursionError):
             inner = None
         if isinstance(inner, dict):
-            return value.strip() or "{}"
-    return json.dumps({"arguments": value}, ensure_ascii=False)
+            return value.strip() if value.strip() and is_utf8(value) else to_json(inner)
+    return to_json({"arguments": value})
 
 
 def _completion(written: str, nesting: _Nesting) -> str | None:

@@ -6,13 +6,12 @@ the arguments grow as a JSON object. Tolerated: a missing `</parameter>` or `</f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from neuron.text import json_schema
-from neuron.text.tool_formats.base import CallAction, EndCall, MoreArguments, StartCall
+from neuron.text.tool_formats.base import CallAction, EndCall, MoreArguments, StartCall, to_json
 
 _FUNCTION, _PARAMETER = "<function=", "<parameter="
 _END_FUNCTION, _END_PARAMETER = "</function>", "</parameter>"
@@ -157,8 +156,7 @@ class QwenXmlParser:
         value = json_schema.coerce(text.removeprefix("\n").removesuffix("\n"), known.get(self._key), self._schema)
         opening = ", " if self._seen else "{"
         self._seen.add(self._key)
-        key = json.dumps(self._key, ensure_ascii=False)
-        actions.append(MoreArguments(f"{opening}{key}: {json.dumps(value, ensure_ascii=False)}"))
+        actions.append(MoreArguments(f"{opening}{to_json(self._key)}: {to_json(value)}"))
 
     def _end_call(self, actions: list[CallAction]) -> None:
         actions.append(MoreArguments("}" if self._seen else "{}"))
