@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -19,45 +17,15 @@ from cortex_core.gateway_config import (
     NeuronEntry,
     PollSection,
 )
-from cortex_gateway.server import RunningGateway, running
+from cortex_gateway.server import running
+from hypothesis import HealthCheck, settings
 
 from .fake_neuron import FakeNeuron, listening
+from .gateway_client import Client, Start
 
-MODEL = "org/model"
-
-
-class Client:
-    """What a test asks a running gateway."""
-
-    def __init__(self, session: aiohttp.ClientSession, started: RunningGateway) -> None:
-        self.session = session
-        self.started = started
-        self.url = started.url
-
-    def post(self, path: str, body: Any, **kwargs: Any) -> aiohttp.client._RequestContextManager:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"content-type": "application/json", **kwargs.pop("headers", {})}
-        return self.session.post(self.url + path, data=data, headers=headers, **kwargs)
-
-    def get(self, path: str, **kwargs: Any) -> aiohttp.client._RequestContextManager:
-        return self.session.get(self.url + path, **kwargs)
-
-    async def chat(self, **fields: Any) -> tuple[int, dict[str, Any]]:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
-        async with self.post("/v1/chat/completions", body) as response:
-            return response.status, json.loads(await response.read())
-
-    async def metric(self, name: str, **labels: str) -> float | None:
-        async with self.session.get(self.started.metrics_url + "/metrics") as response:
-            assert response.status == 200
-            text = await response.text()
-        for line in text.splitlines():
-            if line.startswith((name + "{", name + " ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
-                return float(line.rpartition(" ")[2])
-        return None
-
-
-Start = Callable[..., Awaitable[Client]]
+# Tests share their machine with whatever else runs on it: how long an example takes says nothing.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture
@@ -109,10 +77,3 @@ def start(stack: AsyncExitStack) -> Start:
         return Client(session, started)
 
     return start_gateway
-
-
-async def until(condition: Callable[[], Any], client: Client) -> None:
-    """Wait, change by change of the fleet, until `condition` holds."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await client.started.gateway.fleet.changed()

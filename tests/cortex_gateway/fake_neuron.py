@@ -15,11 +15,21 @@ from aiohttp import web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+
+def chunk(delta: dict[str, str]) -> bytes:
+    document = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+    }
+    return b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n"
+
+
 OPENAI_EVENTS = [
-    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n',
-    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"4"}}]}\n\n',
+    chunk({"role": "assistant", "content": ""}),
+    chunk({"content": "4"}),
     b": ping\n\n",
-    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"2 \xf0\x9f\x90\x9d"}}]}\n\n',
+    chunk({"content": "2 \N{HONEYBEE}\n: cortex-usage "}),
 ]
 OPENAI_END = b"data: [DONE]\n\n"
 ANTHROPIC_EVENTS = [

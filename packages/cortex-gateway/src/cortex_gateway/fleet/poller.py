@@ -37,7 +37,8 @@ class Poller:
         self._neurons = neurons
         self._settings = settings
         self._canonical = canonical or {}
-        self._nudges = {name: asyncio.Event() for name in neurons}
+        self._wakes = {name: asyncio.Event() for name in neurons}
+        self._due_at = dict.fromkeys(neurons, 0.0)
         self._locks = {name: asyncio.Lock() for name in neurons}
         self._num_watchers = dict.fromkeys(neurons, 0)
         self._tasks: list[asyncio.Task[None]] = []
@@ -53,13 +54,14 @@ class Poller:
 
     def nudge(self, node: str) -> None:
         """Poll soon: something was seen that the snapshot does not show."""
-        self._nudges[node].set()
+        self._due_at[node] = 0.0
+        self._wakes[node].set()
 
     @contextmanager
     def watching(self, node: str) -> Iterator[None]:
-        """While held, the node is polled every quarter of a second."""
+        """While held, the node is polled every quarter of a second, however many hold it."""
         self._num_watchers[node] += 1
-        self.nudge(node)
+        self._wakes[node].set()
         try:
             yield
         finally:
@@ -78,17 +80,23 @@ class Poller:
         await asyncio.gather(*(self.refresh(name) for name in self._neurons))
 
     async def _run(self, node: str) -> None:
-        nudge = self._nudges[node]
+        wake, now = self._wakes[node], asyncio.get_running_loop().time
         while True:
-            nudge.clear()
+            started_at = now()
+            self._due_at[node] = started_at + self._settings.interval_s
             try:
                 await self.refresh(node)
             except Exception:
                 log.exception("polling node %s failed", node)
-            interval = WATCH_INTERVAL_S if self._num_watchers[node] else self._settings.interval_s
-            with suppress(TimeoutError):
-                async with asyncio.timeout(interval):
-                    await nudge.wait()
+            while (remaining := self._next_poll_at(node, started_at) - now()) > 0:
+                wake.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(remaining):
+                        await wake.wait()
+
+    def _next_poll_at(self, node: str, last_started_at: float) -> float:
+        due_at = self._due_at[node]
+        return min(due_at, last_started_at + WATCH_INTERVAL_S) if self._num_watchers[node] else due_at
 
     async def _poll(self, neuron: NeuronClient) -> bool:
         fleet, timeout_s = self._fleet, self._settings.timeout_s

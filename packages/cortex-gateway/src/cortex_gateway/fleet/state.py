@@ -48,11 +48,11 @@ class Fleet:
     def has_waiters(self) -> bool:
         return self._changed is not None
 
-    async def changed(self) -> None:
-        """Return at the next change. Look at the snapshot first, wait then: nothing runs in between."""
+    def changed(self) -> asyncio.Future[None]:
+        """To be awaited: done at the next change after this call, whenever it is awaited."""
         if self._changed is None:
             self._changed = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._changed)
+        return asyncio.shield(self._changed)
 
 
 def _log_health(before: NodeSnapshot, after: NodeSnapshot) -> None:

@@ -76,7 +76,8 @@ def request_headers(headers: RawHeaders, *, request_id: str, model: str) -> CIMu
         forwarded.popall(token.decode("latin-1"), None)
     add("x-request-id", request_id)
     add(HOP, "1")
-    add(RESOLVED_MODEL, model)
+    if model.isprintable():
+        add(RESOLVED_MODEL, model)
     return forwarded
 
 
@@ -93,7 +94,7 @@ def identity_headers(
     headers = [(b"x-request-id", encoded), (b"request-id", encoded)]
     if node is not None:
         headers.append((b"x-cortex-node", node.encode("utf-8")))
-    if model is not None:
+    if model is not None and model.isprintable():
         headers.append((b"x-cortex-model", model.encode("utf-8")))
     if route is not None:
         headers.append((b"x-cortex-route", route.encode("ascii")))

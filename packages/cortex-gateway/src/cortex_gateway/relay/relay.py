@@ -364,7 +364,10 @@ class Relay:
 
     def _own_headers(self, exchange: Exchange) -> RawHeaders:
         headers = identity_headers(
-            exchange.request_id, node=exchange.node, model=exchange.resolved, route=exchange.route
+            exchange.request_id,
+            node=exchange.node,
+            model=exchange.resolved if exchange.node is not None else None,
+            route=exchange.route,
         )
         if exchange.wants_cors:
             headers.extend(CORS_HEADERS)

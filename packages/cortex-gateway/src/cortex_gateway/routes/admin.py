@@ -81,29 +81,23 @@ class AdminRoutes:
 
     async def _load_events(self, model: str, node: str | None, request_id: str) -> AsyncIterator[bytes]:
         """`progress` whenever it moved, then `done` or `error`. A client that leaves does not cancel the load."""
-        load = asyncio.ensure_future(self._load(model, node))
+        load: asyncio.Future[Any] = asyncio.ensure_future(self._load(model, node))
         shown: LoadProgress | None = None
         try:
             while not load.done():
+                changed = self._fleet.changed()
                 where, progress = self._progress(model, node)
                 if progress is not None and progress != shown:
                     shown = progress
                     yield event("progress", {"node": where, **msgspec.to_builtins(progress)})
-                await self._next_change(where or node, load)
+                with self._poller.watching(where) if where is not None else nullcontext():
+                    await asyncio.wait({changed, load}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
             yield event("done", load.result())
         except ApiError as error:
             yield b"event: error\ndata: " + openai_error_body(error, request_id) + b"\n\n"
         finally:
             load.cancel()
-
-    async def _next_change(self, node: str | None, load: asyncio.Future[dict[str, str]]) -> None:
-        changed: asyncio.Future[Any] = asyncio.ensure_future(self._fleet.changed())
-        either: set[asyncio.Future[Any]] = {changed, load}
-        try:
-            with self._poller.watching(node) if node is not None else nullcontext():
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            changed.cancel()
 
     def _progress(self, model: str, node: str | None) -> tuple[str | None, LoadProgress | None]:
         for snapshot in self._fleet.snapshot.nodes.values():

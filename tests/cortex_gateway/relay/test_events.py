@@ -1,0 +1,95 @@
+"""Events pass unchanged under any chunking, and the usage block never does."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from cortex_gateway.relay.events import MAX_HELD_BYTES, EventRelay, Usage, scan_usage
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.cortex_gateway.fake_neuron import ANTHROPIC_EVENTS, JSON_ANSWER, OPENAI_END, OPENAI_EVENTS, USAGE_BLOCK
+
+EVENTS = [
+    *OPENAI_EVENTS,
+    *ANTHROPIC_EVENTS,
+    b"data: with returns\r\n\r\n",
+    b"data: two\ndata: lines\n\n",
+    b"data: : cortex-usage in the middle of a line\n\n",
+]
+
+
+def relay(stream: bytes, cuts: list[int]) -> tuple[list[bytes], EventRelay]:
+    events = EventRelay()
+    borders = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
+    out = [events.feed(stream[a:b]) for a, b in pairwise(borders) if a < b]
+    return [*out, events.flush()], events
+
+
+@given(st.lists(st.sampled_from(EVENTS), max_size=8), st.lists(st.integers(0, 5000), max_size=20), st.integers(0, 8))
+def test_any_chunking_gives_the_same_bytes_without_the_usage_block(
+    chosen: list[bytes], cuts: list[int], position: int
+) -> None:
+    position = min(position, len(chosen))
+    stream = b"".join([*chosen[:position], USAGE_BLOCK, *chosen[position:], OPENAI_END])
+    out, events = relay(stream, cuts)
+    assert b"".join(out) == b"".join([*chosen, OPENAI_END])
+    assert events.usage() == Usage(prompt_tokens=11, completion_tokens=7, cached_tokens=3)
+
+
+@given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=20))
+def test_any_bytes_without_a_block_pass_unchanged(stream: bytes, cuts: list[int]) -> None:
+    out, _ = relay(stream, cuts)
+    assert b"".join(out) == stream
+
+
+@given(st.lists(st.sampled_from(EVENTS), min_size=1, max_size=6), st.lists(st.integers(0, 5000), max_size=20))
+def test_only_whole_events_are_passed_on(chosen: list[bytes], cuts: list[int]) -> None:
+    out, _ = relay(b"".join(chosen), cuts)
+    assert all(piece.endswith((b"\n\n", b"\r\n\r\n")) for piece in out if piece)
+
+
+def test_a_whole_event_is_passed_on_at_once() -> None:
+    events = EventRelay()
+    for event in EVENTS:
+        assert events.feed(event) == event
+
+
+def test_a_whole_event_is_not_kept_back_by_the_beginning_of_the_next() -> None:
+    events = EventRelay()
+    assert events.feed(b"data: 1\n\nda") == b"data: 1\n\n"
+    assert events.feed(b"ta: 2\n\n") == b"data: 2\n\n"
+
+
+def test_an_endless_event_is_not_held_for_ever() -> None:
+    events = EventRelay()
+    piece = b"x" * (MAX_HELD_BYTES // 2 + 1)
+    assert events.feed(piece) == b""
+    assert events.feed(piece) == piece + piece
+
+
+def test_without_a_block_usage_is_read_from_the_last_events() -> None:
+    events = EventRelay()
+    events.feed(b'data: {"choices":[],"usage":{"prompt_tokens": 5,"completion_tokens":6}}\n\n')
+    events.feed(OPENAI_END)
+    assert events.usage() == Usage(prompt_tokens=5, completion_tokens=6)
+
+
+def test_without_any_usage_it_is_unknown_and_not_zero() -> None:
+    events = EventRelay()
+    events.feed(OPENAI_EVENTS[1])
+    assert events.usage() == Usage()
+    assert events.usage().completion_tokens is None
+
+
+def test_a_broken_block_is_removed_all_the_same() -> None:
+    events = EventRelay()
+    assert events.feed(b": cortex-usage nonsense\n\n" + OPENAI_END) == OPENAI_END
+    assert events.usage() == Usage()
+
+
+def test_usage_of_both_dialects_is_found_and_text_is_not_taken_for_it() -> None:
+    assert scan_usage(JSON_ANSWER) == Usage(prompt_tokens=11, completion_tokens=7, cached_tokens=3)
+    anthropic = b'{"content":[{"text":"\\"input_tokens\\": 9"}],"usage":{"input_tokens":3,"output_tokens":4}}'
+    assert scan_usage(anthropic) == Usage(prompt_tokens=3, completion_tokens=4)
+    assert scan_usage(b'{"completion_tokens_details":{"reasoning_tokens":4}}') == Usage()
