@@ -5,7 +5,8 @@ and window, by the first layer that needs it; the layers only gather and multipl
 
 - Decodes run as one batch. Query heads that share a KV head become rows of one small attention problem
   ([S, Hkv, G, D] against [S, Hkv, L, D]): twice as fast as `enable_gqa` and each page is read once. Shorter
-  sequences are padded to the longest of their bucket and masked.
+  sequences are padded to the longest of their bucket and masked. Without a window, the gathered keys and values are
+  kept for the next step (`decode_workspace`).
 - A prefill chunk runs by itself. Without a cached prefix it attends to its own keys; behind a prefix it attends to
   gathered pages, in tiles of rows so that masked keys beyond a tile are skipped. The masks of all tiles are views of
   one "staircase" matrix: row i sees the columns up to i + its width, so shifting the columns gives every prefix.
@@ -20,8 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuron.layers.decode_workspace import DecodeWorkspace
+
 if TYPE_CHECKING:
     from neuron.engine.batch import StepBatch
+
+# This step's keys and values, [T, Hkv, D] each, in the cache's dtype.
+NewCells = tuple[Tensor, Tensor]
 
 _TILE_ROWS = 256
 # Decodes are split into buckets of similar length when padding would make them gather this much more than they hold.
@@ -50,6 +56,7 @@ class DecodeBucket:
     """Decodes of similar length. rows: which of the step's rows (None: the first `size`, in order).
 
     length: keys per sequence after padding. mask: [S, 1, 1, length], added to the scores; None where all are full.
+    workspace: where gathered keys and values are kept between steps, None if they are not.
     """
 
     rows: Tensor | None
@@ -57,6 +64,7 @@ class DecodeBucket:
     span: PageSpan
     length: int
     mask: Tensor | None
+    workspace: DecodeWorkspace | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +146,14 @@ class GatherAttention:
         self._plans: dict[int | None, Plan] = {}
         self._staircases: dict[tuple[int | None, torch.dtype], Staircase] = {}
         self._slots: tuple[Tensor, Tensor] | None = None
+        # By the rows of the bucket they belong to; those of the last step and those of this one.
+        self._last_workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
+        self._workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
 
     def prepare(self, batch: StepBatch) -> None:
         self._plans.clear()
         self._slots = None
+        self._last_workspaces, self._workspaces = self._workspaces, {}
 
     def forward(
         self,
@@ -158,40 +170,41 @@ class GatherAttention:
             self._slots = _cache_rows(batch.slot_mapping, kv_layer.shape[2])
         key_rows, value_rows = self._slots
         cells = kv_layer.view(-1, *kv_layer.shape[3:])  # [num_pages * 2 * page_size, Hkv, D]
-        cells.index_copy_(0, key_rows, k.to(cells.dtype))
-        cells.index_copy_(0, value_rows, v.to(cells.dtype))
-        return self._attend(q, (k, v), kv_layer, batch, scale=scale, sliding_window=sliding_window)
+        k, v = k.to(cells.dtype), v.to(cells.dtype)
+        cells.index_copy_(0, key_rows, k)
+        cells.index_copy_(0, value_rows, v)
+        return self._attend(q, (k, v), kv_layer, batch, scale, sliding_window)
 
     def attend(
         self, q: Tensor, kv_layer: Tensor, batch: StepBatch, *, scale: float, sliding_window: int | None
     ) -> Tensor:
-        return self._attend(q, None, kv_layer, batch, scale=scale, sliding_window=sliding_window)
+        return self._attend(q, None, kv_layer, batch, scale, sliding_window)
 
     def _attend(
         self,
         q: Tensor,
-        new: tuple[Tensor, Tensor] | None,
+        new: NewCells | None,
         kv_layer: Tensor,
         batch: StepBatch,
-        *,
         scale: float,
-        sliding_window: int | None,
+        window: int | None,
     ) -> Tensor:
-        plan = self._plans.get(sliding_window)
+        if window is not None and batch.max_context_len <= window:
+            window = None
+        plan = self._plans.get(window)
         if plan is None:
-            plan = self._make_plan(batch, kv_layer.shape[2], q.dtype, sliding_window, gather_all=new is None)
-            self._plans[sliding_window] = plan
+            plan = self._plans[window] = self._make_plan(batch, kv_layer, q.dtype, window, keeps_new=new is not None)
         num_kv_heads, head_dim = kv_layer.shape[3:]
         grouped = q.view(q.shape[0], num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
         if len(plan.decodes) == 1 and not plan.chunks:
-            return _decode(plan.decodes[0], grouped, kv_layer, scale).reshape(q.shape)
+            return _decode(plan.decodes[0], grouped, new, kv_layer, scale).reshape(q.shape)
         out = torch.empty(grouped.shape, dtype=q.dtype, device=q.device)
         for bucket in plan.decodes:
             if bucket.rows is None:
-                out[: bucket.size] = _decode(bucket, grouped[: bucket.size], kv_layer, scale)
+                out[: bucket.size] = _decode(bucket, grouped[: bucket.size], new, kv_layer, scale)
             else:
                 rows = grouped.index_select(0, bucket.rows)
-                out.index_copy_(0, bucket.rows, _decode(bucket, rows, kv_layer, scale))
+                out.index_copy_(0, bucket.rows, _decode(bucket, rows, new, kv_layer, scale))
         for chunk in plan.chunks:
             _prefill(chunk, grouped, new, kv_layer, scale, out)
         return out.view(q.shape[0], -1, head_dim)
@@ -199,15 +212,40 @@ class GatherAttention:
     # ------------------------------------------------------------------ plans
 
     def _make_plan(
-        self, batch: StepBatch, page_size: int, dtype: torch.dtype, window: int | None, *, gather_all: bool
+        self, batch: StepBatch, kv_layer: Tensor, dtype: torch.dtype, window: int | None, *, keeps_new: bool
     ) -> Plan:
+        """keeps_new: this step's keys and values come with the call, so that they need not be read from pages."""
+        page_size = kv_layer.shape[2]
         chunks = []
         begin = batch.num_decodes
         for sequence in range(batch.num_decodes, batch.num_sequences):
             end = begin + batch.query_lens_host[sequence]
-            chunks.append(self._plan_chunk(batch, sequence, begin, end, page_size, dtype, window, gather_all))
+            chunks.append(self._plan_chunk(batch, sequence, begin, end, page_size, dtype, window, keeps_new))
             begin = end
-        return Plan(_plan_decodes(batch, page_size, dtype, window) if batch.num_decodes else (), tuple(chunks))
+        decodes: list[DecodeBucket] = []
+        if batch.num_decodes:
+            use_workspaces = keeps_new and window is None
+            for members in decode_buckets(_num_pages(batch, page_size, window)):
+                workspace = self._workspace(batch, members, kv_layer) if use_workspaces else None
+                decodes.append(_plan_decodes(batch, members, page_size, dtype, window, workspace))
+        return Plan(tuple(decodes), tuple(chunks))
+
+    def _workspace(self, batch: StepBatch, members: list[int], kv_layer: Tensor) -> DecodeWorkspace | None:
+        page_size = kv_layer.shape[2]
+        context_lens = [batch.context_lens_host[i] for i in members]
+        rows = None if len(members) == batch.num_decodes else members
+        # A copy: the batch's tensors are overwritten by the next step's.
+        tables = batch.page_tables[: batch.num_decodes, : -(-max(context_lens) // page_size)].clone()
+        if rows is not None:
+            tables = tables[rows]
+        key = tuple(members)
+        workspace = self._last_workspaces.get(key)
+        if workspace is None or not workspace.advance(tables, context_lens):
+            workspace = DecodeWorkspace(tables, context_lens, page_size, kv_layer.shape[3])
+        if not workspace.fits(kv_layer):
+            return None
+        self._workspaces[key] = workspace
+        return workspace
 
     def _plan_chunk(
         self,
@@ -218,17 +256,17 @@ class GatherAttention:
         page_size: int,
         dtype: torch.dtype,
         window: int | None,
-        gather_all: bool,
+        keeps_new: bool,
     ) -> PrefillChunk:
         context_len = batch.context_lens_host[sequence]
         num_rows = end - begin
         prefix_len = context_len - num_rows
-        if prefix_len == 0 and not gather_all and (window is None or num_rows <= window):
+        if prefix_len == 0 and keeps_new and (window is None or num_rows <= window):
             return PrefillChunk(begin, end, None, None)
 
         span = None
         first = 0
-        if prefix_len or gather_all:
+        if prefix_len or not keeps_new:
             first_page = 0 if window is None else max(0, prefix_len - window + 1) // page_size
             first = first_page * page_size
             pages = batch.page_tables[sequence, first_page : -(-context_len // page_size)]
@@ -259,62 +297,91 @@ def _cache_rows(slot_mapping: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     return keys, keys + page_size
 
 
-def _plan_decodes(batch: StepBatch, page_size: int, dtype: torch.dtype, window: int | None) -> tuple[DecodeBucket, ...]:
-    context_lens = batch.context_lens_host[: batch.num_decodes]
-    lowest = [0 if window is None else max(0, length - window) for length in context_lens]
+def _lowest_position(context_len: int, window: int | None) -> int:
+    """The first position that a decode at this context length sees."""
+    return 0 if window is None else max(0, context_len - window)
+
+
+def _num_pages(batch: StepBatch, page_size: int, window: int | None) -> list[int]:
+    """Pages that each decode of the step needs."""
+    return [
+        -(-length // page_size) - _lowest_position(length, window) // page_size
+        for length in batch.context_lens_host[: batch.num_decodes]
+    ]
+
+
+def _plan_decodes(
+    batch: StepBatch,
+    members: list[int],
+    page_size: int,
+    dtype: torch.dtype,
+    window: int | None,
+    workspace: DecodeWorkspace | None,
+) -> DecodeBucket:
+    """The bucket of these decodes (rows of the step)."""
+    device = batch.page_tables.device
+    context_lens = [batch.context_lens_host[i] for i in members]
+    lowest = [_lowest_position(length, window) for length in context_lens]
     first_page = [position // page_size for position in lowest]
-    num_pages = [-(-length // page_size) - first for length, first in zip(context_lens, first_page, strict=True)]
-    groups = decode_buckets(num_pages)
-    tables = batch.page_tables
-    buckets = []
-    for members in groups:
-        rows = None
-        table = tables[: batch.num_decodes]
-        if len(groups) > 1:
-            rows = torch.tensor(members, dtype=torch.int64, device=tables.device)
-            table = tables.index_select(0, rows)
-        width = max(num_pages[i] for i in members)
-        if any(first_page[i] for i in members):
-            start = torch.tensor([first_page[i] for i in members], device=tables.device).unsqueeze(1)
-            columns = start + torch.arange(width, device=tables.device)
-            pages = table.gather(1, columns.clamp_(max=table.shape[1] - 1))  # beyond a context: masked below
-        else:
-            pages = table[:, :width]
-        begin = [lowest[i] - first_page[i] * page_size for i in members]
-        end = [context_lens[i] - first_page[i] * page_size for i in members]
-        length = max(end)
-        mask = None
-        if any(begin) or min(end) != length:
-            key = torch.arange(length, device=tables.device)
-            hidden = key >= torch.tensor(end, device=tables.device).unsqueeze(1)
-            if any(begin):
-                hidden |= key < torch.tensor(begin, device=tables.device).unsqueeze(1)
-            mask = torch.zeros(len(members), length, dtype=dtype, device=tables.device)
-            mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
-        buckets.append(DecodeBucket(rows, len(members), PageSpan.of(pages), length, mask))
-    return tuple(buckets)
+    begin = [position - page * page_size for position, page in zip(lowest, first_page, strict=True)]
+    end = [length - page * page_size for length, page in zip(context_lens, first_page, strict=True)]
+    length = max(end)
+
+    rows = None
+    table = batch.page_tables[: batch.num_decodes]
+    if len(members) < batch.num_decodes:
+        rows = torch.tensor(members, dtype=torch.int64, device=device)
+        table = table.index_select(0, rows)
+    if workspace is not None:
+        table = workspace.padded_tables()
+    elif any(first_page):
+        columns = torch.tensor(first_page, device=device).unsqueeze(1) + torch.arange(
+            -(-length // page_size), device=device
+        )
+        table = table.gather(1, columns.clamp_(max=table.shape[1] - 1))  # beyond a context: masked
+    else:
+        table = table[:, : -(-length // page_size)]
+
+    mask = None
+    if any(begin) or min(end) != length:
+        key = torch.arange(length, device=device)
+        hidden = key >= torch.tensor(end, device=device).unsqueeze(1)
+        if any(begin):
+            hidden |= key < torch.tensor(begin, device=device).unsqueeze(1)
+        mask = torch.zeros(len(members), length, dtype=dtype, device=device)
+        mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+    return DecodeBucket(rows, len(members), PageSpan.of(table), length, mask, workspace)
 
 
 def _gather(kv_layer: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
-    """Pages as the keys (or values) of sequences: [S, Hkv, pages * page_size, D], strided."""
+    """Pages as the keys (or values) of sequences: [S, pages * page_size, Hkv, D]."""
     page_size, num_kv_heads, head_dim = kv_layer.shape[2:]
     pages = kv_layer.view(-1, page_size * num_kv_heads * head_dim).index_select(0, rows)
-    return pages.view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+    return pages.view(num_sequences, -1, num_kv_heads, head_dim)
 
 
-def _decode(bucket: DecodeBucket, q: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
-    """q: [S, Hkv, G, D]; returns the same shape."""
-    keys = _gather(kv_layer, bucket.span.keys, bucket.size)[:, :, : bucket.length]
-    values = _gather(kv_layer, bucket.span.values, bucket.size)[:, :, : bucket.length]
-    if keys.dtype != q.dtype:
-        keys, values = keys.to(q.dtype), values.to(q.dtype)
+def _decode(bucket: DecodeBucket, q: Tensor, new: NewCells | None, kv_layer: Tensor, scale: float) -> Tensor:
+    """q: [S, Hkv, G, D] of the bucket's rows; returns the same shape."""
+    workspace = bucket.workspace
+    cached = None
+    if workspace is not None and new is not None:
+        fresh = (x[: bucket.size] if bucket.rows is None else x.index_select(0, bucket.rows) for x in new)
+        cached = workspace.append(kv_layer, *fresh)  # [S, Hkv, D] each
+    if cached is None:
+        keys = _gather(kv_layer, bucket.span.keys, bucket.size)
+        values = _gather(kv_layer, bucket.span.values, bucket.size)
+        if workspace is None:
+            cached = keys.transpose(1, 2), values.transpose(1, 2)
+        else:
+            cached = workspace.fill(kv_layer, keys, values)
+    keys, values = (x[:, :, : bucket.length].to(q.dtype) for x in cached)  # [S, Hkv, L, D]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bucket.mask, scale=scale)
 
 
 def _prefill(
     chunk: PrefillChunk,
     q: Tensor,
-    new: tuple[Tensor, Tensor] | None,
+    new: NewCells | None,
     kv_layer: Tensor,
     scale: float,
     out: Tensor,
@@ -325,13 +392,14 @@ def _prefill(
     result = out[chunk.begin : chunk.end].permute(1, 2, 0, 3)
     if chunk.span is None:
         assert new is not None
-        keys, values = (x[chunk.begin : chunk.end].transpose(0, 1) for x in new)  # [Hkv, n, D]
+        keys, values = (x[chunk.begin : chunk.end] for x in new)  # [n, Hkv, D]
     else:
         keys = _gather(kv_layer, chunk.span.keys, 1)[0]
         values = _gather(kv_layer, chunk.span.values, 1)[0]
     # Query heads of a group see the same keys: a dimension of stride 0 instead of copies.
-    keys = keys.to(q.dtype).unsqueeze(1).expand(-1, group, -1, -1)
-    values = values.to(q.dtype).unsqueeze(1).expand(-1, group, -1, -1)
+    keys, values = (
+        x.to(q.dtype).transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (keys, values)
+    )  # [Hkv, G, L, D]
     if chunk.tiles is None:
         result.copy_(F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale))
         return

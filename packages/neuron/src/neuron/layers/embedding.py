@@ -11,6 +11,8 @@ from neuron.layers.placement import Placement
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import shard_vocabulary
 
+_MAX_COPIED_ELEMENTS = 2**22
+
 
 class VocabularyWeight(nn.Module):
     """Rows of a [vocab, hidden] matrix that this rank holds; rows beyond the vocabulary are zero."""
@@ -59,8 +61,8 @@ class VocabParallelEmbedding(VocabularyWeight):
 class LMHead(nn.Module):
     """[R, H] hidden states -> [R, V] float32 logits on every rank.
 
-    Either with a matrix of its own or tied to the embedding's. A tied head stays tied in memory, except that a small
-    matrix on the CPU is copied into the layout that multiplies faster.
+    Either with a matrix of its own or tied to the embedding's. A tied head shares its memory, unless the matrix is
+    small enough to be worth a second copy in the layout that multiplies faster (an embedding wants whole rows).
     """
 
     def __init__(self, embedding: VocabParallelEmbedding, *, tied: bool) -> None:
@@ -79,11 +81,12 @@ class LMHead(nn.Module):
         return self.matrix is None
 
     def finish_loading(self) -> None:
-        holder = self._embedding[0] if self.matrix is None else self.matrix
-        weight = fast_layout(holder.weight).detach()
-        if self.matrix is not None:
-            self.matrix.weight = nn.Parameter(weight, requires_grad=False)
-        self._weight = weight
+        if self.matrix is None:
+            weight = self._embedding[0].weight.detach()
+            self._weight = fast_layout(weight) if weight.numel() <= _MAX_COPIED_ELEMENTS else weight
+        else:
+            self._weight = fast_layout(self.matrix.weight.detach())
+            self.matrix.weight = nn.Parameter(self._weight, requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self._weight is None:

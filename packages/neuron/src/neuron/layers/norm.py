@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +21,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if kernel is not None:
         result: Tensor = kernel(x, weight, eps)
         return result
+    upcast = x if x.dtype == torch.float32 else x.float()
+    # hypot(|x|, sqrt(D·eps)) / sqrt(D) is the root in the denominator: half as many operations as spelling it out,
+    # and at the size of one token it is their number that counts.
     size = x.shape[-1]
-    if x.dtype == torch.float32:
-        scale: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale.square_().mul_(1.0 / size).add_(eps).rsqrt_()
-        return x.mul(scale).mul_(weight)
-    upcast = x.float()
-    scale = torch.linalg.vector_norm(upcast, dim=-1, keepdim=True)
-    scale.square_().mul_(1.0 / size).add_(eps).rsqrt_()
-    return upcast.mul_(scale).to(x.dtype).mul_(weight)
+    root: Tensor = torch.linalg.vector_norm(upcast, dim=-1, keepdim=True)
+    root.hypot_(_scalar(math.sqrt(size * eps))).mul_(1.0 / math.sqrt(size))
+    return upcast.div(root).to(x.dtype).mul_(weight)
+
+
+@lru_cache(maxsize=32)
+def _scalar(value: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
