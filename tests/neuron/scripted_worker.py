@@ -3,7 +3,7 @@
 `EngineConfig.debug` scripts the load: {"load": "fail" | "die" | "silent"}, and {"load_epochs": [...]}
 confines that to these epochs (all, if it is left out). {"model_len": N}.
 
-The first prompt id scripts a sequence; all others simply produce tokens 100, 101, … up to max_tokens:
+The first prompt id, or `top_k`, scripts a sequence; all others simply produce tokens 100, 101, … up to max_tokens:
 HOLD yields one token and then nothing until it is cancelled; SILENT not even that one; DIE kills the process
 with SIGKILL; REFUSE fails the sequence; FAULT ends the engine with an EngineFault; NOISE sends a frame that does
 not decode; TALK writes to stderr first. Running sequences are reported in `EngineStats.running`, so that a test can
@@ -42,7 +42,7 @@ from neuron.protocol import (
     frame_length,
 )
 
-HOLD, SILENT, DIE, REFUSE, FAULT, NOISE, TALK = range(1, 8)
+HOLD, SILENT, DIE, REFUSE, FAULT, NOISE, TALK = SCRIPTS = range(2001, 2008)
 TOTAL_PAGES = 64
 
 
@@ -133,7 +133,7 @@ class ScriptedWorker:
         for request_id, (request, done) in list(self.sequences.items()):
             if request_id in self.held:
                 continue
-            script = request.prompt_ids[0] if request.prompt_ids else 0
+            script = request.sampling.top_k if request.sampling.top_k in SCRIPTS else request.prompt_ids[0]
             if script == DIE:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif script == FAULT:

@@ -239,17 +239,19 @@ def encode_frame(message: ToEngine | FromEngine) -> bytes:
 def decode_to_engine(payload: bytes | memoryview) -> ToEngine:
     """Raises `FrameError`."""
     try:
-        return _to_engine_decoder.decode(payload)
+        message: ToEngine = _to_engine_decoder.decode(payload)
     except msgspec.MsgspecError as exc:
         raise FrameError(str(exc)) from exc
+    return message
 
 
 def decode_from_engine(payload: bytes | memoryview) -> FromEngine:
     """Raises `FrameError`."""
     try:
-        return _from_engine_decoder.decode(payload)
+        message: FromEngine = _from_engine_decoder.decode(payload)
     except msgspec.MsgspecError as exc:
         raise FrameError(str(exc)) from exc
+    return message
 
 
 def frame_length(prefix: bytes | memoryview) -> int:

@@ -112,6 +112,10 @@ class Ticket:
         self._is_open = True
 
     @property
+    def max_wait_s(self) -> float:
+        return self._admission.max_wait_s
+
+    @property
     def is_seated(self) -> bool:
         place = self._place
         return place is None or (place.done() and not place.cancelled() and place.exception() is None)

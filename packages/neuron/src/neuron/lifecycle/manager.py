@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class ModelManager:
     """Loads, serves and unloads models.
 
     runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
-    the argument list of a worker process.
+    the argument list of a worker process. on_loaded is called once per load (not per recovery).
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class ModelManager:
         devices: tuple[DeviceInfo, ...] = (),
         cuda_unavailable_reason: str | None = None,
         command: WorkerCommand = worker_command,
+        on_loaded: Callable[[ServedModel], None] = lambda model: None,
     ) -> None:
         engine = config.engine
         self._config = config
@@ -63,6 +64,7 @@ class ModelManager:
         self._devices = devices
         self._cuda_unavailable_reason = cuda_unavailable_reason
         self._models: dict[str, ServedModel] = {}
+        self._on_loaded = on_loaded
         self._is_closing = False
         self._policy = RestartPolicy(engine.recovery_attempts, engine.stable_after_s)
         self._launch = LaunchSettings(
@@ -94,20 +96,16 @@ class ModelManager:
         except ApiError:
             return None
 
-    def serving(self, model_id: str) -> tuple[ServedModel, TextModel, EngineGroup]:
-        """A model that takes requests. Raises `ApiError`: `model_not_found`, or why it does not now."""
+    def get(self, model_id: str) -> ServedModel:
+        """`find`, but what is not here raises `ApiError` `model_not_found`."""
         model = self.find(model_id)
         if model is None:
             raise model_not_found(model_id)
-        if model.state.phase != "loaded" or model.text is None or model.group is None:
-            raise model.unavailable()
-        return model, model.text, model.group
+        return model
 
     def text_of(self, model_id: str) -> TextModel:
         """The tokenizer side of a model, which serves also while its engine does not. Raises `ApiError`."""
-        model = self.find(model_id)
-        if model is None:
-            raise model_not_found(model_id)
+        model = self.get(model_id)
         if model.text is None:
             raise model.unavailable()
         return model.text
@@ -326,6 +324,7 @@ class ModelManager:
         elif isinstance(event, GroupLoaded):
             if model.load_seconds is None:
                 model.load_seconds = time.monotonic() - model.load_began
+                self._on_loaded(model)
             _log_loaded(model, event)
             self._post(model, machine.EngineUp())
         elif isinstance(event, GroupDied):

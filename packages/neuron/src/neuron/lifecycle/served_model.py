@@ -50,6 +50,12 @@ class ServedModel:
         """Positions a sequence may have; 0 before the first load."""
         return 0 if self.loaded is None else self.loaded.max_model_len
 
+    def serving(self) -> tuple[TextModel, EngineGroup]:
+        """Both sides of a model that takes requests. Raises `ApiError`: why it does not now."""
+        if self.state.phase != "loaded" or self.text is None or self.group is None:
+            raise self.unavailable()
+        return self.text, self.group
+
     def unavailable(self) -> ApiError:
         """Why the model does not take requests now."""
         phase = self.state.phase

@@ -193,7 +193,6 @@ class EngineGroup:
                 return
             self.num_restarts += 1
             self.stats = EngineStats()
-            self._on_event(GroupDied(ending.reason, delay_s))
             await asyncio.sleep(delay_s)
 
     async def _live_through(self, incarnation: Incarnation) -> _Ending:
@@ -202,7 +201,7 @@ class EngineGroup:
         try:
             loaded = await incarnation.load()
         except EngineLoadError as exc:
-            self._book_failure(0.0)
+            self._book_failure(exc.message, 0.0)
             return _Ending(exc.kind, exc.message, 0.0)
         ready = time.monotonic()
         self._load_seconds = ready - began
@@ -213,14 +212,18 @@ class EngineGroup:
         lived_s = time.monotonic() - ready
         if not self._is_stopping:
             self.state = "recovering"
-            self._book_failure(lived_s)
+            self._book_failure(reason, lived_s)
             retry_after = self.retry_after
             self.fail_requests(lambda: engine_restarting(retry_after))
         return _Ending("died", reason, lived_s)
 
-    def _book_failure(self, lived_s: float) -> None:
+    def _book_failure(self, reason: str, lived_s: float) -> None:
+        """Count it, and say so before anyone who was served by it can ask again."""
         self._failures = self._policy.failures_after(self._failures, lived_s)
-        self._retry_in_s = self._policy.delay_before(self._failures) or 0.0
+        delay_s = self._policy.delay_before(self._failures)
+        self._retry_in_s = delay_s or 0.0
+        if self.loaded is not None and delay_s is not None:
+            self._on_event(GroupDied(reason, delay_s))
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         """A bug in the loop above must show as a failed model, not as one that hangs for ever."""

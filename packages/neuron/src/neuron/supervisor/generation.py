@@ -32,12 +32,12 @@ class Generation:
 
     A batch holds every update since the previous one; an empty batch means that nothing came for `heartbeat_s`.
     Iteration ends when every sequence has ended, and raises the `ApiError` of the first that failed. Leaving the
-    context cancels what still runs.
+    context cancels what still runs. `heartbeat_s` may be changed at any time, for the beats that follow.
     """
 
     def __init__(self, forget: Callable[[LiveSequence], None], *, heartbeat_s: float | None = None) -> None:
         self._forget = forget
-        self._heartbeat_s = heartbeat_s
+        self.heartbeat_s = heartbeat_s
         self._live: dict[int, LiveSequence] = {}
         self._pending: list[Update] = []
         self._error: ApiError | None = None
@@ -124,8 +124,8 @@ class Generation:
             self._waiter.set_result(None)
 
     async def _wait(self) -> None:
-        if self._heartbeat_s is not None and self._timer is None:
-            self._arm(self._heartbeat_s)
+        if self.heartbeat_s is not None and self._timer is None:
+            self._arm(self.heartbeat_s)
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -137,12 +137,13 @@ class Generation:
         self._timer = self._loop.call_later(delay_s, self._on_timer)
 
     def _on_timer(self) -> None:
-        assert self._heartbeat_s is not None
         self._timer = None
-        due = self._last_return + self._heartbeat_s
+        if self.heartbeat_s is None:
+            return
+        due = self._last_return + self.heartbeat_s
         now = self._loop.time()
         if due > now:
             self._arm(due - now)
             return
-        self._arm(self._heartbeat_s)
+        self._arm(self.heartbeat_s)
         self._wake()

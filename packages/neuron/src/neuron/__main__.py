@@ -1,0 +1,5 @@
+"""`python -m neuron`."""
+
+from neuron.cli import main
+
+main()

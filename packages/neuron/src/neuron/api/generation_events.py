@@ -1,0 +1,96 @@
+"""What the engine's updates of one request mean, as events: every choice through its own text stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from cortex_core.conversation import Request
+from cortex_core.events import Event, Finish, Usage
+
+from neuron.api.request_record import RequestRecord
+from neuron.protocol import Generate, SequenceUpdate
+from neuron.supervisor.generation import Generation, Update
+from neuron.text import Generation as Choice
+from neuron.text import Prompt, TextModel
+
+
+class GenerationEvents:
+    """Fed with batches of updates; counts tokens for `Usage` on the way."""
+
+    def __init__(
+        self,
+        text: TextModel,
+        request: Request,
+        prompts: Sequence[Prompt],
+        choices: Sequence[Choice],
+        record: RequestRecord,
+    ) -> None:
+        self._request = request
+        self._prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
+        self._choices = choices
+        self._streams = [text.event_stream(request, choice.prompt, choice.choice) for choice in choices]
+        self._has_begun = [False] * len(choices)
+        self._is_over = [False] * len(choices)
+        self._cached: dict[int, int] = {}
+        self._record = record
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._prompt_tokens
+
+    def frames(self) -> list[Generate]:
+        """What the engine is to do. Asking for no output at all still means to compute the prompt (a cache warm-up,
+        or scoring with echo): the engine is asked for one token, which `feed` drops."""
+        frames = [choice.generate(0) for choice in self._choices]
+        return [msgspec.structs.replace(frame, max_tokens=1) if not frame.max_tokens else frame for frame in frames]
+
+    def feed(self, batch: list[Update], generation: Generation) -> list[Event]:
+        """The events of a batch; a choice that needs no more tokens is ended in the engine."""
+        events: list[Event] = []
+        counts = [0] * len(self._choices)
+        for index, update in batch:
+            if self._is_over[index]:
+                continue
+            counts[index] += len(update.token_ids)
+            events += self._feed_one(index, update, generation)
+        num_tokens = max(counts)
+        if num_tokens:
+            self._record.tokens_came(num_tokens)
+        return events
+
+    def _feed_one(self, index: int, update: SequenceUpdate, generation: Generation) -> list[Event]:
+        stream = self._streams[index]
+        if update.cached_tokens is not None:
+            self._cached[index] = update.cached_tokens
+        events: list[Event] = []
+        if not self._has_begun[index]:
+            if not (update.token_ids or update.finish or update.prompt_logprobs is not None):
+                return events  # a chunk of the prompt was computed: nothing to show yet
+            self._has_begun[index] = True
+            events += stream.begin(update.prompt_logprobs)
+        if self._choices[index].max_tokens:
+            events += stream.feed(update.token_ids, update.logprobs)
+        finish = update.finish
+        if finish is not None and not self._choices[index].max_tokens:
+            finish = "length"
+        if stream.is_done:
+            generation.end_choice(index)
+            events += stream.finish(finish or "stop")
+        elif finish is not None:
+            events += stream.finish(finish)
+        else:
+            return events
+        self._is_over[index] = True
+        self._record.finish += [event.reason for event in events if isinstance(event, Finish)]
+        return events
+
+    def usage(self) -> Usage:
+        """So far. A prompt that several choices share is counted once, and so is what the cache held of it."""
+        firsts = range(0, len(self._choices), self._request.num_choices)
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=sum(stream.completion_tokens for stream in self._streams),
+            cached_tokens=sum(self._cached.get(index, 0) for index in firsts),
+            reasoning_tokens=sum(stream.reasoning_tokens for stream in self._streams),
+        )

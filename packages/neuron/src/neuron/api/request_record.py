@@ -1,0 +1,101 @@
+"""What one inference request did: measured as it goes, and at its end one log line and its metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from cortex_core.events import Usage
+
+from neuron.api.metrics import Metrics
+
+logger = logging.getLogger("neuron.request")
+
+
+class RequestRecord:
+    """outcome: `ok`, `client_gone`, or an error's code. Times are seconds since arrival."""
+
+    def __init__(self, metrics: Metrics, *, route: str, request_id: str) -> None:
+        self._metrics = metrics
+        self._began = time.monotonic()
+        self._last_token: float | None = None
+        self._has_ended = False
+        self._inter_token = metrics.inter_token.labels("")
+        self.route = route
+        self.request_id = request_id
+        self.model = ""
+        self.asked_model = ""
+        self.stream = False
+        self.num_choices = 1
+        self.prompt_tokens = 0
+        self.usage: Usage | None = None
+        self.finish: list[str] = []
+        self.queue_s: float | None = None
+        self.first_token_s: float | None = None
+
+    def found(self, model: str) -> None:
+        """The model that serves it, by its id here."""
+        self.model = model
+        self._inter_token = self._metrics.inter_token.labels(model)
+
+    def seated(self) -> None:
+        """The request has its seat."""
+        self.queue_s = time.monotonic() - self._began
+        self._metrics.queue_wait.labels(self.model).observe(self.queue_s)
+
+    def tokens_came(self, num_tokens: int) -> None:
+        """A batch in which the choice that got most got `num_tokens` tokens."""
+        now = time.monotonic()
+        if self._last_token is None:
+            self.first_token_s = now - self._began
+            self._metrics.time_to_first_token.labels(self.model).observe(self.first_token_s)
+        else:
+            self._inter_token.observe((now - self._last_token) / num_tokens)
+        self._last_token = now
+
+    def end(self, outcome: str, *, status: int | None = None, detail: str = "") -> None:
+        """Whatever happened; only the first call counts."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        total_s = time.monotonic() - self._began
+        metrics, usage = self._metrics, self.usage
+        metrics.requests.labels(self.model, self.route, outcome).inc()
+        metrics.duration.labels(self.model, self.route).observe(total_s)
+        if usage is not None:
+            metrics.prompt_tokens.labels(self.model).inc(usage.prompt_tokens)
+            metrics.completion_tokens.labels(self.model).inc(usage.completion_tokens)
+            metrics.cached_tokens.labels(self.model).inc(usage.cached_tokens)
+        is_fine = outcome in ("ok", "client_gone")
+        logger.log(
+            logging.INFO if is_fine else logging.WARNING,
+            "%s: %s req_id=%s model=%s asked=%s stream=%d choices=%d prompt_tokens=%d completion_tokens=%d "
+            "cached_tokens=%d queue_ms=%s ttft_ms=%s total_ms=%.0f finish=%s outcome=%s%s%s",
+            self.route,
+            "done" if is_fine else "request rejected" if usage is None else "failed",
+            self.request_id,
+            self.model or "-",
+            _shown(self.asked_model),
+            self.stream,
+            self.num_choices,
+            usage.prompt_tokens if usage else self.prompt_tokens,
+            usage.completion_tokens if usage else 0,
+            usage.cached_tokens if usage else 0,
+            _ms(self.queue_s),
+            _ms(self.first_token_s),
+            total_s * 1000,
+            ",".join(self.finish) or "-",
+            outcome,
+            f" status={status}" if status is not None else "",
+            f" detail={_shown(detail, 300)}" if detail else "",
+        )
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.0f}"
+
+
+def _shown(text: str, limit: int = 128) -> str:
+    """A client's words in a log line: cut, and without line ends."""
+    flat = "".join(char if char.isprintable() else "?" for char in text[:limit])
+    return flat or "-"

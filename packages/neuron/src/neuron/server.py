@@ -1,0 +1,229 @@
+"""The daemon: bind, serve, load the default models in the background, drain and leave.
+
+hypercorn is behind `_serve_http` alone. It cannot drain by itself what never ends, so the order at the end is ours:
+close admission, let streams end within the grace time, end the rest with an error event, and only then stop the
+server and every engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from cortex_core.errors import ApiError
+
+from neuron.api.app import NeuronApp
+from neuron.api.metrics import Metrics
+from neuron.api.services import Services
+from neuron.build_info import read_build_info
+from neuron.config import HARNESS, NeuronConfig, without_effect
+from neuron.hardware.monitor import HardwareMonitor
+from neuron.lifecycle.activation import Activator
+from neuron.lifecycle.manager import ModelManager
+from neuron.lifecycle.served_model import ServedModel
+from neuron.lifecycle.sources import Sources
+from neuron.supervisor.incarnation import WorkerCommand, worker_command
+
+logger = logging.getLogger(__name__)
+
+UNLOAD_TIMEOUT_S = 20.0
+SERVER_GRACE_S = 5.0
+_BACKLOG = 1024
+
+
+class Daemon:
+    """One neuron. `bind`, then `serve` until `request_stop`."""
+
+    def __init__(self, config: NeuronConfig, *, command: WorkerCommand = worker_command) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._runtime_dir = _make_runtime_dir()
+        build = read_build_info()
+        hardware = HardwareMonitor(harnesses=(HARNESS,) if config.has_engine else ())
+        discovery = hardware.discovery
+        manager = ModelManager(
+            config,
+            Sources(config.harness.candle),
+            runtime_dir=self._runtime_dir,
+            devices=discovery.devices,
+            cuda_unavailable_reason=discovery.cuda_unavailable_reason,
+            command=command,
+            on_loaded=self._on_loaded,
+        )
+        metrics = Metrics(build=build, models=manager.all, reading=lambda: hardware.reading)
+        specs = config.default_models if config.has_engine else ()
+        self.services = Services(
+            config=config,
+            manager=manager,
+            hardware=hardware,
+            activator=Activator(specs, manager.load),
+            metrics=metrics,
+            build=build,
+        )
+        self._sockets: list[socket.socket] = []
+
+    def bind(self) -> str:
+        """Listen; connections queue from here on. Returns the URL. Raises `OSError`."""
+        listener = _listen(self._config.host, self._config.port)
+        self._sockets.append(listener)
+        self.services.port = listener.getsockname()[1]
+        host = self._config.host
+        shown = f"[{host}]" if ":" in host else host
+        return f"http://{shown}:{self.services.port}"
+
+    def request_stop(self) -> None:
+        """Drain and leave; a second time, leave without waiting."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def serve(self) -> None:
+        """Until stopped. Returns when every stream has ended, every engine is gone and the port is closed."""
+        services = self.services
+        for key in without_effect(self._config):
+            logger.warning("configuration key without effect here: %s", key)
+        services.hardware.start()
+        activation = asyncio.create_task(services.activator.run(), name="activation")
+        activation.add_done_callback(_log_crash)
+        http_stop = asyncio.Event()
+        http = asyncio.create_task(_serve_http(NeuronApp(services), self._sockets, http_stop), name="http")
+        _notify("READY=1")
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((http, stop), return_when=asyncio.FIRST_COMPLETED)
+            if http.done():
+                http.result()  # the server ended by itself: say why
+            await self._drain()
+            http_stop.set()
+            await http
+        finally:
+            stop.cancel()
+            activation.cancel()
+            await services.manager.shutdown(timeout_s=UNLOAD_TIMEOUT_S)
+            services.hardware.stop()
+            services.text_pool.shutdown(wait=False, cancel_futures=True)
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+    async def _drain(self) -> None:
+        services, manager = self.services, self.services.manager
+        logger.info("shutting down: admission is closed")
+        _notify("STOPPING=1")
+        services.is_draining = True
+        manager.close_admission()
+        drained = asyncio.create_task(manager.drained())
+        hurry = asyncio.create_task(self._hurry.wait())
+        grace_s = self._config.server.drain_grace_s
+        await asyncio.wait((drained, hurry), timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        if not drained.done():
+            in_flight = sum(model.admission.in_flight for model in manager.all())
+            logger.warning("shutting down: %d requests are ended after the grace time", in_flight)
+            manager.fail_requests()
+            await asyncio.wait((drained,), timeout=SERVER_GRACE_S)
+        for task in (drained, hurry):
+            task.cancel()
+
+    def _on_loaded(self, model: ServedModel) -> None:
+        if model.load_seconds is not None:
+            self.services.metrics.load_seconds.labels(model.id).observe(model.load_seconds)
+
+
+def serve(config: NeuronConfig, *, on_ready: Callable[[str], None]) -> int:
+    """Run a daemon until a signal ends it; `on_ready` gets the URL once it listens. Returns the exit code."""
+
+    async def main() -> int:
+        daemon = Daemon(config)
+        try:
+            url = daemon.bind()
+        except OSError as exc:
+            logger.error("cannot listen on %s port %d: %s", config.host, config.port, exc)
+            return 1
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, daemon.request_stop)
+        on_ready(url)
+        await daemon.serve()
+        return 0
+
+    code = _run(main())
+    # A thread may sit in a driver or in a download for ever; nothing of ours is left to finish (F33).
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(main: Coroutine[Any, Any, int]) -> int:
+    """On uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
+
+
+async def _serve_http(app: NeuronApp, sockets: list[socket.socket], stop: asyncio.Event) -> None:
+    """hypercorn on listeners that are bound already; returns after `stop`, when its connections have ended."""
+    from hypercorn.asyncio import serve as serve_hypercorn
+    from hypercorn.config import Config
+
+    config = Config()
+    config.bind = [f"fd://{listener.detach()}" for listener in sockets]
+    config.backlog = _BACKLOG
+    config.keep_alive_timeout = 75
+    config.keep_alive_max_requests = sys.maxsize
+    config.graceful_timeout = SERVER_GRACE_S
+    config.include_server_header = False
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn.error")
+    await serve_hypercorn(app, config, shutdown_trigger=stop.wait)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(info[0], info[1])
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(info[4])
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _make_runtime_dir() -> Path:
+    """A private folder (mode 0700) for engine sockets: systemd's runtime folder if there is one."""
+    parent = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or os.environ.get("XDG_RUNTIME_DIR") or None
+    if parent is not None and not os.access(parent, os.W_OK):
+        parent = None
+    return Path(tempfile.mkdtemp(prefix="neuron-", dir=parent))
+
+
+def _notify(state: str) -> None:
+    """Tell systemd (sd_notify), where it wants to be told."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.sendto(state.encode(), address)
+
+
+def _log_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None and not isinstance(task.exception(), ApiError):
+        logger.error("activation ended unexpectedly", exc_info=task.exception())
