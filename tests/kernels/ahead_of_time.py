@@ -121,8 +121,49 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"attention {label}", lambda case=case, window=window: launch(case, window)  # type: ignore[misc]
 
 
+def small_operation_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from neuron.kernels.activation import silu_mul
+    from neuron.kernels.norm import add_rms_norm, rms_norm
+    from neuron.kernels.rotary import rotate_and_write
+
+    for hidden, intermediate in ((1024, 3072), (4096, 12288)):
+        x = torch.zeros(3, hidden, dtype=torch.bfloat16)
+        gate_up = torch.zeros(3, 2 * intermediate, dtype=torch.bfloat16)
+        yield f"norm {hidden}", lambda x=x: rms_norm(x, x[0], 1e-6)  # type: ignore[misc]
+        yield f"norm {hidden}", lambda x=x: add_rms_norm(x, x, x[0], 1e-6)  # type: ignore[misc]
+        yield f"activation {intermediate}", lambda gate_up=gate_up: silu_mul(gate_up)  # type: ignore[misc]
+    heads = {"num_heads": 32, "num_kv_heads": 8}
+    for head_dim, rotary_dim, norm in ((128, 128, True), (80, 80, False), (256, 64, True)):
+        qkv = torch.zeros(3, 48 * head_dim, dtype=torch.bfloat16)
+        kv = torch.zeros(2, 2, 16, 8, head_dim, dtype=torch.bfloat16)
+        index = torch.zeros(3, dtype=torch.int64)
+        table = torch.zeros(8, rotary_dim)
+        weight = qkv[0, :head_dim] if norm else None
+        yield (
+            f"rotary {head_dim}",
+            lambda qkv=qkv, kv=kv, index=index, table=table, weight=weight, head_dim=head_dim: rotate_and_write(  # type: ignore[misc]
+                qkv, index, table, kv, index, head_dim=head_dim, q_weight=weight, k_weight=weight, eps=1e-6, **heads
+            ),
+        )
+
+
+def sampling_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from neuron.kernels.sampling import sample
+
+    rows = 2
+    zeros = torch.zeros(rows)
+    for vocab_size in (4096, 151936, 262144):
+        logits = torch.zeros(rows, vocab_size)
+        yield (
+            f"sampling {vocab_size}",
+            lambda logits=logits: sample(logits, zeros, zeros.int(), zeros, zeros, zeros.long()),  # type: ignore[misc]
+        )
+
+
 def all_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from attention_cases()
+    yield from small_operation_cases()
+    yield from sampling_cases()
 
 
 def main(arguments: list[str]) -> None:

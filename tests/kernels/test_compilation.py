@@ -1,0 +1,55 @@
+"""Every kernel compiles for real chips, with what its launcher passes; ptxas needs no GPU for that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+ROOM = {90: 227 * 1024, 80: 163 * 1024}  # shared memory that one block can have
+
+
+def compile_for(capability: int, *cases: str) -> list[dict[str, Any]]:
+    package = find_spec("triton")
+    assert package is not None and package.origin is not None
+    if not (Path(package.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
+        pytest.skip("this Triton comes without NVIDIA's tools")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"{TESTS.name}.kernels.ahead_of_time", str(capability), *cases],
+        cwd=TESTS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 80])
+def test_attention_compiles_to_tensor_core_code_that_fits(capability: int) -> None:
+    variants = compile_for(capability, "attention qwen3")
+    attention = [variant for variant in variants if variant["kernel"] == "_attention_kernel"]
+    assert len(attention) == 2  # decode and prefill
+    for variant in attention:
+        assert variant["tensor_cores"], variant
+        assert variant["shared"] <= ROOM[capability], variant
+        assert variant["stack"] <= 64, variant  # bytes of spilled registers per thread
+    assert {"_plan_kernel", "_merge_kernel", "_kv_write_kernel"} <= {variant["kernel"] for variant in variants}
+
+
+@pytest.mark.slow
+def test_fused_operations_and_sampling_compile() -> None:
+    variants = compile_for(90, "norm 4096", "activation 12288", "rotary 128", "sampling 151936")
+    kernels = {variant["kernel"] for variant in variants}
+    assert kernels == {"_rms_norm_kernel", "_silu_mul_kernel", "_rotary_kernel", "_scan_kernel", "_pick_kernel"}
+    assert all(variant["stack"] <= 256 for variant in variants), variants

@@ -1,0 +1,251 @@
+"""The sampling kernels against the engine's sampler, which works with sorts, and against their own definition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from neuron.engine.noise import log_exponential_noise, noise_key
+from neuron.engine.sampler import Sampler
+from neuron.engine.sequence import Sequence
+from neuron.kernels import KernelUnsupported, sampling
+from neuron.protocol import Generate, SamplingParams
+from torch import Tensor
+
+VOCAB_SIZE = 1500
+
+
+@pytest.fixture(autouse=True)
+def small_structures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small groups, tiles and candidate lists, so that a small vocabulary takes every path of a large one."""
+    monkeypatch.setattr(sampling, "_TILE", 256)
+    monkeypatch.setattr(sampling, "_MIN_GROUP", 16)
+    monkeypatch.setattr(sampling, "_CAPACITY", 128)
+    monkeypatch.setattr(sampling, "_FIRST_CANDIDATES", 32)
+    monkeypatch.setattr(sampling, "_CHUNK", 256)
+
+
+def normal(rows: int, scale: float, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def run(device: torch.device, logits: Tensor, params: list[SamplingParams], position: int = 0) -> sampling.SampledRows:
+    return sampling.sample(
+        logits.to(device),
+        torch.tensor([p.temperature for p in params], device=device),
+        torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
+        torch.tensor([p.top_p for p in params], device=device),
+        torch.tensor([p.min_p for p in params], device=device),
+        torch.tensor([noise_key(p.seed, position) for p in params], device=device),
+    )
+
+
+def expected_tokens(logits: Tensor, params: list[SamplingParams], position: int = 0) -> list[int]:
+    sequences = [
+        Sequence(
+            Generate(request_id=row, prompt_ids=[1], output_ids=tuple([1] * position), sampling=p, max_tokens=99), row
+        )
+        for row, p in enumerate(params)
+    ]
+    return [s.token for s in Sampler(logits.shape[1], torch.device("cpu")).sample(logits.clone(), sequences)]
+
+
+def check(device: torch.device, logits: Tensor, params: list[SamplingParams], position: int = 0) -> None:
+    actual = run(device, logits, params, position)
+    assert actual.tokens.tolist() == expected_tokens(logits, params, position)
+    assert actual.finite.all()
+    exact = torch.log_softmax(logits.double(), dim=-1).gather(1, actual.tokens.cpu()[:, None])[:, 0]
+    torch.testing.assert_close(actual.logprobs.cpu().double(), exact, rtol=0, atol=2e-5)
+
+
+def test_noise_is_the_engines_noise(device: torch.device) -> None:
+    """The same integers bit for bit; the floats within a few units in the last place, at both ends of the range."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def noise_kernel(out, keys, tokens, SIZE: tl.constexpr):
+        index = tl.arange(0, SIZE)
+        key = tl.load(keys + tl.program_id(0))
+        tl.store(out + tl.program_id(0) * SIZE + index, sampling.log_exponential_noise(key, tl.load(tokens + index)))
+
+    size = 2048
+    keys = torch.tensor([noise_key(0, 0), noise_key(2**63 + 7, 12345), noise_key(1, 2**31), -1])
+    tokens = torch.cat([torch.arange(size - 8), torch.arange(151928, 151936)])
+    out = torch.empty(len(keys), size, device=device)
+    noise_kernel[(len(keys),)](out, keys.to(device), tokens.to(device), SIZE=size)
+    expected = log_exponential_noise(keys, tokens)
+    torch.testing.assert_close(out.cpu(), expected, rtol=3e-6, atol=3e-6)
+
+
+def test_greedy_takes_the_first_of_equal_tokens(device: torch.device) -> None:
+    logits = normal(3, 1.0)
+    logits[0, 700] = logits[0, 1400] = 50.0
+    logits[1, 0] = 50.0
+    logits[2, VOCAB_SIZE - 1] = 50.0
+    check(device, logits, [SamplingParams(temperature=0.0)] * 3)
+
+
+def test_untruncated_sampling(device: torch.device) -> None:
+    params = [SamplingParams(temperature=t, seed=s) for s, t in enumerate([0.3, 1.0, 1.0, 2.5])]
+    check(device, normal(4, 2.0), params)
+    check(device, normal(4, 2.0), params, position=3)
+
+
+def test_rows_of_every_kind_in_one_batch(device: torch.device) -> None:
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=1),
+        SamplingParams(temperature=0.6, top_k=20, top_p=0.95, seed=2),
+        SamplingParams(top_p=0.9, seed=3),
+        SamplingParams(min_p=0.05, seed=4),
+        SamplingParams(top_k=1, seed=5),
+        SamplingParams(temperature=0.7, top_k=40, top_p=0.8, min_p=0.02, seed=6),
+        SamplingParams(top_p=0.0, seed=7),
+        SamplingParams(top_k=VOCAB_SIZE, top_p=1.0, seed=8),
+    ]
+    check(device, normal(len(params), 3.0), params)
+
+
+@pytest.mark.parametrize("top_k", [2, 90, 128, 129, 700, VOCAB_SIZE - 1])
+def test_top_k_beyond_what_a_program_holds(device: torch.device, top_k: int) -> None:
+    """128 candidates fit here, and there are 94 groups: larger k take the halving passes."""
+    params = [SamplingParams(temperature=t, top_k=top_k, seed=s) for s, t in enumerate([1.0, 3.0])]
+    check(device, normal(2, 1.0), params)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+def test_top_p_of_flat_and_peaked_distributions(device: torch.device, top_p: float, scale: float) -> None:
+    check(device, normal(2, scale), [SamplingParams(top_p=top_p, seed=s) for s in (1, 2)])
+
+
+def test_best_tokens_in_one_group(device: torch.device) -> None:
+    """Correlated ids: the k best tokens are neighbours, so group maxima say little about them."""
+    logits = normal(3, 0.1)
+    logits[:, 512:640] += torch.linspace(5, 6, 128)
+    params = [
+        SamplingParams(top_k=20, seed=1),
+        SamplingParams(top_k=100, top_p=0.7, seed=2),
+        SamplingParams(top_p=0.6, seed=3),
+    ]
+    check(device, logits, params)
+
+
+def test_the_kept_set_is_exactly_the_definition(device: torch.device) -> None:
+    """Over many positions every token that may be drawn is drawn, and no other."""
+    logits = torch.full((1, VOCAB_SIZE), -20.0)
+    logits[0, [3, 400, 401, 900, 1499]] = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0])
+    probabilities = torch.softmax(logits[0].double(), 0)
+    cases = [
+        (SamplingParams(top_k=3), {3, 400, 401}),
+        (SamplingParams(top_p=float(probabilities[3] + probabilities[400]) + 1e-3), {3, 400, 401}),
+        (SamplingParams(top_p=float(probabilities[3] + probabilities[400]) - 1e-3), {3, 400}),
+        (SamplingParams(min_p=math.exp(-0.51)), {3, 400}),
+        # top-p is of what top-k leaves.
+        (SamplingParams(top_k=2, top_p=0.63), {3, 400}),
+        (SamplingParams(top_k=2, top_p=0.62), {3}),
+    ]
+    for params, allowed in cases:
+        rows = [
+            SamplingParams(top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=seed) for seed in range(10)
+        ]
+        drawn = set(run(device, logits.expand(10, -1).contiguous(), rows).tokens.tolist())
+        assert drawn == allowed, params
+
+
+def test_equal_logits_at_the_border_all_stay(device: torch.device) -> None:
+    logits = torch.full((16, VOCAB_SIZE), -30.0)
+    logits[:, 100:104] = 1.0
+    rows = [SamplingParams(top_k=2, seed=seed) for seed in range(16)]
+    assert set(run(device, logits, rows).tokens.tolist()) == {100, 101, 102, 103}
+    flat = torch.zeros(2, VOCAB_SIZE)
+    tokens = run(device, flat, [SamplingParams(top_k=5, seed=1), SamplingParams(top_p=0.1, seed=2)]).tokens
+    assert tokens.tolist() == expected_tokens(flat, [SamplingParams(seed=1), SamplingParams(seed=2)])
+
+
+def test_masked_tokens_are_never_drawn(device: torch.device) -> None:
+    """A grammar leaves few tokens, fewer than top_k asks for."""
+    logits = normal(6, 1.0)
+    logits[:, 7:] = -math.inf
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=5.0, seed=1),
+        SamplingParams(temperature=5.0, top_k=50, seed=2),
+        SamplingParams(temperature=5.0, top_p=0.99, seed=3),
+        SamplingParams(temperature=5.0, top_k=300, top_p=0.999, min_p=1e-9, seed=4),
+        SamplingParams(temperature=5.0, min_p=1e-9, seed=5),
+    ]
+    rows = run(device, logits, params)
+    assert (rows.tokens < 7).all()
+    assert rows.finite.all()
+    assert torch.isfinite(rows.logprobs).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_broken_row_is_flagged_and_harms_no_other(device: torch.device, poison: float) -> None:
+    logits = normal(6, 2.0)
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=1),
+        SamplingParams(top_k=10, top_p=0.9, seed=2),
+    ] * 2
+    healthy = expected_tokens(logits[3:], params[3:])
+    logits[0, 5] = logits[1, VOCAB_SIZE - 1] = logits[2, 700] = poison
+    rows = run(device, logits, params)
+    assert rows.finite.tolist() == [False] * 3 + [True] * 3
+    assert rows.tokens[3:].tolist() == healthy
+    assert ((rows.tokens >= 0) & (rows.tokens < VOCAB_SIZE)).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:divide by zero")
+def test_a_row_without_any_token_is_flagged(device: torch.device) -> None:
+    logits = torch.full((3, VOCAB_SIZE), -math.inf)
+    rows = run(device, logits, [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=3)])
+    assert not rows.finite.any()
+    assert ((rows.tokens >= 0) & (rows.tokens < VOCAB_SIZE)).all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
+    logits = normal(3, 2.0)
+    params = [SamplingParams(top_p=0.9, seed=seed) for seed in range(3)]
+    together = run(device, logits, params)
+    for row in range(3):
+        alone = run(device, logits[row : row + 1], params[row : row + 1])
+        assert alone.tokens[0] == together.tokens[row]
+        assert alone.logprobs[0] == together.logprobs[row]
+
+
+def test_frequencies_follow_the_probabilities(device: torch.device) -> None:
+    """Chi-square over 300 draws of five tokens; the seeds are fixed, so the outcome is too."""
+    logits = torch.full((1, 64), -math.inf)
+    weights = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+    logits[0, :5] = weights.log()
+    keys = torch.tensor([noise_key(seed, 0) for seed in range(300)])
+    ones = torch.ones(300, device=device)
+    tokens = sampling.sample(
+        logits.expand(300, -1).contiguous().to(device), ones, ones.int() * 0, ones, ones * 0, keys.to(device)
+    ).tokens
+    counts = np.bincount(tokens.cpu().numpy(), minlength=5)[:5]
+    expected = weights.numpy() * 300
+    assert ((counts - expected) ** 2 / expected).sum() < 13.3  # 1 % level, four degrees of freedom
+
+
+def test_real_sizes_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary of 32,000 with the structures that ship."""
+    monkeypatch.undo()
+    if device.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    params = [SamplingParams(temperature=0.6, top_k=20, top_p=0.95, seed=1), SamplingParams(top_p=0.95, seed=2)]
+    check(device, normal(2, 2.0, vocab_size=32000), params)
+
+
+def test_strided_rows_and_refusals(device: torch.device) -> None:
+    wide = normal(2, 2.0, vocab_size=2 * VOCAB_SIZE)
+    check(device, wide[:, :VOCAB_SIZE], [SamplingParams(top_k=5, seed=1), SamplingParams(temperature=0.0)])
+    with pytest.raises(KernelUnsupported, match="strides"):
+        run(device, normal(VOCAB_SIZE, 1.0, vocab_size=2).T, [SamplingParams()] * 2)
+    assert run(device, normal(1, 1.0)[:0], []).tokens.shape == (0,)
