@@ -298,6 +298,18 @@ def test_a_conversation_of_nothing_is_refused(qwen: TextModel) -> None:
     assert caught.value.param == "messages"
 
 
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(qwen: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ask("hello " * 100)
+    assert qwen.render(request, max_model_len=1000) == qwen.render(request)
+    monkeypatch.setattr(qwen.tokenizer, "encode", lambda text: pytest.fail("tokenised"))
+    huge = "x" * (1000 * qwen.tokenizer.longest_token_bytes * 2)
+    for request in (ask(huge), Request(model="tiny", prompts=(RawPrompt(text=huge),))):
+        with pytest.raises(ApiError) as caught:
+            qwen.render(request, max_model_len=1000)
+        assert caught.value.code == "context_length_exceeded"
+        assert caught.value.extras["prompt_len"] > 1000
+
+
 # ---------------------------------------------------------------- anything at all
 
 WORDS = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=12)

@@ -252,6 +252,19 @@ def test_without_parallel_calls_only_the_first_counts(model: TextModel) -> None:
     assert (len(answer.calls), answer.text, answer.reason) == (1, "", "tool_calls")
 
 
+def test_an_xml_function_without_its_marker(tmp_path_factory: pytest.TempPathFactory, model: TextModel) -> None:
+    folder = tmp_path_factory.mktemp("coder")
+    coder = load(folder, template="coder_xml", tokenizer_json=model.tokenizer_json)
+    bare = XML.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+    for step in (1, 3, 1000):
+        answer = stream(coder, f"Well.\n{bare}\n</tool_call>\n{XML}\n{bare}\nDone.", sizes=(step,))
+        assert answer.arguments == [{"city": "Oslo", "days": 3}] * 3
+        assert answer.text == "Well.Done."
+        assert stream(coder, "a <function b </function>", sizes=(step,)).text == "a <function b </function>"
+        assert stream(coder, "a <function=", sizes=(step,)).text == "a <function="
+    assert stream(model, bare).text == bare
+
+
 # ---------------------------------------------------------------- what is no call
 
 

@@ -195,7 +195,7 @@ class GrammarBuilder:
 
     def _known_failure(self, grammar: str) -> str | None:
         """`_failure`, cached: an agent sends the same tools with every request."""
-        key = hashlib.sha256(grammar.encode()).digest()
+        key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         with self._lock:
             if key in self._failures:
                 self._failures.move_to_end(key)
@@ -209,6 +209,10 @@ class GrammarBuilder:
 
     def _failure(self, grammar: str) -> str | None:
         """The compiler's message, None if it accepts the grammar."""
+        try:
+            grammar.encode()
+        except UnicodeEncodeError:
+            return "a name is not valid Unicode"
         is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=self._limits)
         if not is_error:
             return None

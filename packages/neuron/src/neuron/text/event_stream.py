@@ -23,6 +23,7 @@ from neuron.text.stop_strings import StopStrings
 from neuron.text.tokenizer import Tokenizer
 from neuron.text.tool_calls import ToolCallStream
 
+_BARE_FUNCTION = "<function="
 _LOWEST_LOGPROB = -9999.0  # what the original API reports for "impossible"; JSON has no infinity
 
 
@@ -43,6 +44,8 @@ class EventStream:
     is_done: nothing more will be shown (a stop string was met, or the one wanted tool call is complete): the engine's
     sequence can be cancelled, and `finish` be called with any kind. completion_tokens and reasoning_tokens count
     what was fed up to then, for `Usage`; markers count as reasoning tokens.
+
+    bare_function: `<function=` alone opens a tool call too; models taught the XML form forget the marker around it.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class EventStream:
         request: Request,
         prompt: Prompt,
         choice: int = 0,
+        *,
+        bare_function: bool = False,
     ) -> None:
         self.choice = choice
         self.is_done = False
@@ -79,6 +84,8 @@ class EventStream:
                 self._marker_of_id |= {pair.open_id: pair.open, pair.close_id: pair.close}
             else:
                 spelled += [pair.open, pair.close]
+        if bare_function and has_tools:
+            spelled.append(_BARE_FUNCTION)
         self._spelled = StopStrings(tuple(spelled))
         self._unscanned = ""
 
@@ -230,7 +237,8 @@ class EventStream:
             else:
                 self._on_reasoning(marker)  # a tool call inside of a thought is a thought
         elif self._channel == "tool":
-            self._on_marker_in_tool(marker, is_foreign=opens_thought or closes_thought)
+            is_foreign = opens_thought or closes_thought or marker == _BARE_FUNCTION
+            self._on_marker_in_tool(marker, is_foreign=is_foreign)
         elif opens_thought:
             self._flush_content()
             self._drop(len(marker))
@@ -240,6 +248,9 @@ class EventStream:
             self._drop(len(marker))
         elif marker == self._tool_marker.open:
             self._open_tool(marker)
+        elif marker == _BARE_FUNCTION:
+            self._open_tool("")
+            self._on_tool_text(marker)
         elif self._is_verbatim:
             self._is_verbatim = False
             self._on_content(marker)

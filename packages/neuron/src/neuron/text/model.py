@@ -89,12 +89,13 @@ class TextModel:
         pair = self.reasoning
         return pair is not None and (pair.open in self.template.all_sources or pair.close in self.template.all_sources)
 
-    def render(self, request: Request) -> list[Prompt]:
+    def render(self, request: Request, *, max_model_len: int | None = None) -> list[Prompt]:
         """One prompt for a conversation, one per raw prompt of a completion; the same for prefill and for counting.
 
-        Raises `ApiError`. Takes about 1 ms per 1,000 tokens: for a long body, call it in an executor.
+        max_model_len: if given, a text that is sure to be too long is refused without tokenising it. Raises
+        `ApiError`. Takes some milliseconds per 1,000 tokens: for a long body, call it in an executor.
         """
-        return self._renderer.render(request)
+        return self._renderer.render(request, max_model_len)
 
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens as they will be billed. Raises `ApiError`."""
@@ -136,4 +137,12 @@ class TextModel:
 
     def event_stream(self, request: Request, prompt: Prompt, choice: int = 0) -> EventStream:
         """A fresh stream for one choice."""
-        return EventStream(self.tokenizer, self.reasoning, self.tool_calls, request, prompt, choice)
+        return EventStream(
+            self.tokenizer,
+            self.reasoning,
+            self.tool_calls,
+            request,
+            prompt,
+            choice,
+            bare_function=self.template.uses_xml_calls,
+        )

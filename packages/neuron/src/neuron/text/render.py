@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 from cortex_core.conversation import RawPrompt, Request, ToolDefinition
-from cortex_core.errors import ApiError, invalid
+from cortex_core.errors import ApiError, invalid, prompt_too_long
 
 from neuron.text.chat_template import ChatTemplate, TemplateRenderError, chatml
 from neuron.text.markers import MarkerPair
@@ -71,19 +71,29 @@ class Renderer:
         self._reasoning = reasoning
         self._fim = _find_fim(tokenizer)
 
-    def render(self, request: Request) -> list[Prompt]:
+    def render(self, request: Request, max_model_len: int | None = None) -> list[Prompt]:
         """One prompt for a conversation, one per raw prompt of a completion.
 
-        Raises `ApiError`: `vision_unsupported`, `template_render_failed`, a raw prompt with ids that do not exist,
-        a suffix on a model that cannot fill in the middle.
+        max_model_len: a text that is sure to be longer, in tokens, is refused before it is tokenised. Raises
+        `ApiError`: `vision_unsupported`, `template_render_failed`, `context_length_exceeded`, a raw prompt with ids
+        that do not exist, a suffix on a model that cannot fill in the middle.
         """
         if request.prompts:
-            return [self._raw(prompt, index, len(request.prompts)) for index, prompt in enumerate(request.prompts)]
-        return [self._chat(request)]
+            count = len(request.prompts)
+            return [self._raw(prompt, index, count, max_model_len) for index, prompt in enumerate(request.prompts)]
+        return [self._chat(request, max_model_len)]
+
+    def _encode(self, text: str, max_model_len: int | None) -> list[int]:
+        """Megabytes of text take seconds to tokenise: what cannot fit is known from its size alone."""
+        if max_model_len is not None and len(text) > max_model_len:
+            at_least = len(text.encode("utf-8", "replace")) // self._tokenizer.longest_token_bytes
+            if at_least > max_model_len:
+                raise prompt_too_long(at_least, max_model_len)
+        return self._tokenizer.encode(text)
 
     # ------------------------------------------------------------ chat
 
-    def _chat(self, request: Request) -> Prompt:
+    def _chat(self, request: Request, max_model_len: int | None) -> Prompt:
         turns = request.turns
         if request.continue_final_turn and turns and turns[-1].role == "assistant" and not turns[-1].parts:
             turns = turns[:-1]  # an empty beginning is no beginning
@@ -96,7 +106,7 @@ class Renderer:
         state: ReasoningState = "none"
         if self._reasoning is not None:
             text, state = self._reasoning_state(request, self._reasoning, text, prefix)
-        ids = self._tokenizer.encode(text)
+        ids = self._encode(text, max_model_len)
         bos = list(self._tokenizer.bos_ids)
         if not self._template.has_template and bos and ids[: len(bos)] != bos:
             ids = bos + ids  # a template writes its own beginning; plain ChatML does not
@@ -177,7 +187,7 @@ class Renderer:
 
     # ------------------------------------------------------------ raw prompts
 
-    def _raw(self, prompt: RawPrompt, index: int, count: int) -> Prompt:
+    def _raw(self, prompt: RawPrompt, index: int, count: int, max_model_len: int | None) -> Prompt:
         param = "prompt" if count == 1 else f"prompt[{index}]"
         tokenizer = self._tokenizer
         if prompt.token_ids is not None:
@@ -189,9 +199,9 @@ class Renderer:
             text = tokenizer.decode(ids)
         else:
             text = prompt.text or ""
-            ids = tokenizer.encode(text)
+            ids = self._encode(text, max_model_len)
         if prompt.suffix:
-            ids = self._fill_in_the_middle(ids, prompt.suffix)
+            ids = self._fill_in_the_middle(ids, prompt.suffix, max_model_len)
         bos = list(tokenizer.bos_ids)
         if prompt.token_ids is None and bos and ids[: len(bos)] != bos:
             ids = bos + ids
@@ -206,7 +216,7 @@ class Renderer:
                 return [token_id]
         raise invalid("the prompt is empty", param=param)
 
-    def _fill_in_the_middle(self, ids: list[int], suffix: str) -> list[int]:
+    def _fill_in_the_middle(self, ids: list[int], suffix: str, max_model_len: int | None) -> list[int]:
         if self._fim is None:
             raise invalid(
                 "this model cannot fill in the middle: `suffix` is not supported",
@@ -214,7 +224,7 @@ class Renderer:
                 code="unsupported_parameter",
             )
         before, between, after, suffix_first = self._fim
-        suffix_ids = self._tokenizer.encode(suffix)
+        suffix_ids = self._encode(suffix, max_model_len)
         if suffix_first:
             return [between, *suffix_ids, before, *ids]
         return [before, *ids, between, *suffix_ids, after]

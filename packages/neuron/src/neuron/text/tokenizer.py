@@ -69,6 +69,8 @@ class Tokenizer:
             b"" if token_id in self._special_ids else data for token_id, data in enumerate(self._bytes)
         ]
         """Bytes each id adds to visible output: `token_bytes`, except that special tokens are silent."""
+        self.longest_token_bytes = max(map(len, self._bytes), default=1)
+        """No token covers more: a text has at least its bytes divided by this many tokens."""
         self.bos_ids = self._probe_bos(add_bos_token)
 
     @classmethod
