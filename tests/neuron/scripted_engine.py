@@ -10,7 +10,7 @@ from typing import Any
 
 from neuron.protocol import EngineConfig, Generate, SamplingParams
 from neuron.supervisor.engine_group import EngineGroup, GroupEvent, GroupFailed, GroupLoaded
-from neuron.supervisor.incarnation import LaunchSettings
+from neuron.supervisor.incarnation import LaunchSettings, WorkerCommand
 from neuron.supervisor.restart_policy import RestartPolicy
 
 WORKER = Path(__file__).with_name("scripted_worker.py")
@@ -18,6 +18,11 @@ WORKER = Path(__file__).with_name("scripted_worker.py")
 
 def scripted_command(socket_path: Path, epoch: int, rank: int) -> Sequence[str]:
     return [sys.executable, str(WORKER), "--socket", str(socket_path), "--epoch", str(epoch), "--rank", str(rank)]
+
+
+def scripted_with(*options: str) -> WorkerCommand:
+    """The scripted worker with further options on its command line."""
+    return lambda socket_path, epoch, rank: [*scripted_command(socket_path, epoch, rank), *options]
 
 
 def mute_command(socket_path: Path, epoch: int, rank: int) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 `EngineConfig.debug` scripts the load: {"load": "fail" | "die" | "silent"}, and {"load_epochs": [...]}
 confines that to these epochs (all, if it is left out). {"model_len": N}.
+`--load` scripts it from the command line, and `--gate FIFO` holds a load until a test opens that FIFO for writing.
 
 The first prompt id, or `top_k`, scripts a sequence; all others simply produce tokens 100, 101, … up to max_tokens:
 HOLD yields one token and then nothing until it is cancelled; SILENT not even that one; DIE kills the process
@@ -18,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 
 from neuron.protocol import (
     PROTOCOL_VERSION,
@@ -47,7 +49,9 @@ TOTAL_PAGES = 64
 
 
 class ScriptedWorker:
-    def __init__(self, path: str, epoch: int, rank: int) -> None:
+    def __init__(self, path: str, epoch: int, rank: int, *, load: str | None = None, gate: str | None = None) -> None:
+        self.forced_load = load
+        self.gate = gate
         self.epoch = epoch
         self.rank = rank
         self.stream = socket.socket(socket.AF_UNIX)
@@ -89,10 +93,14 @@ class ScriptedWorker:
 
     def _misbehaves(self, how: str) -> bool:
         debug = self.config.debug
+        if self.forced_load == how:
+            return True
         return debug.get("load") == how and self.epoch in debug.get("load_epochs", [self.epoch])
 
     def load(self) -> None:
         self.send(LoadProgress("weights", 10, 100))
+        if self.gate is not None:
+            Path(self.gate).read_text()  # a FIFO: waits until a test opens the other end
         if self._misbehaves("die"):
             print("out of luck", file=sys.stderr, flush=True)
             os._exit(3)
@@ -178,8 +186,10 @@ def main() -> None:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--epoch", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--load")
+    parser.add_argument("--gate")
     arguments = parser.parse_args()
-    ScriptedWorker(arguments.socket, arguments.epoch, arguments.rank).run()
+    ScriptedWorker(arguments.socket, arguments.epoch, arguments.rank, load=arguments.load, gate=arguments.gate).run()
 
 
 if __name__ == "__main__":

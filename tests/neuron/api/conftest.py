@@ -19,6 +19,7 @@ from neuron.config import EngineSection, NeuronConfig, ServerSection
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import demo_model_path
 from neuron.server import Daemon
+from neuron.supervisor.incarnation import WorkerCommand
 
 from tests.neuron.scripted_engine import scripted_command
 
@@ -73,14 +74,19 @@ class RunningNeuron:
 
 @asynccontextmanager
 async def run_neuron(
-    folder: Path, *, config: NeuronConfig | None = None, load: bool = True, **server: Any
+    folder: Path,
+    *,
+    config: NeuronConfig | None = None,
+    load: bool = True,
+    command: WorkerCommand = scripted_command,
+    **server: Any,
 ) -> AsyncIterator[RunningNeuron]:
     # Tests kill engines at leisure: no death counts as one of a series.
     config = config or NeuronConfig(engine=EngineSection(stable_after_s=0))
     config = msgspec.structs.replace(config, host="127.0.0.1", port=0)
     if server:
         config = msgspec.structs.replace(config, server=ServerSection(**server))
-    daemon = Daemon(config, command=scripted_command)
+    daemon = Daemon(config, command=command)
     url = daemon.bind()
     serving = asyncio.create_task(daemon.serve())
     model = f"file:{folder}"

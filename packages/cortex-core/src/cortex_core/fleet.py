@@ -152,8 +152,11 @@ ModelStatus = Literal[
 ]
 
 
-class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An element of the neuron's `GET /models`. `status` is a string: peers of another age may know others."""
+class ModelInfo(msgspec.Struct, frozen=True):
+    """An element of the neuron's `GET /models`. `status` is a string: peers of another age may know others.
+
+    Every field is written, defaults too: what a peer must read (`status`, `devices`) may not hinge on its value.
+    """
 
     id: str
     harness: str = "candle"

@@ -189,6 +189,7 @@ async def _serve_http(app: NeuronApp, sockets: list[socket.socket], stop: asynci
     config.include_server_header = False
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
+    config.loglevel = "WARNING"
     await serve_hypercorn(app, config, shutdown_trigger=stop.wait)
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 
 from cortex_core.events import Usage
+from prometheus_client import Histogram
 
 from neuron.api.metrics import Metrics
 
@@ -20,7 +21,7 @@ class RequestRecord:
         self._began = time.monotonic()
         self._last_token: float | None = None
         self._has_ended = False
-        self._inter_token = metrics.inter_token.labels("")
+        self._inter_token: Histogram | None = None
         self.route = route
         self.request_id = request_id
         self.model = ""
@@ -49,7 +50,7 @@ class RequestRecord:
         if self._last_token is None:
             self.first_token_s = now - self._began
             self._metrics.time_to_first_token.labels(self.model).observe(self.first_token_s)
-        else:
+        elif self._inter_token is not None:
             self._inter_token.observe((now - self._last_token) / num_tokens)
         self._last_token = now
 

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from cortex_core.errors import ApiError
+from cortex_core.fleet import Activation, ActivationFailure, ModelSpec
+from neuron.lifecycle.activation import Activator
+
+OFFLINE = ApiError("overloaded", "no network", code="repo_fetch_failed", retry_after=10)
+BROKEN = ApiError("invalid_request", "no weights", code="empty_repo", status=422)
+
+
+class Loads:
+    """A load that raises what is scripted for a model, one entry per attempt."""
+
+    def __init__(self, **errors: list[ApiError]) -> None:
+        self.errors = errors
+        self.asked: list[str] = []
+        self.seen: list[Activation] = []
+        self.activator: Activator | None = None
+
+    async def __call__(self, spec: ModelSpec) -> None:
+        assert self.activator is not None
+        self.asked.append(spec.model_id)
+        self.seen.append(self.activator.status)
+        errors = self.errors.get(spec.model_id, [])
+        if errors:
+            raise errors.pop(0)
+
+
+def activator(loads: Loads, *models: str, retries: int = 2) -> Activator:
+    loads.activator = Activator([ModelSpec(model) for model in models], loads, retry_delays_s=[0.0] * retries)
+    return loads.activator
+
+
+async def test_nothing_to_load_is_ready_at_once() -> None:
+    assert activator(Loads()).status == Activation()
+
+
+async def test_models_load_one_after_the_other_and_a_failure_stops_none() -> None:
+    loads = Loads(b=[BROKEN])
+    run = activator(loads, "a", "b", "c")
+    assert run.status == Activation("pre_warming", pending=("a", "b", "c"))
+    await run.run()
+    assert loads.seen[1] == Activation("pre_warming", pending=("c",), in_progress="b", completed=("a",))
+    assert run.status == Activation("ready", completed=("a", "c"), failed=(ActivationFailure("b", "no weights"),))
+
+
+async def test_F35_a_fetch_that_may_succeed_later_is_deferred_and_retried() -> None:
+    loads = Loads(a=[OFFLINE, OFFLINE])
+    run = activator(loads, "a", "b")
+    await run.run()
+    assert loads.asked == ["a", "b", "a", "a"]
+    assert run.status == Activation("ready", completed=("b", "a"))
+
+
+async def test_retries_end() -> None:
+    loads = Loads(a=[OFFLINE] * 9)
+    run = activator(loads, "a", retries=2)
+    await run.run()
+    assert loads.asked == ["a"] * 3
+    assert run.status == Activation("ready", failed=(ActivationFailure("a", "no network"),))
+
+
+async def test_what_is_wrong_for_good_is_not_retried() -> None:
+    loads = Loads(a=[BROKEN] * 2)
+    run = activator(loads, "a")
+    await run.run()
+    assert loads.asked == ["a"]
