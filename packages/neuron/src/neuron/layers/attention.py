@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron import kernels
+from neuron.layers.fused import fused_kernel
 from neuron.layers.linear import QKVParallelLinear, RowParallelLinear, WeightFormat
 from neuron.layers.norm import QKNorm
 from neuron.layers.rotary import StepRotary, split_and_rotate
@@ -107,16 +108,28 @@ class SelfAttention(nn.Module):
         """[T, H] -> [T, H]"""
         qkv = self.qkv_proj(hidden)
         kv_layer = ctx.kv.layer(self.layer_index)
-        q, k, v = split_and_rotate(
-            qkv,
-            rotary,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            qk_norm=self.qk_norm,
-        )
-        attended = ctx.attention.forward(
-            q, k, v, kv_layer, ctx.batch, scale=self.scale, sliding_window=self.sliding_window
-        )
+        shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        norm = self.qk_norm
+        rotate_and_write = fused_kernel("rotary", "rotate_and_write", qkv.device)
+        if rotate_and_write is not None:
+            q = rotate_and_write(
+                qkv,
+                rotary.positions,
+                rotary.cos_sin,
+                kv_layer,
+                ctx.batch.slot_mapping,
+                q_weight=None if norm is None else norm.q,
+                k_weight=None if norm is None else norm.k,
+                eps=0.0 if norm is None else norm.eps,
+                **shape,
+            )
+            attended = ctx.attention.attend(
+                q, kv_layer, ctx.batch, scale=self.scale, sliding_window=self.sliding_window
+            )
+        else:
+            q, k, v = split_and_rotate(qkv, rotary, qk_norm=norm, **shape)
+            attended = ctx.attention.forward(
+                q, k, v, kv_layer, ctx.batch, scale=self.scale, sliding_window=self.sliding_window
+            )
         projected: Tensor = self.o_proj(attended.flatten(1))
         return projected

@@ -1,0 +1,80 @@
+"""A whole model on the kernels' path against the same model on the torch path: what a GPU runs, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from neuron.engine.engine import Engine
+from neuron.engine.kv_cache import KVLayout, PagedKV
+from neuron.engine.runner import ModelRunner
+from neuron.layers import activation, attention, norm
+from neuron.layers.attention_cpu import GatherAttention
+from neuron.layers.attention_triton import TritonAttention
+from neuron.models.decoder import CausalLM
+from neuron.models.registry import build_model
+from neuron.protocol import Generate, SamplingParams
+from neuron.weights.dummy import load_dummy_weights
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": 8, "tie_word_embeddings": False},
+}
+PROMPTS = [[(index * 7 + position * 3) % 199 for position in range(length)] for index, length in enumerate((1, 20, 9))]
+
+
+def fused_in_interpreter(module: str, name: str, device: torch.device) -> Callable[..., Any]:
+    return getattr(import_module(f"neuron.kernels.{module}"), name)
+
+
+def generate(model: CausalLM, backend: attention.AttentionBackend, device: torch.device) -> tuple[list[Any], list[Any]]:
+    """Greedy tokens and logprobs of each prompt, in chunks of at most 16 tokens beside running decodes."""
+    config = model.config
+    layout = KVLayout(config.num_layers, config.num_kv_heads_local, config.head_dim, 16, torch.float32)
+    kv = PagedKV(layout, 32, device)
+    limits = {"max_step_tokens": 16, "max_running": 8, "max_model_len": 128}
+    runner = ModelRunner(model, kv, backend, vocab_size=config.vocab_size, device=device, **limits)
+    engine = Engine(runner, vocab_size=config.vocab_size, num_pages=32, page_size=16, **limits)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add(Generate(index, prompt, SamplingParams(temperature=0.0, logprobs=0), 3))
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    logprobs: list[list[float]] = [[] for _ in PROMPTS]
+    while engine.has_work:
+        output = engine.step()
+        assert output is not None
+        assert not output.failures
+        for update in output.updates:
+            tokens[update.request_id] += update.token_ids
+            logprobs[update.request_id] += [entry.logprob for entry in update.logprobs or []]
+    return tokens, logprobs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernels_path_generates_what_the_torch_path_does(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    model = build_model(COMMON | FAMILIES[family], device=device, dtype=torch.float32)
+    load_dummy_weights(model, seed=1)
+    for module in (norm, activation, attention):
+        monkeypatch.setattr(module, "fused_kernel", lambda *_: None)
+    tokens, logprobs = generate(model, GatherAttention(), device)
+    for module in (norm, activation, attention):
+        monkeypatch.setattr(module, "fused_kernel", fused_in_interpreter)
+    actual_tokens, actual_logprobs = generate(model, TritonAttention(), device)
+    assert actual_tokens == tokens
+    for actual, expected in zip(actual_logprobs, logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=0, atol=2e-5)
