@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Renamed in torch 2.13; the old name warns there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class ParallelGroup:
     """A tensor-parallel group as one rank sees it.
@@ -41,7 +44,7 @@ class ParallelGroup:
         if self.world_size == 1:
             return x
         gathered = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self._process_group)
+        _all_gather(gathered.flatten(0, 1), x.contiguous(), group=self._process_group)
         return gathered.movedim(0, -2).reshape(*x.shape[:-1], self.world_size * x.shape[-1])
 
     def __repr__(self) -> str:

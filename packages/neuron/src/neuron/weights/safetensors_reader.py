@@ -113,8 +113,11 @@ def _list_files(path: Path) -> tuple[list[Path], set[str]]:
         try:
             weight_map = json.loads(index.read_bytes())["weight_map"]
             shards = sorted(set(weight_map.values()))
+            strange = [shard for shard in shards if Path(shard).name != shard]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise BadCheckpoint(f"{index} is not a safetensors index: {exc!r}") from exc
+        if strange:
+            raise BadCheckpoint(f"{index} names shards outside of its folder: {', '.join(strange)}")
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise BadCheckpoint(f"{path} lacks shards that its index names: {', '.join(missing)}")
