@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 MODEL = "cortex/demo"
 LISTENING = re.compile(r"cortex is listening on (http://\S+)")
+METRICS = re.compile(r"^Metrics: (http://\S+)/metrics$")
 
 
 class FleetProcess:
@@ -38,13 +39,16 @@ class FleetProcess:
         if url is None:
             raise AssertionError("the demo ended while starting:\n" + "".join(self.output))
         self.url = url
+        metrics_url = self._urls.get(timeout=30)
+        assert metrics_url is not None
+        self.metrics_url = metrics_url
         self.neuron_url: str = self.get("/admin/fleet")["nodes"][0]["endpoint"]
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.output.append(line)
-            match = LISTENING.search(line)
+            match = LISTENING.search(line) or METRICS.search(line)
             if match:
                 self._urls.put(match[1])
         self._urls.put(None)

@@ -22,7 +22,7 @@ from cortex_cli.exits import CliError
 from cortex_cli.gateway import Gateway
 
 _READY = re.compile(r"listening on (http://[\w.\-:\[\]]+)")
-_METRICS = re.compile(r"metrics (?:exporter )?on (http://[\w.\-:\[\]]+)")
+_METRICS = re.compile(r"metrics exporter on (http://[\w.\-:\[\]]+)")
 
 
 class DemoFleet:
@@ -34,6 +34,7 @@ class DemoFleet:
     def __init__(self, *, model: str, gateway_port: int = 0, neuron_port: int = 0, metrics_port: int = 0) -> None:
         self.model = model
         self.gateway_url = ""
+        self.metrics_url = ""
         self.neuron_url = ""
         self._ports = (gateway_port, neuron_port, metrics_port)
         self._children: list[_Child] = []
@@ -78,6 +79,7 @@ class DemoFleet:
             f'[[neurons]]\nname = "local"\nendpoint = "{self.neuron_url}"\n'
         )
         gateway = self._spawn("gateway", ["-m", "cortex_cli", "serve", "--config", str(config)])
+        self.metrics_url = gateway.wait_for(_METRICS, timeout_s=120)
         self.gateway_url = gateway.wait_for(_READY, timeout_s=120)
         self._wait_for_model(timeout_s, on_progress)
 

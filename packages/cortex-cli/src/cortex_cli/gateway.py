@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from cortex_core.sse import SseDecoder
+from cortex_core.sse import SseDecoder, SseEvent
 
 from cortex_cli.exits import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNREACHABLE, CliError
 
@@ -47,7 +47,8 @@ class Gateway:
             try:
                 while chunk := response.read1(65536):
                     for event in decoder.feed(chunk):
-                        yield event.event, event.data
+                        if isinstance(event, SseEvent):
+                            yield event.event or "message", event.data
             except (OSError, http.client.HTTPException) as exc:
                 raise CliError(f"the stream from {self.endpoint} broke off: {exc}") from exc
 

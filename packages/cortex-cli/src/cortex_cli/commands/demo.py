@@ -46,7 +46,7 @@ def demo(
         if once is not None:
             ask_once(Conversation(Gateway(fleet.gateway_url), fleet.model, think=think), once)
             return
-        click.echo(usage_text(fleet.gateway_url, fleet.model))
+        click.echo(usage_text(fleet.gateway_url, fleet.metrics_url, fleet.model))
         if no_chat or not sys.stdin.isatty():
             try:
                 fleet.wait()
@@ -70,7 +70,7 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise click.exceptions.Exit(EXIT_INTERRUPTED) if signum == signal.SIGINT else KeyboardInterrupt
 
 
-def usage_text(url: str, model: str) -> str:
+def usage_text(url: str, metrics_url: str, model: str) -> str:
     """Ready-to-paste calls in both dialects."""
     return f"""\
 cortex is listening on {url} and serves {model}
@@ -95,4 +95,7 @@ Anthropic dialect:
 
 Command line:
   cortex chat --endpoint {url} {model}
+  cortex status --endpoint {url}
+
+Metrics: {metrics_url}/metrics
 """
