@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cortex_core.gateway_config import GatewayConfig, GatewaySection
+from aiohttp import web
+from cortex_core.gateway_config import GatewayConfig, GatewaySection, NeuronEntry
 from cortex_gateway.server import EXIT_CONFIG, bind, running, serve, url_of
 
 from .fake_neuron import OPENAI_END, OPENAI_EVENTS, FakeNeuron
@@ -93,6 +94,42 @@ async def test_a_waiting_request_that_outlasts_the_grace_is_a_503(neuron: FakeNe
     await drain(client, 0)
     status, document = await asking
     assert (status, document["error"]["code"]) == (503, "shutting_down")
+
+
+async def test_a_client_that_reads_nothing_does_not_keep_the_gateway(
+    neuron: FakeNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stream can be told nothing any more; the process ends all the same."""
+    monkeypatch.setattr("cortex_gateway.server.CLOSE_TIMEOUT_S", 0.1)
+    neuron.have(MODEL)
+    flooding = asyncio.Event()
+
+    async def flood(request: web.Request) -> web.StreamResponse:
+        response = await neuron.begin_stream(request)
+        while True:
+            try:
+                async with asyncio.timeout(0.3):
+                    await response.write(b"data: " + b"x" * 60_000 + b"\n\n")
+            except TimeoutError:  # back-pressure reached the neuron
+                flooding.set()
+                await asyncio.Event().wait()
+
+    neuron.answer = flood
+    config = GatewayConfig(
+        gateway=GatewaySection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0"),
+        neurons=(NeuronEntry(name="alpha", endpoint=neuron.url),),
+    )
+    async with asyncio.timeout(40):
+        async with running(config, grace_s=0) as started:
+            host, port = started.url.removeprefix("http://").split(":")
+            _, writer = await asyncio.open_connection(host, int(port), limit=1)
+            content = json.dumps(STREAM).encode()
+            writer.write(
+                b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(content) + content
+            )
+            await flooding.wait()
+        await neuron.request_aborted.wait()
+    writer.transport.abort()
 
 
 async def test_leaving_the_context_frees_the_ports() -> None:

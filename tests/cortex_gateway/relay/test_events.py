@@ -92,4 +92,6 @@ def test_usage_of_both_dialects_is_found_and_text_is_not_taken_for_it() -> None:
     assert scan_usage(JSON_ANSWER) == Usage(prompt_tokens=11, completion_tokens=7, cached_tokens=3)
     anthropic = b'{"content":[{"text":"\\"input_tokens\\": 9"}],"usage":{"input_tokens":3,"output_tokens":4}}'
     assert scan_usage(anthropic) == Usage(prompt_tokens=3, completion_tokens=4)
+    cached = b'{"input_tokens":5,"cache_creation_input_tokens":2,"cache_read_input_tokens":16,"output_tokens":6}'
+    assert scan_usage(cached) == Usage(prompt_tokens=23, completion_tokens=6, cached_tokens=16)
     assert scan_usage(b'{"completion_tokens_details":{"reasoning_tokens":4}}') == Usage()

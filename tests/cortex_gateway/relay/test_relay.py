@@ -453,6 +453,29 @@ async def test_a_model_that_was_unloaded_behind_our_back_is_loaded_again(neuron:
     assert neuron.count("POST /models/load") == 1
 
 
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+async def test_a_model_that_recovers_since_our_last_poll_is_waited_for(
+    neuron: FakeNeuron, start: Start, path: str
+) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron)
+    neuron.have(MODEL, status="recovering")
+
+    async def recovering(request: web.Request) -> web.StreamResponse:
+        neuron.answer = None
+        error = {"message": "recovering", "type": "server_error", "code": "engine_restarting", "param": None}
+        return web.json_response({"error": error}, status=503, headers={"retry-after": "5"})
+
+    neuron.answer = recovering
+    asking = asyncio.ensure_future(client.post(path, body()).__aenter__())
+    await until(lambda: client.started.gateway.fleet.snapshot.nodes["alpha"].status(MODEL) == "recovering", client)
+    neuron.have(MODEL)
+    response = await asking
+    assert (response.status, response.headers["x-cortex-route"]) == (200, "held")
+    assert len(neuron.requests) == 2
+    await response.read()
+
+
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, "/v1/completions", "/v1/messages/count_tokens"])
 @pytest.mark.parametrize(
     ("sent", "status"),

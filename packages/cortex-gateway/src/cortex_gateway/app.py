@@ -69,6 +69,7 @@ class Gateway:
         self._loads: Loads
         self.relay: Relay
         self._control: Starlette
+        self._checking: asyncio.Task[None]
 
     # ------------------------------------------------------------------------------------------ lifespan
 
@@ -105,10 +106,12 @@ class Gateway:
         admin = AdminRoutes(fleet, self._poller, self._loads, placement, catalogue=catalogue, strategy=strategy)
         self._control = self._control_routes(models, health, admin)
         self._poller.start()
+        self._checking = asyncio.create_task(self._check_aliases())
 
     async def shutdown(self) -> None:
         if self._session is None:
             return
+        self._checking.cancel()
         await self._poller.stop()
         await self._loads.stop()
         await self._session.close()
@@ -124,8 +127,10 @@ class Gateway:
             log.warning("ending %d requests that outlasted the drain", self.relay.num_active)
             self.relay.end_all()
 
-    def log_catalogue(self) -> None:
-        """Name the aliases that lead nowhere."""
+    async def _check_aliases(self) -> None:
+        """Once every node was asked: name the aliases that lead nowhere."""
+        while any(node.health == "unknown" for node in self.fleet.snapshot.nodes.values()):
+            await self.fleet.changed()
         for alias in dead_aliases(self.fleet.snapshot, self.catalogue):
             log.warning("alias %s: no such model: %s", alias, self.catalogue.aliases[alias])
 

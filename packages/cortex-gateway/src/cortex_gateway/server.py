@@ -17,6 +17,7 @@ from cortex_core.config import ConfigError
 from cortex_core.gateway_config import GatewayConfig
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config as HypercornConfig
+from prometheus_client import disable_created_metrics
 
 from cortex_gateway.app import Gateway, MetricsApp
 from cortex_gateway.asgi import ASGIApp
@@ -87,6 +88,7 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     Without `catalogue` the one named in the configuration is read. Uses uvloop where it is installed.
     """
     configure_logging()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series
     try:
         catalogue = catalogue if catalogue is not None else load_catalogue(config.models_config)
     except ConfigError as error:

@@ -36,6 +36,7 @@ class Fleet:
             return
         self.snapshot = after
         _log_health(before.nodes[event.node], after.nodes[event.node])
+        _log_models(before.nodes[event.node], after.nodes[event.node])
         self.wake()
 
     def wake(self) -> None:
@@ -62,3 +63,17 @@ def _log_health(before: NodeSnapshot, after: NodeSnapshot) -> None:
         log.info("node %s is healthy (was %s)", after.name, before.health)
     else:
         log.warning("node %s is %s after %d missed polls: %s", after.name, after.health, after.misses, after.last_error)
+
+
+def _log_models(before: NodeSnapshot, after: NodeSnapshot) -> None:
+    """Say once, not per request, that a model turned bad."""
+    if before.models is after.models:
+        return
+    for model, info in after.models.items():
+        was = before.models.get(model)
+        if info.status == "failed" and (was is None or was.status != "failed"):
+            log.warning("model %s failed on %s: %s", model, after.name, info.error or "no cause given")
+        if not after.is_servable(model) and (was is None or before.is_servable(model)):
+            servable = info.servable
+            assert servable is not None
+            log.warning("model %s on %s cannot be served: %s %s", model, after.name, servable.reason, servable.detail)

@@ -25,17 +25,8 @@ class Usage(msgspec.Struct, frozen=True):
 
 _usage_decoder = msgspec.json.Decoder(Usage)
 _COUNT = re.compile(
-    rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens|cache_read_input_tokens)"'
-    rb"\s*:\s*(\d{1,12})"
+    rb'"((?:prompt|completion|cached|input|output|cache_read_input|cache_creation_input)_tokens)"\s*:\s*(\d{1,12})'
 )
-_FIELD = {
-    b"prompt_tokens": "prompt_tokens",
-    b"input_tokens": "prompt_tokens",
-    b"completion_tokens": "completion_tokens",
-    b"output_tokens": "completion_tokens",
-    b"cached_tokens": "cached_tokens",
-    b"cache_read_input_tokens": "cached_tokens",
-}
 
 
 class EventRelay:
@@ -108,5 +99,15 @@ def scan_usage(tail: bytes) -> Usage:
     """The last count of each kind in a piece of JSON. Quotes inside strings are escaped, so text cannot match."""
     if b'_tokens"' not in tail:
         return Usage()
-    counts = {_FIELD[name]: int(count) for name, count in _COUNT.findall(tail)}
-    return Usage(**counts)
+    counts = {name: int(count) for name, count in _COUNT.findall(tail)}
+    cached = counts.get(b"cache_read_input_tokens")
+    if cached is None:
+        prompt = counts.get(b"prompt_tokens", counts.get(b"input_tokens"))
+        cached = counts.get(b"cached_tokens")
+    else:  # Anthropic counts what came out of a cache, or went into one, beside the input.
+        prompt = counts.get(b"input_tokens", 0) + cached + counts.get(b"cache_creation_input_tokens", 0)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=counts.get(b"completion_tokens", counts.get(b"output_tokens")),
+        cached_tokens=cached,
+    )

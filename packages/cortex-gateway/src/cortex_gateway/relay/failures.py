@@ -19,6 +19,14 @@ def is_dead_connection(exc: BaseException) -> bool:
     )
 
 
+_STALE_CODES = (b"model_not_found", b"engine_restarting", b"model_loading", b"model_unloading")
+
+
+def is_stale_route(status: int, body: bytes) -> bool:
+    """Whether a neuron refused because the model is not (or not yet) where our last poll saw it."""
+    return status in (404, 503, 529) and any(b'"%s"' % code in body for code in _STALE_CODES)
+
+
 def upstream_failed(exc: BaseException) -> ApiError:
     what = "could not be reached" if isinstance(exc, aiohttp.ClientConnectorError) else "did not finish its answer"
     return ApiError(

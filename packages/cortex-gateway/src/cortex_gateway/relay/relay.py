@@ -25,7 +25,13 @@ from cortex_gateway.relay.body import ClientGone, RequestBody
 from cortex_gateway.relay.envelope import read_envelope
 from cortex_gateway.relay.events import EventRelay, scan_usage
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
-from cortex_gateway.relay.failures import as_api_error, is_dead_connection, shutting_down, upstream_failed
+from cortex_gateway.relay.failures import (
+    as_api_error,
+    is_dead_connection,
+    is_stale_route,
+    shutting_down,
+    upstream_failed,
+)
 from cortex_gateway.relay.headers import (
     CORS_HEADERS,
     EVENT_STREAM_HEADERS,
@@ -314,7 +320,7 @@ class Relay:
         data = await response.content.read(MAX_BUFFERED_ANSWER)
         while len(data) < MAX_BUFFERED_ANSWER and (more := await response.content.read(MAX_BUFFERED_ANSWER)):
             data += more
-        if response.status == 404 and b"model_not_found" in data and exchange.num_attempts < MAX_ATTEMPTS:
+        if exchange.num_attempts < MAX_ATTEMPTS and is_stale_route(response.status, data):
             raise StaleRoute
         snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
         exchange.outcome = "upstream_error"
