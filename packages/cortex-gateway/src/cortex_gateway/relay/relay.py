@@ -385,9 +385,8 @@ class Relay:
         return headers
 
     def _stream_headers(self, exchange: Exchange) -> RawHeaders:
-        """For a stream that opens before a node is known."""
-        cors = CORS_HEADERS if exchange.wants_cors else []
-        return [*EVENT_STREAM_HEADERS, *identity_headers(exchange.request_id), *cors]
+        """For a stream that opens before the neuron answers, and maybe before a node is known."""
+        return [*EVENT_STREAM_HEADERS, *self._own_headers(exchange)]
 
 
 def _on_disconnect(exchange: Exchange, received: asyncio.Future[Message]) -> None:
