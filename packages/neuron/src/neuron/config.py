@@ -109,12 +109,14 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Limits and waits of the HTTP side. Times are seconds, sizes bytes.
 
+    write_timeout_s: how long a client may leave an answer unread before it counts as gone.
     stream_hold_s: how long a stream waits for its first token before its headers go out, so that what fails by
     then is still an HTTP error. unload_wait_s: how long an unload waits for requests in flight before it refuses.
     """
 
     max_body_bytes: Positive = 32 * 2**20
     body_timeout_s: Seconds = 60.0
+    write_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
     stream_hold_s: Seconds = 2.0
     ping_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     drain_grace_s: Seconds = 30.0

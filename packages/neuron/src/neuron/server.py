@@ -106,7 +106,9 @@ class Daemon:
                 http.result()  # the server ended by itself: say why
             await self._drain()
             http_stop.set()
-            await http
+            # Before Python 3.13 a connection whose client reads nothing can hold the server up for ever.
+            await asyncio.wait((http,), timeout=2 * SERVER_GRACE_S)
+            http.cancel()
         finally:
             stop.cancel()
             activation.cancel()

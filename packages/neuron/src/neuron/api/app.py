@@ -28,8 +28,7 @@ class NeuronApp:
     """Everything a client gets goes through here: an answer, or an error in its dialect, never a traceback."""
 
     def __init__(self, services: Services) -> None:
-        self._max_body_bytes = services.config.server.max_body_bytes
-        self._body_timeout_s = services.config.server.body_timeout_s
+        self._limits = services.config.server
         self._router = Router(routes=list(_routes(services)), redirect_slashes=False, default=_not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,9 +38,7 @@ class NeuronApp:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = Exchange(
-            scope, receive, send, max_body_bytes=self._max_body_bytes, body_timeout_s=self._body_timeout_s
-        )
+        exchange = Exchange(scope, receive, send, self._limits)
         scope[_EXCHANGE] = exchange
         scope["app"] = self  # with it, the router raises a wrong method instead of answering in plain text
         try:

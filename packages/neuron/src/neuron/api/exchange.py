@@ -22,6 +22,7 @@ from cortex_core.errors import ApiError
 
 from neuron.api.asgi import ClientGone, RawHeaders, Receive, Scope, Send
 from neuron.api.body import RequestBody
+from neuron.config import ServerSection
 
 _encode = msgspec.json.Encoder().encode
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
@@ -34,9 +35,7 @@ class Exchange:
     resolved_model: the id a gateway resolved an alias to. is_hop: a gateway asks for usage in a comment.
     """
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, *, max_body_bytes: int, body_timeout_s: float
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: ServerSection) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.dialect: DialectName = dialect_of_path(self.path)
@@ -47,7 +46,8 @@ class Exchange:
         self._query: bytes = scope.get("query_string", b"")
         self._receive = receive
         self._send = send
-        self._body = RequestBody(receive, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
+        self._write_timeout_s = limits.write_timeout_s
+        self._body = RequestBody(receive, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
         self._body.is_complete = self.method in ("GET", "HEAD", "OPTIONS") and not self._announces_body()
         self._closes_by_header = str(scope.get("http_version", "1.1")).startswith("1")
         given = self.header(b"x-request-id")
@@ -150,8 +150,12 @@ class Exchange:
         await self._start(200, head + self._identity())
 
     async def send_chunk(self, data: bytes) -> None:
-        """Waits while the client does not read: that is the back-pressure."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        """Waits while the client does not read: that is the back-pressure. Raises `ClientGone` if it never does."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        except TimeoutError:
+            raise ClientGone from None
 
     async def end_stream(self, data: bytes = b"") -> None:
         self._is_ending = True

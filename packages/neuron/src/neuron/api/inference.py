@@ -84,12 +84,12 @@ class Inference:
         self, request: Request, text: TextModel, model: ServedModel, record: RequestRecord, *, is_long: bool
     ) -> GenerationEvents:
         """Render and resolve: every error of the request itself shows here."""
-        services = self._services
-        prompts = await services.off_loop(lambda: text.render(request), is_long=is_long)
+        services, window = self._services, model.max_model_len
+        prompts = await services.off_loop(lambda: text.render(request, max_model_len=window), is_long=is_long)
         record.prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         may_compile = request.response_format is not None or bool(request.tools)
         choices = await services.off_loop(
-            lambda: text.resolve(request, prompts, max_model_len=model.max_model_len), is_long=may_compile
+            lambda: text.resolve(request, prompts, max_model_len=window), is_long=may_compile
         )
         record.num_choices = len(choices)
         return GenerationEvents(text, request, prompts, choices, record)
