@@ -174,7 +174,7 @@ class _Child:
         if code is not None:
             raise CliError(f"the {self.name} ended with exit code {code}\n{self.log_tail()}")
 
-    def stop(self, grace_s: float = 15.0) -> None:
+    def stop(self, grace_s: float = 45.0) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
