@@ -8,6 +8,7 @@ from cortex_core.fleet import DeviceInfo, ModelSpec
 from hypothesis import given
 from hypothesis import strategies as st
 from neuron.lifecycle.preflight import (
+    SUPPORTED_MODEL_TYPES,
     check_config,
     check_layout,
     check_spec,
@@ -93,6 +94,34 @@ def test_an_unknown_architecture_is_refused_with_what_is_known(config: Any) -> N
     assert error.code in ("unsupported_architecture", "bad_checkpoint")
     if isinstance(config, dict):
         assert "qwen3" in error.extras["supported"] and "qwen3" in error.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen3"},
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+        {"model_type": "mistral3", "text_config": {"model_type": "mistral"}},
+        {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+        {"model_type": "finetuned", "architectures": ["Qwen2ForCausalLM"]},
+        {"architectures": []},
+        {"model_type": None, "architectures": None},
+        {},
+    ],
+    ids=str,
+)
+def test_the_engine_decides_alike(config: dict[str, Any]) -> None:
+    from neuron.models.errors import UnsupportedArchitecture
+    from neuron.models.registry import FAMILIES, family_of
+
+    assert set(FAMILIES) == set(SUPPORTED_MODEL_TYPES)
+    try:
+        family_of(config)
+    except UnsupportedArchitecture:
+        assert refused(check_config, spec(), config).code == "unsupported_architecture"
+    else:
+        check_config(spec(), config)
 
 
 def test_quantised_weights_are_refused_by_method() -> None:

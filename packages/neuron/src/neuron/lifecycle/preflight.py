@@ -13,6 +13,8 @@ from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_SUPPORTED_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -159,18 +161,30 @@ def check_layout(spec: ModelSpec, names: Iterable[str]) -> Layout:
 
 
 def check_config(spec: ModelSpec, config: Any) -> None:
-    """Whether the architecture of `config.json` can be served. Raises `ApiError` 422."""
+    """Whether the architecture of `config.json` can be served. Raises `ApiError` 422.
+
+    The engine decides again when it builds the model; a test holds the two decisions equal.
+    """
     if not isinstance(config, Mapping):
         raise refusal("bad_checkpoint", "config.json is not a JSON object.", model_id=spec.model_id)
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        named = f"model_type `{model_type}`" if model_type else "no model_type"
+    nested = config.get("text_config")
+    model_types = [holder.get("model_type") for holder in (config, nested) if isinstance(holder, Mapping)]
+    listed = config.get("architectures")
+    architectures = [str(name) for name in listed] if isinstance(listed, list) else []
+    is_known = any(name in SUPPORTED_MODEL_TYPES for name in model_types) or any(
+        name in _SUPPORTED_CLASSES for name in architectures
+    )
+    generates = not architectures or any(name.endswith(_GENERATIVE) for name in architectures)
+    if not (is_known and generates):
+        named = f"model_type `{model_types[0]}`" if model_types[0] else "no model_type"
+        why = named if generates else f"the architecture {architectures[0]}, which does not generate text"
         raise refusal(
             "unsupported_architecture",
-            f"`{spec.model_id}` has {named}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}.",
+            f"`{spec.model_id}` has {why}; supported are causal language models of the types "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}.",
             model_id=spec.model_id,
-            model_type=model_type,
-            architectures=config.get("architectures"),
+            model_type=model_types[0],
+            architectures=architectures,
             supported=list(SUPPORTED_MODEL_TYPES),
         )
     quantization = config.get("quantization_config")
