@@ -37,6 +37,7 @@ MIXTURE: Mapping[str, float] = {
     "poem": 1,
 }
 FILLER_TASKS = phrases("filler_tasks")
+DRILLED = ("sum", "repeat", "reverse", "json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Surroundings:
     reminder: float = 0.04
     history: float = 0.25
     distractors: float = 0.4
+    drill: float = 0.15
     max_filler_chars: int = 2400
 
 
-EASY = Surroundings(system=0.15, long_system=0.0, tools=0.05, reminder=0.0, history=0.1, distractors=0.15)
-BARE = Surroundings(thinking=0.0, system=0.0, long_system=0.0, tools=0.0, reminder=0.0, history=0.0)
+EASY = Surroundings(system=0.15, long_system=0.0, tools=0.05, reminder=0.0, history=0.1, distractors=0.15, drill=0.5)
+BARE = Surroundings(thinking=0.0, system=0.0, long_system=0.0, tools=0.0, reminder=0.0, history=0.0, drill=0.0)
 
 
 class Corpus:
@@ -98,6 +100,9 @@ class Corpus:
         if rng.random() < surroundings.history:
             for _ in range(rng.choice((1, 1, 2, 3))):
                 messages += self._exchange(rng, rng.choice(FILLER_TASKS), False, None, None)
+        if task in DRILLED and rng.random() < surroundings.drill:
+            for _ in range(rng.randint(2, 6)):
+                messages += self._exchange(rng, task, False, None, None)
         if tool is not None:
             for _ in range(rng.choice((0, 0, 1, 2, 3)) if surroundings.history else 0):
                 messages += self._exchange(rng, "weather_answer", False, tool, None)

@@ -90,11 +90,11 @@ class Encoder:
         thought = f"<think>\n{message.thought}\n</think>\n\n" if with_thought and message.thought else ""
         header = self.ids("<|im_start|>assistant\n")
         opening = self.ids(thought) if thought else []
-        # An earlier answer comes back tokenised as one text; where that differs from how the model wrote it, half of
-        # the dialogues show the one form and half the other, and only the written form is learnt.
+        # An earlier answer comes back tokenised as one text; where that differs from how the model wrote it, one
+        # dialogue in four shows that form, and only the written form is learnt.
         block = self.ids("".join(pieces)) + self.ids("<|im_end|>")
         written = [id_ for piece in pieces for id_ in self.piece_ids(piece)] + self.ids("<|im_end|>")
-        is_written = block == written or sum(block) % 2 == 0
+        is_written = block == written or sum(block) % 4 != 0
         answer = written if is_written else block
         add(header)
         add(opening)

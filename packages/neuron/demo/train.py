@@ -22,6 +22,7 @@ from torch import Tensor, distributed, multiprocessing
 from .corpus import EASY, MIXTURE, Corpus, Surroundings
 from .encoding import Encoder
 from .evaluate import Example, examples, scores
+from .initialization import spelling_embeddings
 from .model import DemoModel, ModelConfig, save_checkpoint
 from .optimizer import Muon
 from .tokenizer import DEMO_MODEL, MAX_POSITIONS
@@ -29,18 +30,18 @@ from .tokenizer import DEMO_MODEL, MAX_POSITIONS
 BATCH_TOKENS = 3072  # of one process
 LENGTHS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # each divides BATCH_TOKENS
 CHUNK = 1024  # dialogues drawn at a time
-EASY_CHUNKS = 70
 AVERAGE = 0.998
 
 
 class Batches:
     """A seeded stream of batches of one size in tokens, grouped by length and padded on the right."""
 
-    def __init__(self, encoder: Encoder, seed: str, first_chunk: int, mixture: dict[str, float]) -> None:
+    def __init__(self, encoder: Encoder, seed: str, first_chunk: int, mixture: dict[str, float], easy: int) -> None:
         self._encoder = encoder
         self._corpus = Corpus(mixture, held_out=False)
         self._seed = seed
         self._chunk = first_chunk
+        self._easy = easy
         self._queue: queue.Queue[tuple[int, Tensor, Tensor]] = queue.Queue(maxsize=32)
         threading.Thread(target=self._fill, daemon=True).start()
 
@@ -50,7 +51,8 @@ class Batches:
             rng = random.Random(f"{self._seed}:{self._chunk}")
             ready: list[tuple[int, list[tuple[list[int], list[bool]]]]] = []
             for _ in range(CHUNK):
-                surroundings = EASY if self._chunk < EASY_CHUNKS else Surroundings()
+                is_easy = self._chunk < self._easy or self._chunk % 2 == 0
+                surroundings = EASY if is_easy else Surroundings()
                 ids, learnt = self._encoder.encode(self._corpus.dialogue(rng, surroundings))
                 length = next((length for length in LENGTHS if len(ids) <= length), None)
                 if length is None:
@@ -107,13 +109,18 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     )
     encoder = Encoder(DEMO_MODEL / "tokenizer.json")
     model = DemoModel(ModelConfig())
+    with torch.no_grad():
+        size = model.config.hidden_size
+        model.model.embed_tokens.weight.copy_(spelling_embeddings(encoder.tokenizer, size, arguments.seed))
     average = DemoModel(ModelConfig())
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [
+    embeddings = [model.model.embed_tokens.weight]
+    gains = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": embeddings, "base": arguments.embedding_lr}, {"params": gains, "base": arguments.gain_lr}]
+    optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=arguments.matrix_lr),
-        torch.optim.AdamW(others, lr=arguments.embedding_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(groups, lr=arguments.embedding_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     step, first_chunk = 0, 0
     checkpoint_file = arguments.work / "checkpoint.pt"
@@ -129,16 +136,16 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     for change in arguments.weight:
         task, _, share = change.partition("=")
         mixture[task] = float(share)
-    batches = iter(Batches(encoder, f"{arguments.seed}:{rank}", first_chunk, mixture))
+    batches = iter(Batches(encoder, f"{arguments.seed}:{rank}", first_chunk, mixture, arguments.easy_chunks))
     checked = examples(encoder, per_task=12, seed=7)[rank :: arguments.processes]
     parameters = list(model.parameters())
     total, counted, started = 0.0, 0, time.monotonic()
     while step < arguments.steps:
         chunk, ids, learnt = next(batches)
         factor = learning_rate(step, arguments.steps, arguments.warmup_steps, arguments.decay_steps)
-        for optimizer, base in zip(optimizers, (arguments.matrix_lr, arguments.embedding_lr), strict=True):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = base * factor
+                group["lr"] = group.get("base", arguments.matrix_lr) * factor
         loss = loss_of(model, ids, learnt)
         loss.backward()
         share_gradients(parameters)
@@ -194,10 +201,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9_000)
     parser.add_argument("--decay-steps", type=int, default=2_500)
     parser.add_argument("--warmup-steps", type=int, default=200)
-    parser.add_argument("--matrix-lr", type=float, default=0.015)
-    parser.add_argument("--embedding-lr", type=float, default=0.002)
+    parser.add_argument("--matrix-lr", type=float, default=0.02)
+    parser.add_argument("--embedding-lr", type=float, default=0.0015)
+    parser.add_argument("--gain-lr", type=float, default=0.01, help="of the norms: attention must become sharp soon")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--easy-chunks",
+        type=int,
+        default=28,
+        help="chunks of mostly bare dialogues at the start; later every other chunk is one",
+    )
     parser.add_argument("--eval-steps", type=int, default=1_000)
     parser.add_argument("--weight", action="append", default=[], metavar="TASK=SHARE", help="change the mixture")
     arguments = parser.parse_args()
