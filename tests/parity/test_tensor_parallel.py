@@ -37,6 +37,7 @@ def _rank(rank: int, world_size: int, rendezvous: str, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     # Not at the top: the ranks import this module, and transformers is slow to import.
     from .checkpoints import VARIANTS, save_checkpoint

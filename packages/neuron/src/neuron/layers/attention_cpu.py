@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,35 +38,43 @@ _MAX_PADDING_RATIO = 1.5
 
 @dataclass(frozen=True, slots=True)
 class PageSpan:
-    """Consecutive pages of one or several sequences, as rows of `kv_layer` seen as [num_pages * 2, page_size, …].
+    """Pages of one or several sequences, as rows of `kv_layer` seen as [num_pages * 2, page_size, …].
 
-    keys, values: [S * n] int64. first: token position at which a single sequence's span begins (0 for batches).
+    keys, values: [S * n] int64, the same number of pages for each sequence.
     """
 
     keys: Tensor
     values: Tensor
-    first: int = 0
 
     @classmethod
-    def of(cls, pages: Tensor, first: int = 0) -> PageSpan:
-        keys = pages.to(torch.int64).mul_(2).flatten()
-        return cls(keys, keys + 1, first)
+    def of(cls, pages: npt.NDArray[np.int32], device: torch.device) -> PageSpan:
+        keys = torch.from_numpy(pages.astype(np.int64).ravel() * 2).to(device)
+        return cls(keys, keys + 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodeBucket:
     """Decodes of similar length. rows: which of the step's rows (None: the first `size`, in order).
 
-    length: keys per sequence after padding. mask: [S, 1, 1, length], added to the scores; None where all are full.
-    workspace: where gathered keys and values are kept between steps, None if they are not.
+    pages: [S, n] of each sequence, padded with page 0. length: keys per sequence after padding. mask: [S, 1, 1,
+    length], added to the scores; None where all are full. workspace: where gathered keys and values are kept between
+    steps, None if they are not.
     """
 
     rows: Tensor | None
     size: int
-    span: PageSpan
+    pages: npt.NDArray[np.int32]
     length: int
     mask: Tensor | None
     workspace: DecodeWorkspace | None
+    _span: PageSpan | None = None
+
+    def span(self, device: torch.device) -> PageSpan:
+        """The pages to gather; most steps need none."""
+        if self._span is None:
+            pages = self.pages if self.workspace is None else self.workspace.padded_tables()
+            self._span = PageSpan.of(pages, device)
+        return self._span
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,27 +234,29 @@ class GatherAttention:
             begin = end
         decodes: list[DecodeBucket] = []
         if batch.num_decodes:
-            use_workspaces = keeps_new and window is None
+            tables = batch.page_tables[: batch.num_decodes].cpu().numpy()
             for members in decode_buckets(_num_pages(batch, page_size, window)):
-                workspace = self._workspace(batch, members, kv_layer) if use_workspaces else None
-                decodes.append(_plan_decodes(batch, members, page_size, dtype, window, workspace))
+                rows = tables if len(members) == batch.num_decodes else tables[members]
+                context_lens = [batch.context_lens_host[i] for i in members]
+                workspace = None
+                if keeps_new and window is None:
+                    workspace = self._workspace(tuple(members), rows, context_lens, kv_layer)
+                decodes.append(_plan_decodes(batch, members, rows, context_lens, page_size, dtype, window, workspace))
         return Plan(tuple(decodes), tuple(chunks))
 
-    def _workspace(self, batch: StepBatch, members: list[int], kv_layer: Tensor) -> DecodeWorkspace | None:
-        page_size = kv_layer.shape[2]
-        context_lens = [batch.context_lens_host[i] for i in members]
-        rows = None if len(members) == batch.num_decodes else members
-        # A copy: the batch's tensors are overwritten by the next step's.
-        tables = batch.page_tables[: batch.num_decodes, : -(-max(context_lens) // page_size)].clone()
-        if rows is not None:
-            tables = tables[rows]
-        key = tuple(members)
-        workspace = self._last_workspaces.get(key)
+    def _workspace(
+        self, members: tuple[int, ...], tables: npt.NDArray[np.int32], context_lens: list[int], kv_layer: Tensor
+    ) -> DecodeWorkspace | None:
+        """The last step's, if this step continues it, or a new one; None if that would take too much memory."""
+        page_size, num_kv_heads = kv_layer.shape[2:4]
+        # A copy: the batch's tables are overwritten by the next step's.
+        tables = tables[:, : -(-max(context_lens) // page_size)].copy()
+        workspace = self._last_workspaces.get(members)
         if workspace is None or not workspace.advance(tables, context_lens):
-            workspace = DecodeWorkspace(tables, context_lens, page_size, kv_layer.shape[3])
+            workspace = DecodeWorkspace(tables, context_lens, page_size, num_kv_heads, kv_layer.device)
         if not workspace.fits(kv_layer):
             return None
-        self._workspaces[key] = workspace
+        self._workspaces[members] = workspace
         return workspace
 
     def _plan_chunk(
@@ -269,8 +281,8 @@ class GatherAttention:
         if prefix_len or not keeps_new:
             first_page = 0 if window is None else max(0, prefix_len - window + 1) // page_size
             first = first_page * page_size
-            pages = batch.page_tables[sequence, first_page : -(-context_len // page_size)]
-            span = PageSpan.of(pages, first)
+            pages = batch.page_tables[sequence, first_page : -(-context_len // page_size)].cpu().numpy()
+            span = PageSpan.of(pages, batch.page_tables.device)
 
         staircase = self._staircase(window, dtype, batch.page_tables.device)
         tiles = []
@@ -313,44 +325,35 @@ def _num_pages(batch: StepBatch, page_size: int, window: int | None) -> list[int
 def _plan_decodes(
     batch: StepBatch,
     members: list[int],
+    tables: npt.NDArray[np.int32],
+    context_lens: list[int],
     page_size: int,
     dtype: torch.dtype,
     window: int | None,
     workspace: DecodeWorkspace | None,
 ) -> DecodeBucket:
-    """The bucket of these decodes (rows of the step)."""
+    """The bucket of these decodes (rows of the step); tables: [S, …], their page tables."""
     device = batch.page_tables.device
-    context_lens = [batch.context_lens_host[i] for i in members]
-    lowest = [_lowest_position(length, window) for length in context_lens]
-    first_page = [position // page_size for position in lowest]
-    begin = [position - page * page_size for position, page in zip(lowest, first_page, strict=True)]
-    end = [length - page * page_size for length, page in zip(context_lens, first_page, strict=True)]
-    length = max(end)
-
-    rows = None
-    table = batch.page_tables[: batch.num_decodes]
-    if len(members) < batch.num_decodes:
-        rows = torch.tensor(members, dtype=torch.int64, device=device)
-        table = table.index_select(0, rows)
-    if workspace is not None:
-        table = workspace.padded_tables()
-    elif any(first_page):
-        columns = torch.tensor(first_page, device=device).unsqueeze(1) + torch.arange(
-            -(-length // page_size), device=device
-        )
-        table = table.gather(1, columns.clamp_(max=table.shape[1] - 1))  # beyond a context: masked
-    else:
-        table = table[:, : -(-length // page_size)]
-
+    begin = np.zeros(len(members), dtype=np.int64)
+    end = np.array(context_lens)
+    pages = tables
+    if window is not None:
+        lowest = np.maximum(end - window, 0)
+        first_page = lowest // page_size
+        begin, end = lowest - first_page * page_size, end - first_page * page_size
+        columns = first_page[:, None] + np.arange(-(-int(end.max()) // page_size))
+        pages = np.take_along_axis(tables, columns.clip(max=tables.shape[1] - 1), axis=1)  # too far right: masked
+    length = int(end.max())
     mask = None
-    if any(begin) or min(end) != length:
-        key = torch.arange(length, device=device)
-        hidden = key >= torch.tensor(end, device=device).unsqueeze(1)
-        if any(begin):
-            hidden |= key < torch.tensor(begin, device=device).unsqueeze(1)
-        mask = torch.zeros(len(members), length, dtype=dtype, device=device)
-        mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
-    return DecodeBucket(rows, len(members), PageSpan.of(table), length, mask, workspace)
+    if begin.any() or end.min() != length:
+        key = np.arange(length)
+        hidden = key >= end[:, None]
+        if window is not None:
+            hidden |= key < begin[:, None]
+        bias = np.where(hidden, np.float32(-np.inf), np.float32(0))
+        mask = torch.from_numpy(bias)[:, None, None].to(device, dtype)
+    rows = None if len(members) == batch.num_decodes else torch.tensor(members, dtype=torch.int64, device=device)
+    return DecodeBucket(rows, len(members), pages[:, : -(-length // page_size)], length, mask, workspace)
 
 
 def _gather(kv_layer: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
@@ -368,8 +371,9 @@ def _decode(bucket: DecodeBucket, q: Tensor, new: NewCells | None, kv_layer: Ten
         fresh = (x[: bucket.size] if bucket.rows is None else x.index_select(0, bucket.rows) for x in new)
         cached = workspace.append(kv_layer, *fresh)  # [S, Hkv, D] each
     if cached is None:
-        keys = _gather(kv_layer, bucket.span.keys, bucket.size)
-        values = _gather(kv_layer, bucket.span.values, bucket.size)
+        span = bucket.span(kv_layer.device)
+        keys = _gather(kv_layer, span.keys, bucket.size)
+        values = _gather(kv_layer, span.values, bucket.size)
         if workspace is None:
             cached = keys.transpose(1, 2), values.transpose(1, 2)
         else:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_SLACK_PAGES = 4
@@ -23,16 +24,17 @@ _MAX_SHARE_OF_CACHE = 0.5
 class DecodeWorkspace:
     """Keys and values of S sequences per layer, [S, Hkv, capacity, D] each: one head's context is one run of memory.
 
-    page_tables: [S, n] int32, this step's, padded with page 0. context_lens: lengths after this step. capacity: in
-    tokens, a multiple of the page size. step: counts the steps it has lived through. appended: [S * Hkv] int64, where
-    this step's tokens go in a layer's tensors seen as [S * Hkv * capacity, D]. layers: by the address of the layer's
-    pages, keys, values and the step that they are up to date with.
+    page_tables: [S, n] on the host, this step's, padded with page 0. context_lens: lengths after this step. capacity:
+    in tokens, a multiple of the page size. step: counts the steps it has lived through. appended: [S * Hkv] int64,
+    where this step's tokens go in a layer's tensors seen as [S * Hkv * capacity, D]. layers: by the address of the
+    layer's pages, keys, values and the step that they are up to date with.
     """
 
-    page_tables: Tensor
+    page_tables: npt.NDArray[np.int32]
     context_lens: list[int]
     page_size: int
     num_kv_heads: int
+    device: torch.device
     capacity: int = field(init=False)
     step: int = field(init=False, default=0)
     appended: Tensor = field(init=False)
@@ -41,14 +43,16 @@ class DecodeWorkspace:
     def __post_init__(self) -> None:
         num_pages = -(-max(self.context_lens) // self.page_size)
         self.capacity = (num_pages + max(_MIN_SLACK_PAGES, num_pages // _SLACK_SHARE)) * self.page_size
-        self._place()
+        last = np.array(self.context_lens, dtype=np.int64) - 1
+        row = np.arange(len(self.context_lens) * self.num_kv_heads).reshape(-1, self.num_kv_heads)
+        self.appended = torch.from_numpy((row * self.capacity + last[:, None]).ravel()).to(self.device)
 
     def fits(self, kv_layer: Tensor) -> bool:
         """True if it takes no more memory than it may beside these pages."""
         num_slots = kv_layer.shape[0] * kv_layer.shape[2]
         return len(self.context_lens) * self.capacity <= _MAX_SHARE_OF_CACHE * num_slots
 
-    def advance(self, page_tables: Tensor, context_lens: list[int]) -> bool:
+    def advance(self, page_tables: npt.NDArray[np.int32], context_lens: list[int]) -> bool:
         """Move on by one step. False, and unusable from then on, unless that is the same batch one token later.
 
         A sequence is recognised by its place, its pages and its length. That is enough between two consecutive steps
@@ -60,12 +64,12 @@ class DecodeWorkspace:
             return False
         before = self.page_tables
         now = page_tables[:, : before.shape[1]]
-        if now.shape != before.shape or not bool(((now == before) | (before == 0)).all()):
+        if now.shape != before.shape or not ((now == before) | (before == 0)).all():
             return False
         self.page_tables = page_tables
         self.context_lens = context_lens
         self.step += 1
-        self._place()
+        self.appended += 1
         return True
 
     def append(self, kv_layer: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -89,11 +93,7 @@ class DecodeWorkspace:
         self.layers[kv_layer.data_ptr()] = keys, values, self.step
         return keys, values
 
-    def padded_tables(self) -> Tensor:
-        """[S, capacity / page_size] int32: the pages to gather, page 0 for what has not been written yet."""
-        return F.pad(self.page_tables, (0, self.capacity // self.page_size - self.page_tables.shape[1]))
-
-    def _place(self) -> None:
-        last = torch.tensor(self.context_lens, dtype=torch.int64) - 1
-        row = torch.arange(len(self.context_lens) * self.num_kv_heads).view(-1, self.num_kv_heads)
-        self.appended = (row * self.capacity + last.unsqueeze(1)).flatten().to(self.page_tables.device)
+    def padded_tables(self) -> npt.NDArray[np.int32]:
+        """[S, capacity / page_size]: the pages to gather, page 0 for what has not been written yet."""
+        padding = self.capacity // self.page_size - self.page_tables.shape[1]
+        return np.pad(self.page_tables, ((0, 0), (0, padding)))
