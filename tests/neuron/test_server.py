@@ -110,8 +110,9 @@ def test_a_taken_port_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert done.returncode == 1 and "cannot listen" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["serve", "--port", "0"], ["--port", "0"]])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("arguments", "number"), [(["serve", "--port", "0"], signal.SIGTERM), (["--port", "0"], signal.SIGINT)]
+)
 def test_a_signal_ends_the_real_daemon_with_0(tmp_path: Path, arguments: list[str], number: int) -> None:
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"{short}/notify")
