@@ -31,6 +31,13 @@ def available_host_bytes() -> int:
     return available
 
 
+def total_host_bytes() -> int:
+    """Memory of the host, or of the container if it is limited."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _read_int(_CGROUP / "memory.max")
+    return total if limit is None else min(total, limit)
+
+
 def _cgroup_cpus() -> int | None:
     """Whole CPUs that the container's quota allows."""
     try:

@@ -24,8 +24,8 @@ from neuron.protocol import Logprobs, SamplingParams
 _GREEDY_BELOW = 1e-5
 # Candidates looked at first for top-p and min-p without top-k; rows that need more are done again with more.
 _FIRST_CANDIDATES = 128
-# Noise for the whole vocabulary is made in blocks that stay in a core's cache.
-_NOISE_BLOCK = 16384
+# On the CPU, noise for the whole vocabulary is made in blocks of this many elements, which stay in a core's cache.
+_NOISE_ELEMENTS = 32768
 
 
 def is_greedy(sampling: SamplingParams) -> bool:
@@ -181,23 +181,29 @@ class Sampler:
         for rows in (whole, truncated):
             if not rows:
                 continue
-            chosen = [sequences[row] for row in rows]
-            params = [sequence.sampling for sequence in chosen]
+            params = [sequences[row].sampling for row in rows]
             keys = torch.tensor(
-                [noise_key(sequence.sampling.seed, sequence.num_output) for sequence in chosen],
+                [noise_key(sequences[row].sampling.seed, sequences[row].num_output) for row in rows],
                 dtype=torch.int64,
                 device=self._device,
             )
-            temperatures = torch.tensor([sampling.temperature for sampling in params], device=self._device)
-            scaled = logits[self._rows(rows)] / temperatures[:, None]
-            yield rows, self._draw_whole(scaled, keys) if rows is whole else self._draw_truncated(scaled, keys, params)
+            # [r, 1], multiplied where needed: rows are not copied just to be scaled.
+            sharpness = torch.tensor([[1.0 / sampling.temperature] for sampling in params], device=self._device)
+            own = logits if len(rows) == len(sequences) else logits[self._rows(rows)]
+            if rows is whole:
+                yield rows, self._draw_whole(own, sharpness, keys)
+            else:
+                yield rows, self._draw_truncated(own, sharpness, keys, params)
 
-    def _draw_whole(self, scaled: Tensor, keys: Tensor) -> Tensor:
-        best_score = torch.full((scaled.shape[0],), -math.inf, device=self._device)
-        best_token = torch.zeros(scaled.shape[0], dtype=torch.int64, device=self._device)
-        for begin in range(0, self._vocab_size, _NOISE_BLOCK):
-            block = slice(begin, begin + _NOISE_BLOCK)
-            scores = scaled[:, block] - log_exponential_noise(keys, self._token_ids[block])
+    def _draw_whole(self, logits: Tensor, sharpness: Tensor, keys: Tensor) -> Tensor:
+        best_score = torch.full((logits.shape[0],), -math.inf, device=self._device)
+        best_token = torch.zeros(logits.shape[0], dtype=torch.int64, device=self._device)
+        width = self._vocab_size
+        if logits.device.type == "cpu":
+            width = max(_NOISE_ELEMENTS // logits.shape[0], 256)
+        for begin in range(0, self._vocab_size, width):
+            block = slice(begin, begin + width)
+            scores = (logits[:, block] * sharpness).sub_(log_exponential_noise(keys, self._token_ids[block]))
             winner = self._argmax(scores)
             score = scores.gather(1, winner[:, None])[:, 0]
             better = score > best_score
@@ -205,50 +211,58 @@ class Sampler:
             best_score = torch.where(better, score, best_score)
         return best_token
 
-    def _draw_truncated(self, scaled: Tensor, keys: Tensor, params: list[SamplingParams]) -> Tensor:
+    def _draw_truncated(self, logits: Tensor, sharpness: Tensor, keys: Tensor, params: list[SamplingParams]) -> Tensor:
         """Draw from the tokens that top-k, top-p and min-p leave, without sorting the whole vocabulary.
 
         The best candidates are enough if the last of them is cut already; rows where it is not are done again with
         eight times as many.
         """
-        vocab_size = self._vocab_size
-        top_k = [sampling.top_k if sampling.top_k > 0 else vocab_size for sampling in params]
-        limits = torch.tensor(top_k, dtype=torch.int64, device=self._device)[:, None]
-        top_p = torch.tensor(
-            [sampling.top_p if sampling.top_p < 1.0 else 2.0 for sampling in params], device=self._device
-        )[:, None]
+        vocab_size, device = self._vocab_size, self._device
+        top_k = [min(sampling.top_k, vocab_size) or vocab_size for sampling in params]
+        limits = torch.tensor([[limit] for limit in top_k], dtype=torch.int64, device=device)
+        # Both thresholds are off where they cut nothing: rounding must not make them cut.
+        top_p = torch.tensor([[sampling.top_p if sampling.top_p < 1.0 else 2.0] for sampling in params], device=device)
         log_min_p = torch.tensor(
-            [math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf for sampling in params],
-            device=self._device,
-        )[:, None]
-        log_total = torch.logsumexp(scaled, dim=-1, keepdim=True)
+            [[math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf] for sampling in params], device=device
+        )
+        log_total: Tensor | None = None
 
-        tokens = torch.empty(len(params), dtype=torch.int64, device=self._device)
+        tokens = torch.empty(len(params), dtype=torch.int64, device=device)
         open_rows = list(range(len(params)))
         width = max(min(limit, _FIRST_CANDIDATES) if limit == vocab_size else limit for limit in top_k)
         while open_rows:
             width = min(width, vocab_size)
+            # Everything of the rows that are still open; at first that is all of them.
+            is_all = len(open_rows) == len(params)
             index = self._rows(open_rows)
-            values, ids = scaled[index].topk(width, dim=-1)  # [r, width], best first
-            within_k = torch.arange(width, device=self._device) < limits[index]
+            values, ids = (logits if is_all else logits[index]).topk(width, dim=-1)  # [r, width], best first
+            values *= sharpness[index]
+            within_k = torch.arange(width, device=device) < limits[index]
             # The normaliser of top-p is the mass that top-k leaves; a row without top-k uses the whole distribution.
-            log_mass = torch.where(
-                limits[index] <= width,
-                torch.logsumexp(values.masked_fill(~within_k, -math.inf), dim=-1, keepdim=True),
-                log_total[index],
-            )
+            log_mass = torch.logsumexp(values.masked_fill(~within_k, -math.inf), dim=-1, keepdim=True)
+            if any(top_k[row] > width and params[row].top_p < 1.0 for row in open_rows):
+                if log_total is None:
+                    log_total = _log_total(logits, sharpness)
+                log_mass = torch.where(limits[index] <= width, log_mass, log_total[index])
             probabilities = (values - log_mass).exp_()
             mass_before = probabilities.cumsum(dim=-1) - probabilities
             keep = within_k & (mass_before < top_p[index]) & (values >= values[:, :1] + log_min_p[index])
             keep[:, 0] = True
             scores = (values - log_exponential_noise(keys[index], ids)).masked_fill_(~keep, -math.inf)
             tokens[index] = ids.gather(1, self._argmax(scores)[:, None])[:, 0]
-            if width == vocab_size:
-                break
             uncut: list[bool] = keep[:, -1].tolist()
             open_rows = [row for row, is_open in zip(open_rows, uncut, strict=True) if is_open and top_k[row] > width]
             width *= 8
         return tokens
+
+
+def _log_total(logits: Tensor, sharpness: Tensor) -> Tensor:
+    """log of the sum of exp(logits * sharpness) over the vocabulary: [R, V], [R, 1] -> [R, 1]."""
+    if logits.device.type != "cpu":
+        return torch.logsumexp(logits * sharpness, dim=-1, keepdim=True)
+    # Row by row: the scaled copy of one row stays in a core's cache.
+    rows = [torch.logsumexp(row * factor, dim=0) for row, factor in zip(logits, sharpness, strict=True)]
+    return torch.stack(rows)[:, None]
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from neuron.layers.linear import fast_layout
 from neuron.layers.placement import Placement
+from neuron.layers.row_blocks import linear, row_blocks
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import shard_vocabulary
 
@@ -75,6 +76,7 @@ class LMHead(nn.Module):
         # In a tuple, so that the embedding is not registered a second time as a submodule of the head.
         self._embedding = (embedding,)
         self._weight: Tensor | None = None
+        self._blocks: Tensor | None = None
 
     @property
     def is_tied(self) -> bool:
@@ -87,9 +89,10 @@ class LMHead(nn.Module):
         else:
             self._weight = fast_layout(self.matrix.weight.detach())
             self.matrix.weight = nn.Parameter(self._weight, requires_grad=False)
+        self._blocks = row_blocks(self._weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self._weight is None:
             raise RuntimeError("the head is used before its weights were loaded")
-        logits = self.group.all_gather(F.linear(hidden, self._weight))
+        logits = self.group.all_gather(linear(hidden, self._weight, self._blocks))
         return logits[:, : self.vocab_size].float()

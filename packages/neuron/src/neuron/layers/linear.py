@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron.layers.placement import Placement
+from neuron.layers.row_blocks import linear, row_blocks
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import Shard, shard_evenly, shard_kv_heads, whole
 
@@ -85,9 +85,10 @@ class UnquantizedWeight:
 
     def finish(self, layer: LinearLayer) -> None:
         layer.weight = nn.Parameter(fast_layout(layer.weight), requires_grad=False)
+        layer.blocks = row_blocks(layer.weight)
 
     def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight, layer.bias)
+        return linear(x, layer.weight, layer.blocks, layer.bias)
 
 
 class LinearLayer(nn.Module):
@@ -95,6 +96,7 @@ class LinearLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    blocks: Tensor | None = None
 
     def __init__(
         self,
