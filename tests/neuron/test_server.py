@@ -148,3 +148,15 @@ async def test_the_listener_takes_connections_before_the_daemon_serves() -> None
     writer.close()
     daemon.request_stop()
     await daemon.serve()
+
+
+async def test_stopping_during_an_unload_leaves_no_process(checkpoint: Path) -> None:
+    async with run_neuron(checkpoint) as neuron:
+        (pid,) = neuron.served.group.pids
+        os.kill(pid, signal.SIGSTOP)  # it will not heed the request to end
+        unloading = asyncio.create_task(neuron.daemon.services.manager.unload(neuron.model))
+        await eventually(lambda: neuron.served.stopping is not None)
+        await neuron.daemon.services.manager.shutdown(timeout_s=60)
+        await unloading
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -82,7 +82,7 @@ async def run_neuron(
     **server: Any,
 ) -> AsyncIterator[RunningNeuron]:
     # Tests kill engines at leisure: no death counts as one of a series.
-    config = config or NeuronConfig(engine=EngineSection(stable_after_s=0))
+    config = config or NeuronConfig(engine=EngineSection(stable_after_s=0, stop_grace_s=2.0))
     config = msgspec.structs.replace(config, host="127.0.0.1", port=0)
     if server:
         config = msgspec.structs.replace(config, server=ServerSection(**server))

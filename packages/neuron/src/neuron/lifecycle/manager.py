@@ -172,9 +172,9 @@ class ModelManager:
         async def stop(model: ServedModel) -> None:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._stop(model)
+                    await asyncio.shield(self._stop(model))
             except TimeoutError:
-                logger.error("model not stopped in time model=%s pids=%s", model.id, model.group and model.group.pids)
+                logger.error("model not stopped in time model=%s", model.id)
             self._answer(model.load_waiters, shutting_down())
             self._answer(model.unload_waiters, None)
 
@@ -213,8 +213,7 @@ class ModelManager:
         elif isinstance(effect, machine.Drain):
             self._spawn(model, self._drain(model))
         elif isinstance(effect, machine.Stop):
-            task = asyncio.create_task(self._stop_and_report(model))
-            self._keep(model, task)
+            self._stop(model).add_done_callback(lambda _: self._post(model, machine.Stopped()))
         elif isinstance(effect, machine.AnswerLoads):
             self._answer(model.load_waiters, effect.error)
         elif isinstance(effect, machine.AnswerUnloads):
@@ -222,11 +221,9 @@ class ModelManager:
         else:
             self._models.pop(model.id, None)
 
-    def _spawn(self, model: ServedModel, work: Coroutine[Any, Any, None]) -> None:
-        self._keep(model, asyncio.create_task(work))
-
     @staticmethod
-    def _keep(model: ServedModel, task: asyncio.Task[None]) -> None:
+    def _spawn(model: ServedModel, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         model.tasks.add(task)
         task.add_done_callback(model.tasks.discard)
 
@@ -342,17 +339,18 @@ class ModelManager:
             return
         self._post(model, machine.Drained())
 
-    async def _stop_and_report(self, model: ServedModel) -> None:
-        await self._stop(model)
-        self._post(model, machine.Stopped())
+    def _stop(self, model: ServedModel) -> asyncio.Task[None]:
+        """Stop everything of a model, once: whoever asks while it is going on waits for the same end."""
+        if model.stopping is None or model.stopping.done():
+            model.stopping = asyncio.create_task(self._stop_now(model))
+        return model.stopping
 
-    async def _stop(self, model: ServedModel) -> None:
+    @staticmethod
+    async def _stop_now(model: ServedModel) -> None:
         model.fetch_cancelled.set()
         model.admission.close(lambda: model.unavailable())
-        this = asyncio.current_task()
         for task in list(model.tasks):
-            if task is not this:
-                task.cancel()
+            task.cancel()
         group, model.group = model.group, None
         model.text = None
         if group is not None:

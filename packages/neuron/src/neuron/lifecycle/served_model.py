@@ -36,6 +36,7 @@ class ServedModel:
         self.unload_waiters: list[asyncio.Future[None]] = []
         self.fetch_cancelled = threading.Event()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.stopping: asyncio.Task[None] | None = None
 
     @property
     def loaded(self) -> Loaded | None:
