@@ -34,6 +34,7 @@ def test_model_and_stream_are_read_and_the_rest_is_ignored() -> None:
         (b'{"model":""}', "missing_model_field", "model"),
         (b'{"model":null}', "invalid_type", "model"),
         (b'{"model":["m"]}', "invalid_type", "model"),
+        (b'{"model":"' + b"m" * 600 + b'"}', "invalid_value", "model"),
         (b'{"model":"m","stream":"yes"}', "invalid_type", "stream"),
         (b'{"model":"m","messages":' + b"[" * 100_000, "invalid_json", None),
         (b'{"model":"m","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json", None),

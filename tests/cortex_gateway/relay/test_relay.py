@@ -274,9 +274,15 @@ async def test_a_stream_that_waits_is_opened_with_pings_and_then_carries_the_ans
         assert response.status == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         assert await read_events(response, 3 * len(ping)) == 3 * ping
+        neuron.answer_gate.clear()
         neuron.load_gate.set()
-        rest = await response.read()
-    assert rest.replace(ping, b"") == (b"".join(events) + end).replace(ping, b"")
+        waited = await response.content.readuntil(events[0])
+        assert waited.replace(ping, b"") == events[0]
+        rest = b"".join(events[1:])
+        assert await read_events(response, len(rest)) == rest
+        await asyncio.sleep(0.02)  # twenty ping intervals: from here on the neuron keeps the stream alive
+        neuron.answer_gate.set()
+        assert await response.read() == end
 
 
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from typing import TypeVar
-from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -167,8 +166,3 @@ def describe(exc: BaseException) -> str:
             parts.append(part)
         seen = seen.__cause__
     return " <- ".join(parts)
-
-
-def quoted(model: str) -> str:
-    """A model id as one path segment."""
-    return quote(model, safe="")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import msgspec
 from cortex_core.errors import ApiError, invalid
 
+MAX_MODEL_NAME = 512
+"""Names end up in caches, log lines and messages; a client must not choose how large those get."""
+
 
 class Envelope(msgspec.Struct, frozen=True):
     """A partial decode: every other field is skipped, and the body travels on as it came."""
@@ -30,6 +33,8 @@ def read_envelope(body: bytes) -> Envelope:
         raise invalid("The body is nested too deeply.", code="invalid_json") from None
     if not envelope.model:
         raise _missing_model()
+    if len(envelope.model) > MAX_MODEL_NAME:
+        raise invalid(f"model: no name is longer than {MAX_MODEL_NAME} characters", param="model")
     return envelope
 
 
