@@ -128,7 +128,7 @@ def test_the_weight_format_is_a_strategy() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 300])
-def test_the_layout_after_loading_changes_no_value(rows: int) -> None:
+def test_what_is_derived_after_loading_changes_no_product(rows: int) -> None:
     weight = torch.randn(24, 40)
     layer = ColumnParallelLinear(40, 24, bias=False, group=SINGLE)
     fill(layer, {(None, "weight"): weight})

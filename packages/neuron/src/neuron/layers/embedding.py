@@ -6,13 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron.layers.linear import fast_layout
 from neuron.layers.placement import Placement
 from neuron.layers.row_blocks import linear, row_blocks
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import shard_vocabulary
-
-_MAX_COPIED_ELEMENTS = 2**22
 
 
 class VocabularyWeight(nn.Module):
@@ -62,8 +59,7 @@ class VocabParallelEmbedding(VocabularyWeight):
 class LMHead(nn.Module):
     """[R, H] hidden states -> [R, V] float32 logits on every rank.
 
-    Either with a matrix of its own or tied to the embedding's. A tied head shares its memory, unless the matrix is
-    small enough to be worth a second copy in the layout that multiplies faster (an embedding wants whole rows).
+    Either with a matrix of its own or tied to the embedding's, whose memory it then shares.
     """
 
     def __init__(self, embedding: VocabParallelEmbedding, *, tied: bool) -> None:
@@ -83,12 +79,8 @@ class LMHead(nn.Module):
         return self.matrix is None
 
     def finish_loading(self) -> None:
-        if self.matrix is None:
-            weight = self._embedding[0].weight.detach()
-            self._weight = fast_layout(weight) if weight.numel() <= _MAX_COPIED_ELEMENTS else weight
-        else:
-            self._weight = fast_layout(self.matrix.weight.detach())
-            self.matrix.weight = nn.Parameter(self._weight, requires_grad=False)
+        holder = self._embedding[0] if self.matrix is None else self.matrix
+        self._weight = holder.weight.detach()
         self._blocks = row_blocks(self._weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
