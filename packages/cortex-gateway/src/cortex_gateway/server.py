@@ -185,7 +185,7 @@ def _start(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str
     server.backlog = BACKLOG
     server.keep_alive_timeout = KEEP_ALIVE_S
     server.keep_alive_max_requests = 100_000
-    server.graceful_timeout = CLOSE_TIMEOUT_S
+    server.graceful_timeout = 10 * CLOSE_TIMEOUT_S  # `_close` is the one that gives up
     server.include_server_header = False
     server.errorlog = logging.getLogger("cortex_gateway.http")
     server.loglevel = "WARNING"
@@ -197,7 +197,7 @@ def _start(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str
 async def _close(server: asyncio.Task[None], stop: asyncio.Event) -> None:
     """Close a listener and its connections; on Python 3.12 hypercorn would wait for ever for a client that stays."""
     stop.set()
-    done, _ = await asyncio.wait({server}, timeout=CLOSE_TIMEOUT_S + 1)
+    done, _ = await asyncio.wait({server}, timeout=CLOSE_TIMEOUT_S)
     if not done:
         server.cancel()
         await asyncio.wait({server}, timeout=1)
