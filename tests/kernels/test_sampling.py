@@ -137,29 +137,29 @@ def test_best_tokens_in_one_group(device: torch.device) -> None:
 def test_the_kept_set_is_exactly_the_definition(device: torch.device) -> None:
     """Over many positions every token that may be drawn is drawn, and no other."""
     logits = torch.full((1, VOCAB_SIZE), -20.0)
-    logits[0, [3, 400, 401, 900, 1499]] = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0])
+    logits[0, [3, 400, 401, 900, 1499]] = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6])
     probabilities = torch.softmax(logits[0].double(), 0)
     cases = [
         (SamplingParams(top_k=3), {3, 400, 401}),
         (SamplingParams(top_p=float(probabilities[3] + probabilities[400]) + 1e-3), {3, 400, 401}),
         (SamplingParams(top_p=float(probabilities[3] + probabilities[400]) - 1e-3), {3, 400}),
-        (SamplingParams(min_p=math.exp(-0.51)), {3, 400}),
+        (SamplingParams(min_p=math.exp(-0.11)), {3, 400}),
         # top-p is of what top-k leaves.
-        (SamplingParams(top_k=2, top_p=0.63), {3, 400}),
-        (SamplingParams(top_k=2, top_p=0.62), {3}),
+        (SamplingParams(top_k=2, top_p=0.53), {3, 400}),
+        (SamplingParams(top_k=2, top_p=0.52), {3}),
     ]
     for params, allowed in cases:
         rows = [
-            SamplingParams(top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=seed) for seed in range(10)
+            SamplingParams(top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=seed) for seed in range(8)
         ]
-        drawn = set(run(device, logits.expand(10, -1).contiguous(), rows).tokens.tolist())
+        drawn = set(run(device, logits.expand(8, -1).contiguous(), rows).tokens.tolist())
         assert drawn == allowed, params
 
 
 def test_equal_logits_at_the_border_all_stay(device: torch.device) -> None:
-    logits = torch.full((16, VOCAB_SIZE), -30.0)
+    logits = torch.full((10, VOCAB_SIZE), -30.0)
     logits[:, 100:104] = 1.0
-    rows = [SamplingParams(top_k=2, seed=seed) for seed in range(16)]
+    rows = [SamplingParams(top_k=2, seed=seed) for seed in range(10)]
     assert set(run(device, logits, rows).tokens.tolist()) == {100, 101, 102, 103}
     flat = torch.zeros(2, VOCAB_SIZE)
     tokens = run(device, flat, [SamplingParams(top_k=5, seed=1), SamplingParams(top_p=0.1, seed=2)]).tokens
@@ -220,17 +220,17 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
 
 
 def test_frequencies_follow_the_probabilities(device: torch.device) -> None:
-    """Chi-square over 300 draws of five tokens; the seeds are fixed, so the outcome is too."""
+    """Chi-square over 200 draws of five tokens; the seeds are fixed, so the outcome is too."""
     logits = torch.full((1, 64), -math.inf)
     weights = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     logits[0, :5] = weights.log()
-    keys = torch.tensor([noise_key(seed, 0) for seed in range(300)])
-    ones = torch.ones(300, device=device)
+    keys = torch.tensor([noise_key(seed, 0) for seed in range(200)])
+    ones = torch.ones(200, device=device)
     tokens = sampling.sample(
-        logits.expand(300, -1).contiguous().to(device), ones, ones.int() * 0, ones, ones * 0, keys.to(device)
+        logits.expand(200, -1).contiguous().to(device), ones, ones.int() * 0, ones, ones * 0, keys.to(device)
     ).tokens
     counts = np.bincount(tokens.cpu().numpy(), minlength=5)[:5]
-    expected = weights.numpy() * 300
+    expected = weights.numpy() * 200
     assert ((counts - expected) ** 2 / expected).sum() < 13.3  # 1 % level, four degrees of freedom
 
 

@@ -79,8 +79,10 @@ class TritonAttention:
     to the longest context that the graph shall serve, because that number sizes scratch memory.
     """
 
-    def __init__(self) -> None:
-        self._plans: dict[tuple[int | None, Tiling], list[AttentionPlan]] = {}
+    def __init__(self, tune: Callable[[Tiling], Tiling] = lambda tiling: tiling) -> None:
+        """tune: changes the tile shapes that would be taken, for measurements."""
+        self._tune = tune
+        self._plans: dict[tuple[bool, int | None, Tiling], list[AttentionPlan]] = {}
 
     def prepare(self, batch: StepBatch) -> None:
         """Forget the last step. Must be called once before the first layer of each step."""
@@ -131,10 +133,10 @@ class TritonAttention:
         plans: list[AttentionPlan] = []
         if batch.num_decodes:
             tiling = decode_tiling(chip, head_dim=head_dim, group=group, dtype=kv_layer.dtype)
-            plans += self._plans_for(self._plan_decodes, batch, tiling, sliding_window)
+            plans += self._plans_for(True, batch, self._tune(tiling), sliding_window)
         if batch.num_decodes < batch.num_sequences:
             tiling = prefill_tiling(chip, head_dim=head_dim, group=group, dtype=kv_layer.dtype)
-            plans += self._plans_for(self._plan_chunks, batch, tiling, sliding_window)
+            plans += self._plans_for(False, batch, self._tune(tiling), sliding_window)
         for plan in plans:
             run_attention(
                 plan,
@@ -150,16 +152,12 @@ class TritonAttention:
             )
         return out
 
-    def _plans_for(
-        self,
-        make: Callable[[StepBatch, Tiling, int | None], list[AttentionPlan]],
-        batch: StepBatch,
-        tiling: Tiling,
-        window: int | None,
-    ) -> list[AttentionPlan]:
-        plans = self._plans.get((window, tiling))
+    def _plans_for(self, decodes: bool, batch: StepBatch, tiling: Tiling, window: int | None) -> list[AttentionPlan]:
+        key = decodes, window, tiling
+        plans = self._plans.get(key)
         if plans is None:
-            plans = self._plans[window, tiling] = make(batch, tiling, window)
+            make = self._plan_decodes if decodes else self._plan_chunks
+            plans = self._plans[key] = make(batch, tiling, window)
         return plans
 
     @staticmethod
