@@ -33,6 +33,7 @@ class FleetProcess:
             text=True,
         )
         self.output: list[str] = []
+        self._is_terminated = False
         self._urls: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         url = self._urls.get(timeout=120)
@@ -58,9 +59,14 @@ class FleetProcess:
         assert status == 200, (path, status, body)
         return json.loads(body)
 
-    def stop(self) -> int:
-        if self.process.poll() is None:
+    def terminate(self) -> None:
+        """SIGTERM, once: a second one means "do not wait for streams"."""
+        if not self._is_terminated and self.process.poll() is None:
+            self._is_terminated = True
             self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        self.terminate()
         try:
             return self.process.wait(60)
         except subprocess.TimeoutExpired:

@@ -53,7 +53,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and exit with the documented code."""
     try:
-        cli.main(prog_name="cortex", standalone_mode=False)
+        # click hands an `Exit` back as the return value when it does not end the process itself.
+        code = cli.main(prog_name="cortex", standalone_mode=False)
     except CliError as exc:
         click.echo(f"cortex: {exc}", err=True)
         sys.exit(exc.exit_code)
@@ -68,3 +69,4 @@ def main() -> None:
         # The reader of our output has left (`cortex models | head`): not an error, and nothing more to say.
         sys.stderr.close()
         sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
