@@ -54,7 +54,8 @@ class Recorder:
                 constexprs[(index,)] = value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + _TYPES[value.dtype]
-                attributes[(index,)] = [["tt.divisibility", 16]]
+                if not parameter.do_not_specialize_on_alignment:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
             elif isinstance(value, bool):
                 signature[parameter.name] = "i1"
             elif isinstance(value, int):

@@ -13,7 +13,7 @@ from torch import Tensor
 from .cases import AttentionCase
 
 # Rounding of the output dtype, plus that of the softmax weights, which are rounded to it before they meet V.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def attend(case: AttentionCase, window: int | None = None) -> Tensor:

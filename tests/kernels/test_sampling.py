@@ -10,6 +10,7 @@ import torch
 from neuron.engine.noise import log_exponential_noise, noise_key
 from neuron.engine.sampler import Sampler
 from neuron.engine.sequence import Sequence
+from neuron.engine.token_bias import TokenBias
 from neuron.kernels import KernelUnsupported, sampling
 from neuron.protocol import Generate, SamplingParams
 from torch import Tensor
@@ -62,14 +63,7 @@ def check(device: torch.device, logits: Tensor, params: list[SamplingParams], po
 
 def test_noise_is_the_engines_noise(device: torch.device) -> None:
     """The same integers bit for bit; the floats within a few units in the last place, at both ends of the range."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def noise_kernel(out, keys, tokens, SIZE: tl.constexpr):
-        index = tl.arange(0, SIZE)
-        key = tl.load(keys + tl.program_id(0))
-        tl.store(out + tl.program_id(0) * SIZE + index, sampling.log_exponential_noise(key, tl.load(tokens + index)))
+    from .noise_probe import noise_kernel
 
     size = 2048
     keys = torch.tensor([noise_key(0, 0), noise_key(2**63 + 7, 12345), noise_key(1, 2**31), -1])
@@ -249,3 +243,30 @@ def test_strided_rows_and_refusals(device: torch.device) -> None:
     with pytest.raises(KernelUnsupported, match="strides"):
         run(device, normal(VOCAB_SIZE, 1.0, vocab_size=2).T, [SamplingParams()] * 2)
     assert run(device, normal(1, 1.0)[:0], []).tokens.shape == (0,)
+
+
+def test_the_engines_sampler_draws_the_same_through_the_kernel(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [
+        SamplingParams(temperature=0.0, logprobs=2),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=1, logprobs=0),
+        SamplingParams(temperature=1.0, logit_bias={7: 100.0}, seed=2),
+        SamplingParams(temperature=0.6, top_k=20, top_p=0.95, presence_penalty=1.0, seed=3),
+    ]
+    logits = normal(len(params), 2.0)
+
+    def draw() -> list[tuple[int, object]]:
+        sequences = [Sequence(Generate(row, [1], p, 99), row) for row, p in enumerate(params)]
+        for sequence in sequences:
+            if TokenBias.is_needed(sequence.sampling):
+                sequence.bias = TokenBias(sequence.sampling, [1], [])
+        sampled = Sampler(VOCAB_SIZE, device).sample(logits.to(device, copy=True), sequences)
+        assert all(row.error is None for row in sampled)
+        return [(row.token, row.logprobs) for row in sampled]
+
+    monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda *_: None)
+    expected = draw()
+    monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda *_: sampling.sample)
+    assert draw() == expected
+    assert expected[2][0] == 7

@@ -7,9 +7,10 @@ then Gumbel-max with the noise of (seed, position). Every operation works on row
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +19,11 @@ from torch import Tensor
 from neuron.engine.errors import EngineError, RequestError
 from neuron.engine.noise import log_exponential_noise, noise_key
 from neuron.engine.sequence import Sequence
+from neuron.layers.fused import fused_kernel
 from neuron.protocol import Logprobs, SamplingParams
+
+if TYPE_CHECKING:
+    from neuron.kernels.sampling import SampledRows
 
 # Below this temperature the best token wins by more than any noise can make up for.
 _GREEDY_BELOW = 1e-5
@@ -84,16 +89,7 @@ class Sampler:
         self._apply_bias(logits, sequences)
         errors |= self._apply_grammars(logits, sequences)
 
-        tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-        greedy = [row for row, sequence in enumerate(sequences) if is_greedy(sequence.sampling)]
-        if len(greedy) == len(sequences):
-            tokens = self._argmax(logits)
-        elif greedy:
-            index = self._rows(greedy)
-            tokens[index] = self._argmax(logits[index])
-        for rows, drawn in self._draw(logits, sequences):
-            tokens[self._rows(rows)] = drawn
-        host_tokens: list[int] = tokens.tolist()
+        host_tokens: list[int] = self._choose(logits, sequences).tolist()
 
         logprobs: dict[int, Logprobs] = {}
         if raw is not None:
@@ -168,6 +164,47 @@ class Sampler:
         return errors
 
     # ------------------------------------------------------------------ drawing
+
+    def _choose(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+        """[R] int64: the best token of greedy rows, a drawn one of the others."""
+        kernel = fused_kernel("sampling", "sample", self._device)
+        if kernel is not None:
+            return self._choose_by_kernel(kernel, logits, sequences)
+        tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        greedy = [row for row, sequence in enumerate(sequences) if is_greedy(sequence.sampling)]
+        if len(greedy) == len(sequences):
+            return self._argmax(logits)
+        if greedy:
+            index = self._rows(greedy)
+            tokens[index] = self._argmax(logits[index])
+        for rows, drawn in self._draw(logits, sequences):
+            tokens[self._rows(rows)] = drawn
+        return tokens
+
+    def _choose_by_kernel(
+        self, kernel: Callable[..., SampledRows], logits: Tensor, sequences: Rows[Sequence]
+    ) -> Tensor:
+        """The same for rows of every kind at once, without a sync: parameters go to the device in two copies."""
+        params = [sequence.sampling for sequence in sequences]
+        pinned = self._device.type == "cuda"
+        floats = torch.tensor(
+            [
+                [0.0 if is_greedy(sampling) else sampling.temperature for sampling in params],
+                [sampling.top_p for sampling in params],
+                [sampling.min_p for sampling in params],
+            ],
+            dtype=torch.float32,
+            pin_memory=pinned,
+        ).to(self._device, non_blocking=True)
+        integers = torch.tensor(
+            [
+                [sampling.top_k for sampling in params],
+                [noise_key(sequence.sampling.seed, sequence.num_output) for sequence in sequences],
+            ],
+            dtype=torch.int64,
+            pin_memory=pinned,
+        ).to(self._device, non_blocking=True)
+        return kernel(logits, floats[0], integers[0], floats[1], floats[2], integers[1]).tokens
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Iterator[tuple[list[int], Tensor]]:
         """(rows, tokens [len(rows)]) for the rows that are sampled and not greedy."""

@@ -94,7 +94,11 @@ def _best(score, token):
     return best, tl.min(tl.where(score == best, token, _NO_TOKEN), axis=0)
 
 
-@triton.jit
+# Parameters may be rows of one small tensor: their alignment varies with the number of rows and is worth no variant.
+_UNALIGNED = ["temperatures", "top_ks", "top_ps", "min_ps", "keys"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _scan_kernel(
     logits,
     temperatures,
@@ -308,7 +312,7 @@ def _search(
     return high
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _pick_kernel(
     logits,
     temperatures,
@@ -417,9 +421,9 @@ def sample(
 ) -> SampledRows:
     """One token per row of `logits`, [R, V] fp32 (or bf16/fp16), elements contiguous; not changed.
 
-    temperatures: [R] fp32, 0 = greedy (the smallest of equal tokens). top_ks: [R] int32, <= 0 or >= V = off. top_ps:
-    [R] fp32, >= 1 = off. min_ps: [R] fp32, <= 0 = off. keys: [R] int64 from `neuron.engine.noise.noise_key`. Masked
-    tokens are -inf. Everything stays on the device: no sync, and nothing depends on other rows. Raises
+    temperatures: [R] fp32, 0 = greedy (the smallest of equal tokens). top_ks: [R] int32 or int64, <= 0 or >= V = off.
+    top_ps: [R] fp32, >= 1 = off. min_ps: [R] fp32, <= 0 = off. keys: [R] int64 from `neuron.engine.noise.noise_key`.
+    Masked tokens are -inf. Everything stays on the device: no sync, and nothing depends on other rows. Raises
     `KernelUnsupported` if elements are not contiguous.
     """
     num_rows, vocab_size = logits.shape
