@@ -28,33 +28,14 @@ from neuron.layers.decode_workspace import DecodeWorkspace
 if TYPE_CHECKING:
     from neuron.engine.batch import StepBatch
 
-# This step's keys and values, [T, Hkv, D] each, in the cache's dtype.
-NewCells = tuple[Tensor, Tensor]
-
 _TILE_ROWS = 256
 # Decodes are split into buckets of similar length when padding would make them gather this much more than they hold.
 _MAX_PADDING_RATIO = 1.5
 
 
-@dataclass(frozen=True, slots=True)
-class PageSpan:
-    """Pages of one or several sequences, as rows of `kv_layer` seen as [num_pages * 2, page_size, …].
-
-    keys, values: [S * n] int64, the same number of pages for each sequence.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def of(cls, pages: npt.NDArray[np.int32], device: torch.device) -> PageSpan:
-        keys = torch.from_numpy(pages.astype(np.int64).ravel() * 2).to(device)
-        return cls(keys, keys + 1)
-
-
 @dataclass(slots=True)
 class DecodeBucket:
-    """Decodes of similar length. rows: which of the step's rows (None: the first `size`, in order).
+    """Decodes of similar length. rows: which of the step's rows (None: all decodes, in order).
 
     pages: [S, n] of each sequence, padded with page 0. length: keys per sequence after padding. mask: [S, 1, 1,
     length], added to the scores; None where all are full. workspace: where gathered keys and values are kept between
@@ -67,19 +48,19 @@ class DecodeBucket:
     length: int
     mask: Tensor | None
     workspace: DecodeWorkspace | None
-    _span: PageSpan | None = None
+    _gathered: Tensor | None = None
 
-    def span(self, device: torch.device) -> PageSpan:
-        """The pages to gather; most steps need none."""
-        if self._span is None:
+    def gathered(self, device: torch.device) -> Tensor:
+        """The `page_rows` to gather; most steps do not need them."""
+        if self._gathered is None:
             pages = self.pages if self.workspace is None else self.workspace.padded_tables()
-            self._span = PageSpan.of(pages, device)
-        return self._span
+            self._gathered = page_rows(pages, device)
+        return self._gathered
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows [begin, end) of a chunk against keys [key_begin, key_end) of its span; mask [rows, keys] or None."""
+    """Rows [begin, end) of a chunk against keys [key_begin, key_end) of what it gathers; mask [rows, keys] or None."""
 
     begin: int
     end: int
@@ -90,14 +71,14 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Rows [begin, end) of the step. span: pages to gather, None if the chunk's own keys are all it sees.
+    """Rows [begin, end) of the step. page_rows: what to gather, None if the chunk's own keys are all it sees.
 
     tiles: None means plain causal attention of the chunk to itself.
     """
 
     begin: int
     end: int
-    span: PageSpan | None
+    page_rows: Tensor | None
     tiles: tuple[Tile, ...] | None
 
 
@@ -155,7 +136,7 @@ class GatherAttention:
     def __init__(self) -> None:
         self._plans: dict[int | None, Plan] = {}
         self._staircases: dict[tuple[int | None, torch.dtype], Staircase] = {}
-        self._slots: tuple[Tensor, Tensor] | None = None
+        self._slots: Tensor | None = None
         # By the rows of the bucket they belong to; those of the last step and those of this one.
         self._last_workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
         self._workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
@@ -178,12 +159,10 @@ class GatherAttention:
     ) -> Tensor:
         if self._slots is None:
             self._slots = _cache_rows(batch.slot_mapping, kv_layer.shape[2])
-        key_rows, value_rows = self._slots
+        new = torch.stack((k, v)).to(kv_layer.dtype)
         cells = kv_layer.view(-1, *kv_layer.shape[3:])  # [num_pages * 2 * page_size, Hkv, D]
-        k, v = k.to(cells.dtype), v.to(cells.dtype)
-        cells.index_copy_(0, key_rows, k)
-        cells.index_copy_(0, value_rows, v)
-        return self._attend(q, (k, v), kv_layer, batch, scale, sliding_window)
+        cells.index_copy_(0, self._slots, new.flatten(0, 1))
+        return self._attend(q, new, kv_layer, batch, scale, sliding_window)
 
     def attend(
         self, q: Tensor, kv_layer: Tensor, batch: StepBatch, *, scale: float, sliding_window: int | None
@@ -193,12 +172,13 @@ class GatherAttention:
     def _attend(
         self,
         q: Tensor,
-        new: NewCells | None,
+        new: Tensor | None,
         kv_layer: Tensor,
         batch: StepBatch,
         scale: float,
         window: int | None,
     ) -> Tensor:
+        """new: this step's keys and values, [2, T, Hkv, D], None if the caller has written them."""
         if window is not None and batch.max_context_len <= window:
             window = None
         plan = self._plans.get(window)
@@ -210,11 +190,9 @@ class GatherAttention:
             return _decode(plan.decodes[0], grouped, new, kv_layer, scale).reshape(q.shape)
         out = torch.empty(grouped.shape, dtype=q.dtype, device=q.device)
         for bucket in plan.decodes:
-            if bucket.rows is None:
-                out[: bucket.size] = _decode(bucket, grouped[: bucket.size], new, kv_layer, scale)
-            else:
-                rows = grouped.index_select(0, bucket.rows)
-                out.index_copy_(0, bucket.rows, _decode(bucket, rows, new, kv_layer, scale))
+            rows = slice(batch.num_decodes) if bucket.rows is None else bucket.rows
+            fresh = None if new is None else new[:, rows]
+            out[rows] = _decode(bucket, grouped[rows], fresh, kv_layer, scale)
         for chunk in plan.chunks:
             _prefill(chunk, grouped, new, kv_layer, scale, out)
         return out.view(q.shape[0], -1, head_dim)
@@ -240,12 +218,17 @@ class GatherAttention:
                 context_lens = [batch.context_lens_host[i] for i in members]
                 workspace = None
                 if keeps_new and window is None:
-                    workspace = self._workspace(tuple(members), rows, context_lens, kv_layer)
+                    workspace = self._workspace(tuple(members), rows, context_lens, kv_layer, dtype)
                 decodes.append(_plan_decodes(batch, members, rows, context_lens, page_size, dtype, window, workspace))
         return Plan(tuple(decodes), tuple(chunks))
 
     def _workspace(
-        self, members: tuple[int, ...], tables: npt.NDArray[np.int32], context_lens: list[int], kv_layer: Tensor
+        self,
+        members: tuple[int, ...],
+        tables: npt.NDArray[np.int32],
+        context_lens: list[int],
+        kv_layer: Tensor,
+        dtype: torch.dtype,
     ) -> DecodeWorkspace | None:
         """The last step's, if this step continues it, or a new one; None if that would take too much memory."""
         page_size, num_kv_heads = kv_layer.shape[2:4]
@@ -253,7 +236,14 @@ class GatherAttention:
         tables = tables[:, : -(-max(context_lens) // page_size)].copy()
         workspace = self._last_workspaces.get(members)
         if workspace is None or not workspace.advance(tables, context_lens):
-            workspace = DecodeWorkspace(tables, context_lens, page_size, num_kv_heads, kv_layer.device)
+            workspace = DecodeWorkspace(
+                tables,
+                context_lens,
+                page_size=page_size,
+                num_kv_heads=num_kv_heads,
+                dtype=dtype,
+                device=kv_layer.device,
+            )
         if not workspace.fits(kv_layer):
             return None
         self._workspaces[members] = workspace
@@ -276,13 +266,13 @@ class GatherAttention:
         if prefix_len == 0 and keeps_new and (window is None or num_rows <= window):
             return PrefillChunk(begin, end, None, None)
 
-        span = None
+        gathered = None
         first = 0
         if prefix_len or not keeps_new:
             first_page = 0 if window is None else max(0, prefix_len - window + 1) // page_size
             first = first_page * page_size
             pages = batch.page_tables[sequence, first_page : -(-context_len // page_size)].cpu().numpy()
-            span = PageSpan.of(pages, batch.page_tables.device)
+            gathered = page_rows(pages, batch.page_tables.device)
 
         staircase = self._staircase(window, dtype, batch.page_tables.device)
         tiles = []
@@ -293,7 +283,7 @@ class GatherAttention:
             # A single row sees exactly the keys from the lowest one to its own.
             mask = None if last - row == 1 else staircase.mask(last - row, position - lowest)
             tiles.append(Tile(row, last, lowest - first, prefix_len + last - first, mask))
-        return PrefillChunk(begin, end, span, tuple(tiles))
+        return PrefillChunk(begin, end, gathered, tuple(tiles))
 
     def _staircase(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Staircase:
         staircase = self._staircases.get((window, dtype))
@@ -302,11 +292,20 @@ class GatherAttention:
         return staircase
 
 
-def _cache_rows(slot_mapping: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Where keys and values of these slots lie in a layer seen as [num_pages * 2 * page_size, …]; [T] int64 each."""
+def _cache_rows(slot_mapping: Tensor, page_size: int) -> Tensor:
+    """Where keys, then values, of these slots lie in a layer seen as [num_pages * 2 * page_size, …]: [2 * T] int64."""
     # A page holds its keys, then its values, so that everything after page 0 is shifted by whole pages.
     keys = slot_mapping + slot_mapping.div(page_size, rounding_mode="floor").mul_(page_size)
-    return keys, keys + page_size
+    return torch.cat((keys, keys + page_size))
+
+
+def page_rows(pages: npt.NDArray[np.int32], device: torch.device) -> Tensor:
+    """Where the keys, then the values, of pages [S, n] lie in a layer seen as [num_pages * 2, page_size, …].
+
+    [2 * S * n] int64.
+    """
+    keys = pages.astype(np.int64).ravel() * 2
+    return torch.from_numpy(np.concatenate((keys, keys + 1))).to(device)
 
 
 def _lowest_position(context_len: int, window: int | None) -> int:
@@ -334,85 +333,66 @@ def _plan_decodes(
 ) -> DecodeBucket:
     """The bucket of these decodes (rows of the step); tables: [S, …], their page tables."""
     device = batch.page_tables.device
-    begin = np.zeros(len(members), dtype=np.int64)
+    rows = None if len(members) == batch.num_decodes else torch.tensor(members, dtype=torch.int64, device=device)
+    length = max(context_lens)
+    if workspace is not None:
+        return DecodeBucket(rows, len(members), tables, length, workspace.mask(length), workspace)
     end = np.array(context_lens)
-    pages = tables
+    begin = np.zeros_like(end)
     if window is not None:
         lowest = np.maximum(end - window, 0)
         first_page = lowest // page_size
         begin, end = lowest - first_page * page_size, end - first_page * page_size
-        columns = first_page[:, None] + np.arange(-(-int(end.max()) // page_size))
-        pages = np.take_along_axis(tables, columns.clip(max=tables.shape[1] - 1), axis=1)  # too far right: masked
-    length = int(end.max())
+        length = int(end.max())
+        columns = first_page[:, None] + np.arange(-(-length // page_size))
+        tables = np.take_along_axis(tables, columns.clip(max=tables.shape[1] - 1), axis=1)  # too far right: masked
     mask = None
     if begin.any() or end.min() != length:
         key = np.arange(length)
-        hidden = key >= end[:, None]
-        if window is not None:
-            hidden |= key < begin[:, None]
-        bias = np.where(hidden, np.float32(-np.inf), np.float32(0))
-        mask = torch.from_numpy(bias)[:, None, None].to(device, dtype)
-    rows = None if len(members) == batch.num_decodes else torch.tensor(members, dtype=torch.int64, device=device)
-    return DecodeBucket(rows, len(members), pages[:, : -(-length // page_size)], length, mask, workspace)
+        hidden = torch.from_numpy((key >= end[:, None]) | (key < begin[:, None])).to(device)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None, None]
+    return DecodeBucket(rows, len(members), tables[:, : -(-length // page_size)], length, mask, None)
 
 
 def _gather(kv_layer: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
-    """Pages as the keys (or values) of sequences: [S, pages * page_size, Hkv, D]."""
+    """Keys and values of sequences, by their `page_rows`: [2, S, n * page_size, Hkv, D]."""
     page_size, num_kv_heads, head_dim = kv_layer.shape[2:]
     pages = kv_layer.view(-1, page_size * num_kv_heads * head_dim).index_select(0, rows)
-    return pages.view(num_sequences, -1, num_kv_heads, head_dim)
+    return pages.view(2, num_sequences, -1, num_kv_heads, head_dim)
 
 
-def _decode(bucket: DecodeBucket, q: Tensor, new: NewCells | None, kv_layer: Tensor, scale: float) -> Tensor:
-    """q: [S, Hkv, G, D] of the bucket's rows; returns the same shape."""
+def _decode(bucket: DecodeBucket, q: Tensor, new: Tensor | None, kv_layer: Tensor, scale: float) -> Tensor:
+    """q: [S, Hkv, G, D] and new: [2, S, Hkv, D] of the bucket's rows; returns q's shape."""
     workspace = bucket.workspace
-    cached = None
-    if workspace is not None and new is not None:
-        fresh = (x[: bucket.size] if bucket.rows is None else x.index_select(0, bucket.rows) for x in new)
-        cached = workspace.append(kv_layer, *fresh)  # [S, Hkv, D] each
-    if cached is None:
-        span = bucket.span(kv_layer.device)
-        keys = _gather(kv_layer, span.keys, bucket.size)
-        values = _gather(kv_layer, span.values, bucket.size)
-        if workspace is None:
-            cached = keys.transpose(1, 2), values.transpose(1, 2)
-        else:
-            cached = workspace.fill(kv_layer, keys, values)
-    keys, values = (x[:, :, : bucket.length].to(q.dtype) for x in cached)  # [S, Hkv, L, D]
+    kept = None if workspace is None or new is None else workspace.append(kv_layer, new)
+    if kept is None:
+        gathered = _gather(kv_layer, bucket.gathered(kv_layer.device), bucket.size)
+        kept = gathered.transpose(2, 3) if workspace is None else workspace.fill(kv_layer, gathered)
+    keys, values = kept[:, :, :, : bucket.length].to(q.dtype).unbind(0)  # [S, Hkv, L, D]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bucket.mask, scale=scale)
 
 
-def _prefill(
-    chunk: PrefillChunk,
-    q: Tensor,
-    new: NewCells | None,
-    kv_layer: Tensor,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """q, out: [T, Hkv, G, D] of the whole step; writes the chunk's rows of `out`."""
+def _prefill(chunk: PrefillChunk, q: Tensor, new: Tensor | None, kv_layer: Tensor, scale: float, out: Tensor) -> None:
+    """q, out: [T, Hkv, G, D] and new: [2, T, Hkv, D] of the whole step; writes the chunk's rows of `out`."""
     group = q.shape[2]
     queries = q[chunk.begin : chunk.end].permute(1, 2, 0, 3)  # [Hkv, G, n, D]
     result = out[chunk.begin : chunk.end].permute(1, 2, 0, 3)
-    if chunk.span is None:
+    if chunk.page_rows is None:
         assert new is not None
-        keys, values = (x[chunk.begin : chunk.end] for x in new)  # [n, Hkv, D]
+        visible = new[:, chunk.begin : chunk.end]  # [2, n, Hkv, D]
     else:
-        keys = _gather(kv_layer, chunk.span.keys, 1)[0]
-        values = _gather(kv_layer, chunk.span.values, 1)[0]
+        visible = _gather(kv_layer, chunk.page_rows, 1)[:, 0]  # [2, L, Hkv, D]
     # Query heads of a group see the same keys: a dimension of stride 0 instead of copies.
-    keys, values = (
-        x.to(q.dtype).transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (keys, values)
-    )  # [Hkv, G, L, D]
+    keys, values = visible.to(q.dtype).transpose(1, 2).unsqueeze(2).expand(-1, -1, group, -1, -1).unbind(0)
     if chunk.tiles is None:
         result.copy_(F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale))
         return
     for tile in chunk.tiles:
-        visible = slice(tile.key_begin, tile.key_end)
+        span = slice(tile.key_begin, tile.key_end)
         result[:, :, tile.begin : tile.end] = F.scaled_dot_product_attention(
             queries[:, :, tile.begin : tile.end],
-            keys[:, :, visible],
-            values[:, :, visible],
+            keys[:, :, span],
+            values[:, :, span],
             attn_mask=tile.mask,
             scale=scale,
         )

@@ -7,8 +7,6 @@ written, and the workspace is thrown away as soon as a step is not the exact con
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,37 +18,53 @@ _SLACK_SHARE = 8  # an eighth of the context
 _MAX_SHARE_OF_CACHE = 0.5
 
 
-@dataclass(slots=True)
 class DecodeWorkspace:
-    """Keys and values of S sequences per layer, [S, Hkv, capacity, D] each: one head's context is one run of memory.
+    """Keys and values of S sequences per layer, one head's context being one run of memory.
 
-    page_tables: [S, n] on the host, this step's, padded with page 0. context_lens: lengths after this step. capacity:
-    in tokens, a multiple of the page size. step: counts the steps it has lived through. appended: [S * Hkv] int64,
-    where this step's tokens go in a layer's tensors seen as [S * Hkv * capacity, D]. layers: by the address of the
-    layer's pages, keys, values and the step that they are up to date with.
+    page_tables: [S, n] on the host, padded with page 0, at least as wide as the longest sequence. context_lens: their
+    lengths after this step. Room is left for `capacity` tokens, a multiple of the page size. dtype: of the mask.
     """
 
-    page_tables: npt.NDArray[np.int32]
-    context_lens: list[int]
-    page_size: int
-    num_kv_heads: int
-    device: torch.device
-    capacity: int = field(init=False)
-    step: int = field(init=False, default=0)
-    appended: Tensor = field(init=False)
-    layers: dict[int, tuple[Tensor, Tensor, int]] = field(init=False, default_factory=dict)
+    def __init__(
+        self,
+        page_tables: npt.NDArray[np.int32],
+        context_lens: list[int],
+        *,
+        page_size: int,
+        num_kv_heads: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._page_tables = page_tables
+        self._context_lens = context_lens
+        self._page_size = page_size
+        num_pages = -(-max(context_lens) // page_size)
+        self.capacity = (num_pages + max(_MIN_SLACK_PAGES, num_pages // _SLACK_SHARE)) * page_size
+        self._step = 0
+        # By the address of a layer's pages: [2, S, Hkv, capacity, D], keys and values, and the step they belong to.
+        self._layers: dict[int, tuple[Tensor, int]] = {}
 
-    def __post_init__(self) -> None:
-        num_pages = -(-max(self.context_lens) // self.page_size)
-        self.capacity = (num_pages + max(_MIN_SLACK_PAGES, num_pages // _SLACK_SHARE)) * self.page_size
-        last = np.array(self.context_lens, dtype=np.int64) - 1
-        row = np.arange(len(self.context_lens) * self.num_kv_heads).reshape(-1, self.num_kv_heads)
-        self.appended = torch.from_numpy((row * self.capacity + last[:, None]).ravel()).to(self.device)
+        lens = np.array(context_lens, dtype=np.int64)
+        rows = np.arange(2 * len(lens) * num_kv_heads).reshape(2, len(lens), num_kv_heads)
+        appended = rows * self.capacity + (lens - 1)[:, None]
+        # Where this step's tokens go in a layer's tensor seen as [2 * S * Hkv * capacity, D].
+        self._appended = torch.from_numpy(appended.ravel()).to(device)
+        # The same in the mask, [S, 1, 1, capacity], which sequences of one length do not need.
+        self._unmasked = torch.from_numpy(np.arange(len(lens)) * self.capacity + lens - 1).to(device)
+        self._mask: Tensor | None = None
+        if lens.min() != lens.max():
+            hidden = torch.from_numpy(np.arange(self.capacity) >= lens[:, None]).to(device)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            self._mask = mask[:, None, None]
+
+    def mask(self, length: int) -> Tensor | None:
+        """[S, 1, 1, length], to be added to the scores of the first `length` keys; None if all sequences are full."""
+        return None if self._mask is None else self._mask[..., :length]
 
     def fits(self, kv_layer: Tensor) -> bool:
         """True if it takes no more memory than it may beside these pages."""
         num_slots = kv_layer.shape[0] * kv_layer.shape[2]
-        return len(self.context_lens) * self.capacity <= _MAX_SHARE_OF_CACHE * num_slots
+        return len(self._context_lens) * self.capacity <= _MAX_SHARE_OF_CACHE * num_slots
 
     def advance(self, page_tables: npt.NDArray[np.int32], context_lens: list[int]) -> bool:
         """Move on by one step. False, and unusable from then on, unless that is the same batch one token later.
@@ -58,42 +72,46 @@ class DecodeWorkspace:
         A sequence is recognised by its place, its pages and its length. That is enough between two consecutive steps
         with decodes: pages that a sequence held in the last step cannot have been filled for another one since.
         """
-        if len(context_lens) != len(self.context_lens) or max(context_lens) > self.capacity:
+        if context_lens != [length + 1 for length in self._context_lens] or max(context_lens) > self.capacity:
             return False
-        if any(now != before + 1 for now, before in zip(context_lens, self.context_lens, strict=True)):
-            return False
-        before = self.page_tables
+        before = self._page_tables
         now = page_tables[:, : before.shape[1]]
         if now.shape != before.shape or not ((now == before) | (before == 0)).all():
             return False
-        self.page_tables = page_tables
-        self.context_lens = context_lens
-        self.step += 1
-        self.appended += 1
+        self._page_tables = page_tables
+        self._context_lens = context_lens
+        self._step += 1
+        self._appended += 1
+        if self._mask is not None:
+            self._unmasked += 1
+            self._mask.view(-1).index_fill_(0, self._unmasked, 0.0)
         return True
 
-    def append(self, kv_layer: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Add this step's token of each sequence (keys, values: [S, Hkv, D]) to a layer; returns the layer's tensors.
+    def append(self, kv_layer: Tensor, new: Tensor) -> Tensor | None:
+        """Add this step's token of each sequence, keys and values [2, S, Hkv, D], to a layer; returns its tensor.
 
         None if the layer did not take part in the last step, because it has a window and the step was longer than
         that, or because the step failed before it came to this layer.
         """
-        entry = self.layers.get(kv_layer.data_ptr())
-        if entry is None or entry[2] != self.step - 1:
+        address = kv_layer.data_ptr()
+        entry = self._layers.get(address)
+        if entry is None or entry[1] != self._step - 1:
             return None
-        for kept, new in zip(entry[:2], (keys, values), strict=True):
-            head_dim = kept.shape[-1]
-            kept.view(-1, head_dim).index_copy_(0, self.appended, new.reshape(-1, head_dim))
-        self.layers[kv_layer.data_ptr()] = entry[0], entry[1], self.step
-        return entry[0], entry[1]
+        kept = entry[0]
+        kept.view(-1, kept.shape[-1]).index_copy_(0, self._appended, new.reshape(-1, kept.shape[-1]))
+        self._layers[address] = kept, self._step
+        return kept
 
-    def fill(self, kv_layer: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a layer's keys and values up to this step, gathered through `padded_tables`: [S, capacity, Hkv, D]."""
-        keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
-        self.layers[kv_layer.data_ptr()] = keys, values, self.step
-        return keys, values
+    def fill(self, kv_layer: Tensor, gathered: Tensor) -> Tensor:
+        """Take a layer's keys and values up to this step, gathered through `padded_tables`: [2, S, capacity, Hkv, D].
+
+        Returns them as they are kept.
+        """
+        kept = gathered.transpose(2, 3).contiguous()
+        self._layers[kv_layer.data_ptr()] = kept, self._step
+        return kept
 
     def padded_tables(self) -> npt.NDArray[np.int32]:
         """[S, capacity / page_size]: the pages to gather, page 0 for what has not been written yet."""
-        padding = self.capacity // self.page_size - self.page_tables.shape[1]
-        return np.pad(self.page_tables, ((0, 0), (0, padding)))
+        padding = self.capacity // self._page_size - self._page_tables.shape[1]
+        return np.pad(self._page_tables, ((0, 0), (0, padding)))

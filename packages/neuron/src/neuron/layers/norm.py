@@ -21,13 +21,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if kernel is not None:
         result: Tensor = kernel(x, weight, eps)
         return result
-    upcast = x if x.dtype == torch.float32 else x.float()
-    # hypot(|x|, sqrt(D·eps)) / sqrt(D) is the root in the denominator: half as many operations as spelling it out,
-    # and at the size of one token it is their number that counts.
-    size = x.shape[-1]
-    root: Tensor = torch.linalg.vector_norm(upcast, dim=-1, keepdim=True)
-    root.hypot_(_scalar(math.sqrt(size * eps))).mul_(1.0 / math.sqrt(size))
-    return upcast.div(root).to(x.dtype).mul_(weight)
+    # The normalised value is rounded to x's dtype before it is scaled, as checkpoints were trained.
+    scale = math.sqrt(x.shape[-1])
+    return _divide_by_length(x.float(), eps).mul_(scale).to(x.dtype).mul_(weight)
+
+
+def _divide_by_length(x: Tensor, eps: float) -> Tensor:
+    """x / (sqrt(D) * sqrt(mean(x²) + eps)). x: [..., D] float32. Returns a new tensor.
+
+    The denominator is hypot(|x|, sqrt(D·eps)), half as many operations as spelling it out; and at the size of a few
+    tokens it is their number that counts.
+    """
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x.div(length.hypot_(_scalar(math.sqrt(x.shape[-1] * eps))))
+
+
+def _prescaled(weight: Tensor) -> Tensor | None:
+    """sqrt(D) * weight, which makes an RMSNorm of `_divide_by_length`; None where kernels do that or float32 lacks."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    return weight.detach() * math.sqrt(weight.shape[-1])
 
 
 @lru_cache(maxsize=32)
@@ -58,9 +71,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
+        self._prescaled_weight: Tensor | None = None
+
+    def finish_loading(self) -> None:
+        self._prescaled_weight = _prescaled(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, H] -> (normalised sum of x and residual, that sum). Without a residual, x itself is the sum."""
+        """[T, H] -> (normalised sum of x and residual, that sum, in residual's memory). Without a residual, x itself
+        is the sum."""
+        if self._prescaled_weight is not None:
+            total = x if residual is None else residual.add_(x)
+            return _divide_by_length(total, self.eps).mul_(self._prescaled_weight), total
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
         return add_rms_norm(x, residual, self.weight, self.eps)
@@ -74,7 +95,7 @@ class QKNorm(nn.Module):
     """RMSNorm of each query and key head, with one scale for all query heads and one for all key heads (Qwen3).
 
     The checkpoint's parts are `q` and `k`, [head_dim] each. After loading, `joint` holds the scales of all
-    `num_heads + num_kv_heads` heads as [Hq + Hkv, D], so that the torch path normalises both in one pass.
+    `num_heads + num_kv_heads` heads as [Hq + Hkv, D], so that both are normalised in one pass.
     """
 
     q: nn.Parameter
@@ -88,9 +109,19 @@ class QKNorm(nn.Module):
         self.q = nn.Parameter(torch.empty(head_dim), requires_grad=False)
         self.k = nn.Parameter(torch.empty(head_dim), requires_grad=False)
         self.joint: Tensor | None = None
+        self._prescaled_joint: Tensor | None = None
 
     def finish_loading(self) -> None:
         self.joint = torch.cat((self.q.expand(self.num_heads, -1), self.k.expand(self.num_kv_heads, -1)))
+        self._prescaled_joint = _prescaled(self.joint)
+
+    def forward(self, qk: Tensor) -> Tensor:
+        """[T, Hq + Hkv, D], query heads first; returns a new tensor."""
+        if self._prescaled_joint is not None:
+            return _divide_by_length(qk, self.eps).mul_(self._prescaled_joint)
+        if self.joint is None:
+            raise RuntimeError("the model is used before its weights were loaded")
+        return rms_norm(qk, self.joint, self.eps)
 
     def placements(self, part: str | None) -> list[Placement]:
         if part not in ("q", "k"):

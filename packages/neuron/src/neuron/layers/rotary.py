@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuron.layers.norm import QKNorm, rms_norm
+from neuron.layers.norm import QKNorm
 
 _FIRST_TABLE_LEN = 2048
 
@@ -119,6 +119,7 @@ class RotaryEmbedding:
         self.scaling = scaling
         self.rotary_dim = int(head_dim * scaling.partial_rotary_factor)
         self._table: Tensor | None = None
+        self._gathered_form: Tensor | None = None  # [P, 2, 1, R]: the table as `gather_angles` gives it
 
     def reserve(self, num_positions: int, device: torch.device) -> Tensor:
         """Make the table cover positions 0 … num_positions - 1; returns it, [P, R] float32.
@@ -136,6 +137,7 @@ class RotaryEmbedding:
                 angles = torch.outer(positions, inverse_frequencies(self.scaling, self.rotary_dim))
                 table = torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(self.scaling.attention_factor)
                 self._table = table = table.to(device)
+            self._gathered_form = None
         return table
 
     def at(self, positions: Tensor, num_positions: int, dtype: torch.dtype) -> StepRotary:
@@ -143,7 +145,11 @@ class RotaryEmbedding:
         table = self.reserve(num_positions, positions.device)
         if positions.device.type != "cpu":
             return StepRotary(positions, table, None, None)
-        return StepRotary(positions, table, *gather_angles(table, positions, dtype))
+        if self._gathered_form is None or self._gathered_form.dtype != dtype:
+            everything = torch.arange(table.shape[0])
+            self._gathered_form = torch.stack(gather_angles(table, everything, dtype), dim=1)
+        cos, signed_sin = self._gathered_form.index_select(0, positions).unbind(1)
+        return StepRotary(positions, table, cos, signed_sin)
 
 
 def gather_angles(table: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -156,8 +162,9 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotate the first R elements of each head. x: [T, heads, D]; cos, signed_sin: [T, 1, R]. Returns a new tensor."""
     rotary_dim = cos.shape[-1]
     if rotary_dim == x.shape[-1]:
-        # A roll by half a head swaps its halves; the sign that "rotate half" gives the first one is in the sines.
-        return torch.addcmul(x * cos, x.roll(rotary_dim // 2, -1), signed_sin)
+        # The sign that "rotate half" gives the first of the swapped halves is in the sines.
+        swapped = x.view(*x.shape[:-1], 2, rotary_dim // 2).flip(-2).view(x.shape)
+        return torch.addcmul(x * cos, swapped, signed_sin)
     rotated = rotate(x[..., :rotary_dim], cos, signed_sin)
     return torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
@@ -180,9 +187,7 @@ def split_and_rotate(
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
     if qk_norm is not None:
-        if qk_norm.joint is None:
-            raise RuntimeError("the model is used before its weights were loaded")
-        qk = rms_norm(qk, qk_norm.joint, qk_norm.eps)
+        qk = qk_norm(qk)
     if rotary.cos is None or rotary.signed_sin is None:
         cos, signed_sin = gather_angles(rotary.cos_sin, rotary.positions, qkv.dtype)
     else:
