@@ -36,7 +36,7 @@ class FleetProcess:
         self._is_terminated = False
         self._urls: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        url = self._urls.get(timeout=120)
+        url = self._urls.get(timeout=240)
         if url is None:
             raise AssertionError("the demo ended while starting:\n" + "".join(self.output))
         self.url = url

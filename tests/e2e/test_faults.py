@@ -6,8 +6,6 @@ import http.client
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,14 +149,3 @@ def test_sigterm_lets_streams_end_and_exits_0(own_fleet: FleetProcess) -> None:
     assert rest.rstrip().endswith(b"data: [DONE]"), rest[-300:]
     assert own_fleet.stop() == 0, "".join(own_fleet.output)
     assert not engine_pids_of(own_fleet)
-
-
-def test_the_demo_answers_once_and_exits_0() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cortex_cli", "demo", "--once", "What is 12+30?"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "42" in done.stdout
