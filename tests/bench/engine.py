@@ -9,8 +9,9 @@ default dynamic cache and SDPA, left-padded static batch). All compute in float3
 Then the cost of everything around the model is measured: one decode step of 16 sequences with a model that does
 nothing, in CPU time of the step thread.
 
-Prints every round, medians, the ratio to transformers (bars: 1.0 for one stream, 1.5 for 16), and how many of the
-answers agree. Exit code 1 if a bar is missed.
+Prints every round, the ratio to transformers of each round and its median (bars: 1.0 for one stream, 1.5 for 16), by
+wall clock and by CPU time (which a busy machine disturbs less), and how many of the answers agree. Exit code 1 if a
+bar is missed by the wall clock.
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -87,7 +87,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 Prompts = list[list[int]]
 Answers = list[list[int]]
-Side = Callable[[Prompts, int], Answers]
+
+
+class Side(Protocol):
+    """One of the engines that are compared."""
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Answers:
+        """Generate `new_tokens` tokens greedily for each prompt."""
+        ...
+
+    def cpu_seconds(self) -> float:
+        """Processor time that this side has used so far."""
+        ...
 
 
 def checkpoint(name: str, folder: Path) -> Path:
@@ -120,20 +131,24 @@ def collect(answers: Answers, output: StepOutput, first_id: int) -> int:
     return sum(update.finish is not None for update in output.updates)
 
 
-def engine_side(path: Path, threads: int) -> Side:
-    engine, _ = load_engine(engine_config(path, threads))
+class InProcess:
+    """neuron's engine in this process."""
 
-    def run(prompts: Prompts, new_tokens: int) -> Answers:
+    def __init__(self, path: Path, threads: int) -> None:
+        self._engine, _ = load_engine(engine_config(path, threads))
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Answers:
         answers: Answers = [[] for _ in prompts]
         for item in requests(prompts, new_tokens, 0):
-            engine.add(item)
-        while engine.has_work:
-            output = engine.step()
+            self._engine.add(item)
+        while self._engine.has_work:
+            output = self._engine.step()
             assert output is not None
             collect(answers, output, 0)
         return answers
 
-    return run
+    def cpu_seconds(self) -> float:
+        return time.process_time()
 
 
 class Worker:
@@ -170,6 +185,11 @@ class Worker:
             missing -= collect(answers, self._receive(), first_id)
         return answers
 
+    def cpu_seconds(self) -> float:
+        own = time.process_time()
+        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+        return own + sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
     def close(self) -> None:
         self._socket.sendall(encode_frame(Shutdown()))
         self._process.wait(20)
@@ -177,20 +197,27 @@ class Worker:
         self._socket.close()
 
 
-def transformers_side(path: Path) -> Side:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
-    # Nothing of the checkpoint's own generation settings: greedy, and no end but the number of tokens.
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=True)
+class Transformers:
+    """`generate` in this process."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+        # Nothing of the checkpoint's own generation settings: greedy, and no end but the number of tokens.
+        self._model.generation_config = GenerationConfig(
+            do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=True
+        )
 
     @torch.inference_mode()
-    def run(prompts: Prompts, new_tokens: int) -> Answers:
+    def run(self, prompts: Prompts, new_tokens: int) -> Answers:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        generated = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
-        return generated[:, longest:].tolist()
+        generated = self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+        answers: Answers = generated[:, longest:].tolist()
+        return answers
 
-    return run
+    def cpu_seconds(self) -> float:
+        return time.process_time()
 
 
 def compare(
@@ -199,6 +226,7 @@ def compare(
     """Alternate the sides; one unrecorded round first."""
     rng = random.Random(streams)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     agreeing = total = 0
     low, high = prompt_tokens
     print(
@@ -210,27 +238,36 @@ def compare(
         shift = number % len(order)
         answers: dict[str, Answers] = {}
         elapsed: dict[str, float] = {}
+        used: dict[str, float] = {}
         for name in order[shift:] + order[:shift]:
-            started = time.perf_counter()
-            answers[name] = sides[name](prompts, new_tokens)
-            elapsed[name] = time.perf_counter() - started
+            before, started = sides[name].cpu_seconds(), time.perf_counter()
+            answers[name] = sides[name].run(prompts, new_tokens)
+            elapsed[name], used[name] = time.perf_counter() - started, sides[name].cpu_seconds() - before
             assert all(len(answer) == new_tokens for answer in answers[name])
         if number < 0:
             continue
         for name in sides:
             seconds[name].append(elapsed[name])
+            cpu[name].append(used[name])
         agreeing += sum(a == b for a, b in zip(answers["engine"], answers["transformers"], strict=True))
         total += streams
         rates = "  ".join(f"{name} {streams * new_tokens / elapsed[name]:8.1f}" for name in sides)
         print(f"  round {number}: {rates}")
-    result: dict[str, Any] = {"streams": streams, "seconds": seconds, "agreeing": agreeing, "answers": total}
+    result: dict[str, Any] = {
+        "streams": streams,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "agreeing": agreeing,
+        "answers": total,
+    }
     for name in ("engine", "worker"):
-        ratios = [theirs / ours for ours, theirs in zip(seconds[name], seconds["transformers"], strict=True)]
-        result[f"{name}_ratio"] = statistics.median(ratios)
-        print(
-            f"  {name} / transformers: median {statistics.median(ratios):.2f}x of "
-            + ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        )
+        for kind, figures in (("wall clock", seconds), ("CPU time", cpu)):
+            ratios = [theirs / ours for ours, theirs in zip(figures[name], figures["transformers"], strict=True)]
+            median = statistics.median(ratios)
+            if figures is seconds:
+                result[f"{name}_ratio"] = median
+            each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"  {name} / transformers by {kind}: median {median:.2f}x of {each}")
     print(f"  equal answers of engine and transformers: {agreeing} of {total}")
     return result
 
@@ -323,10 +360,10 @@ def main() -> int:
         vocab = int(read_hf_config(path)["vocab_size"])
         worker = Worker(path, arguments.threads, Path(folder))
         stack.callback(worker.close)
-        sides = {
-            "engine": engine_side(path, arguments.threads),
-            "worker": worker.run,
-            "transformers": transformers_side(path),
+        sides: dict[str, Side] = {
+            "engine": InProcess(path, arguments.threads),
+            "worker": worker,
+            "transformers": Transformers(path),
         }
         results = [
             compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,8 +117,9 @@ class BatchBuilder:
         start = self._array32[: num_sequences + 1]
         tables = self._array32[tables_at:end32].reshape(num_sequences, width)
 
+        ends = list(accumulate(query_lens))
         start[0] = 0
-        np.cumsum(query_lens, out=start[1:])
+        start[1:] = ends
         self._array32[context_at : context_at + num_sequences] = context_lens
         tables[:] = 0
         for row, chunk in enumerate(chunks):
@@ -126,13 +128,14 @@ class BatchBuilder:
             tables[row, :used] = np.frombuffer(pages, dtype=np.int32, count=used)
 
         if num_decodes:
-            decode_positions = np.array(context_lens[:num_decodes], dtype=np.int64) - 1
-            page_index, offset = np.divmod(decode_positions, page_size)
-            ids[:num_decodes] = [chunk.sequence.tokens[chunk.start] for chunk in chunks[:num_decodes]]
-            positions[:num_decodes] = decode_positions
-            slots[:num_decodes] = tables[np.arange(num_decodes), page_index]
-            slots[:num_decodes] *= page_size
-            slots[:num_decodes] += offset
+            # Plain integers: for one token per sequence numpy's vector arithmetic costs more than it saves.
+            decodes = chunks[:num_decodes]
+            ids[:num_decodes] = [chunk.sequence.tokens[chunk.start] for chunk in decodes]
+            positions[:num_decodes] = [chunk.start for chunk in decodes]
+            slots[:num_decodes] = [
+                chunk.sequence.pages[chunk.start // page_size] * page_size + chunk.start % page_size
+                for chunk in decodes
+            ]
         begin = num_decodes
         for row in range(num_decodes, num_sequences):
             chunk = chunks[row]
@@ -144,7 +147,7 @@ class BatchBuilder:
             slots[begin:end] = tables[row][page_index].astype(np.int64) * page_size + offset
             begin = end
 
-        last_rows = [int(start[index + 1]) - 1 for index, chunk in enumerate(chunks) if chunk.samples]
+        last_rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
         end64 = rows_at + len(last_rows)
         self._array64[rows_at:end64] = last_rows
 

@@ -71,11 +71,9 @@ class Sampler:
         A row with NaN or infinity, or whose grammar fails, gets an error; the others are not affected.
         """
         if all(is_plain_greedy(sequence) for sequence in sequences):
-            # -1 marks broken rows, so that tokens and flags come to the host in one copy.
-            flagged: list[int] = torch.where(self._is_finite(logits), self._argmax(logits), -1).tolist()
             return [
                 Sampled(best) if best >= 0 else Sampled(best, None, _not_finite(logits[row]))
-                for row, best in enumerate(flagged)
+                for row, best in enumerate(self._best_if_finite(logits))
             ]
         return self._sample_mixed(logits, sequences)
 
@@ -111,6 +109,19 @@ class Sampler:
         if logits.device.type == "cpu":
             return torch.from_numpy(logits.numpy().argmax(axis=-1))
         return logits.argmax(dim=-1)
+
+    def _best_if_finite(self, logits: Tensor) -> list[int]:
+        """The best token of each row, -1 for rows that are not finite."""
+        best: list[int]
+        if logits.device.type == "cpu":
+            values = logits.numpy()
+            tokens = values.argmax(axis=-1)
+            is_finite = np.isfinite(values[np.arange(len(tokens)), tokens]) & np.isfinite(values.min(axis=-1))
+            best = np.where(is_finite, tokens, -1).tolist()
+        else:
+            # Tokens and flags come to the host in one copy.
+            best = torch.where(self._is_finite(logits), self._argmax(logits), -1).tolist()
+        return best
 
     @staticmethod
     def _is_finite(logits: Tensor) -> Tensor:
