@@ -38,8 +38,8 @@ class DecodeBucket:
     """Decodes of similar length. rows: which of the step's rows (None: all decodes, in order).
 
     pages: [S, n] of each sequence, padded with page 0. length: keys per sequence after padding. mask: [S, 1, 1,
-    length], added to the scores; None where all are full. workspace: where gathered keys and values are kept between
-    steps, None if they are not.
+    length] ([S * Hkv, 1, 1, length] in a workspace), added to the scores; None where all are full. workspace: where
+    gathered keys and values are kept between steps, None if they are not.
     """
 
     rows: Tensor | None
@@ -159,10 +159,10 @@ class GatherAttention:
     ) -> Tensor:
         if self._slots is None:
             self._slots = _cache_rows(batch.slot_mapping, kv_layer.shape[2])
-        new = torch.stack((k, v)).to(kv_layer.dtype)
+        new = torch.cat((k, v)).to(kv_layer.dtype)
         cells = kv_layer.view(-1, *kv_layer.shape[3:])  # [num_pages * 2 * page_size, Hkv, D]
-        cells.index_copy_(0, self._slots, new.flatten(0, 1))
-        return self._attend(q, new, kv_layer, batch, scale, sliding_window)
+        cells.index_copy_(0, self._slots, new)
+        return self._attend(q, new.view(2, *k.shape), kv_layer, batch, scale, sliding_window)
 
     def attend(
         self, q: Tensor, kv_layer: Tensor, batch: StepBatch, *, scale: float, sliding_window: int | None
@@ -187,7 +187,7 @@ class GatherAttention:
         num_kv_heads, head_dim = kv_layer.shape[3:]
         grouped = q.view(q.shape[0], num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
         if len(plan.decodes) == 1 and not plan.chunks:
-            return _decode(plan.decodes[0], grouped, new, kv_layer, scale).reshape(q.shape)
+            return _decode(plan.decodes[0], grouped, new, kv_layer, scale).view(q.shape)
         out = torch.empty(grouped.shape, dtype=q.dtype, device=q.device)
         for bucket in plan.decodes:
             rows = slice(batch.num_decodes) if bucket.rows is None else bucket.rows
@@ -350,7 +350,8 @@ def _plan_decodes(
     if begin.any() or end.min() != length:
         key = np.arange(length)
         hidden = torch.from_numpy((key >= end[:, None]) | (key < begin[:, None])).to(device)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        mask = mask[:, None, None]
     return DecodeBucket(rows, len(members), tables[:, : -(-length // page_size)], length, mask, None)
 
 
@@ -362,14 +363,19 @@ def _gather(kv_layer: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
 
 
 def _decode(bucket: DecodeBucket, q: Tensor, new: Tensor | None, kv_layer: Tensor, scale: float) -> Tensor:
-    """q: [S, Hkv, G, D] and new: [2, S, Hkv, D] of the bucket's rows; returns q's shape."""
+    """q: [S, Hkv, G, D] and new: [2, S, Hkv, D] of the bucket's rows; returns q's shape, contiguous."""
     workspace = bucket.workspace
     kept = None if workspace is None or new is None else workspace.append(kv_layer, new)
     if kept is None:
-        gathered = _gather(kv_layer, bucket.gathered(kv_layer.device), bucket.size)
-        kept = gathered.transpose(2, 3) if workspace is None else workspace.fill(kv_layer, gathered)
-    keys, values = kept[:, :, :, : bucket.length].to(q.dtype).unbind(0)  # [S, Hkv, L, D]
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bucket.mask, scale=scale)
+        kept = _gather(kv_layer, bucket.gathered(kv_layer.device), bucket.size).transpose(2, 3)
+        if workspace is not None:
+            kept = workspace.fill(kv_layer, kept)
+    # [S, Hkv, G, D] against [S, Hkv, L, D]; in a workspace, [S * Hkv, 1, G, D] against [S * Hkv, 1, L, D], because
+    # then the result lies in memory in the order of q's heads.
+    keys, values = kept[:, :, :, : bucket.length].to(q.dtype).unbind(0)
+    queries = q if workspace is None else q.reshape(-1, 1, *q.shape[2:])
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bucket.mask, scale=scale)
+    return out.reshape(q.shape)
 
 
 def _prefill(chunk: PrefillChunk, q: Tensor, new: Tensor | None, kv_layer: Tensor, scale: float, out: Tensor) -> None:

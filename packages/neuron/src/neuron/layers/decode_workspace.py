@@ -41,7 +41,7 @@ class DecodeWorkspace:
         num_pages = -(-max(context_lens) // page_size)
         self.capacity = (num_pages + max(_MIN_SLACK_PAGES, num_pages // _SLACK_SHARE)) * page_size
         self._step = 0
-        # By the address of a layer's pages: [2, S, Hkv, capacity, D], keys and values, and the step they belong to.
+        # By the address of a layer's pages: [2, S * Hkv, 1, capacity, D], keys and values, and the step they belong to.
         self._layers: dict[int, tuple[Tensor, int]] = {}
 
         lens = np.array(context_lens, dtype=np.int64)
@@ -49,16 +49,15 @@ class DecodeWorkspace:
         appended = rows * self.capacity + (lens - 1)[:, None]
         # Where this step's tokens go in a layer's tensor seen as [2 * S * Hkv * capacity, D].
         self._appended = torch.from_numpy(appended.ravel()).to(device)
-        # The same in the mask, [S, 1, 1, capacity], which sequences of one length do not need.
-        self._unmasked = torch.from_numpy(np.arange(len(lens)) * self.capacity + lens - 1).to(device)
+        # [S * Hkv, 1, 1, capacity]; sequences of one length need none.
         self._mask: Tensor | None = None
         if lens.min() != lens.max():
             hidden = torch.from_numpy(np.arange(self.capacity) >= lens[:, None]).to(device)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-            self._mask = mask[:, None, None]
+            self._mask = mask.repeat_interleave(num_kv_heads, dim=0)[:, None, None]
 
     def mask(self, length: int) -> Tensor | None:
-        """[S, 1, 1, length], to be added to the scores of the first `length` keys; None if all sequences are full."""
+        """[S * Hkv, 1, 1, length], added to the scores of the first `length` keys; None if all sequences are full."""
         return None if self._mask is None else self._mask[..., :length]
 
     def fits(self, kv_layer: Tensor) -> bool:
@@ -83,15 +82,14 @@ class DecodeWorkspace:
         self._step += 1
         self._appended += 1
         if self._mask is not None:
-            self._unmasked += 1
-            self._mask.view(-1).index_fill_(0, self._unmasked, 0.0)
+            self._mask.view(-1).index_fill_(0, self._appended[: self._mask.shape[0]], 0.0)
         return True
 
     def append(self, kv_layer: Tensor, new: Tensor) -> Tensor | None:
-        """Add this step's token of each sequence, keys and values [2, S, Hkv, D], to a layer; returns its tensor.
+        """Add this step's token of each sequence, keys and values [2, S, Hkv, D], to a layer.
 
-        None if the layer did not take part in the last step, because it has a window and the step was longer than
-        that, or because the step failed before it came to this layer.
+        Returns the layer's [2, S * Hkv, 1, capacity, D]; None if the layer did not take part in the last step, because
+        it has a window and the step was longer than that, or because the step failed before it came to this layer.
         """
         address = kv_layer.data_ptr()
         entry = self._layers.get(address)
@@ -103,11 +101,11 @@ class DecodeWorkspace:
         return kept
 
     def fill(self, kv_layer: Tensor, gathered: Tensor) -> Tensor:
-        """Take a layer's keys and values up to this step, gathered through `padded_tables`: [2, S, capacity, Hkv, D].
+        """Take a layer's keys and values up to this step, gathered through `padded_tables`: [2, S, Hkv, capacity, D].
 
-        Returns them as they are kept.
+        Returns them as `append` does.
         """
-        kept = gathered.transpose(2, 3).contiguous()
+        kept = gathered.contiguous().flatten(1, 2).unsqueeze(2)
         self._layers[kv_layer.data_ptr()] = kept, self._step
         return kept
 
