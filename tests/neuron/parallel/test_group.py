@@ -33,6 +33,8 @@ def _collectives(rank: int, rendezvous: str) -> None:
         assert group.all_gather(x[:, :1]).tolist() == [[1, 10], [3, 30], [5, 50]]
         assert group.all_reduce(x) is x
         assert x.tolist() == [[11, 22], [33, 44], [55, 66]]
+        strided = torch.arange(12.0).view(3, 4)[:, :3]
+        assert group.all_reduce(strided).tolist() == [[0, 2, 4], [8, 10, 12], [16, 18, 20]]
     finally:
         dist.destroy_process_group()
 

@@ -31,8 +31,12 @@ class ParallelGroup:
         return cls()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place; returns `x`."""
+        """Sum over ranks; returns the sum, which is `x` itself where `x` is contiguous.
+
+        Collectives take a tensor's memory as it lies: of a strided view, gloo would sum the wrong elements silently.
+        """
         if self.world_size > 1:
+            x = x.contiguous()
             dist.all_reduce(x, group=self._process_group)
         return x
 
