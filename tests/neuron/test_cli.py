@@ -61,9 +61,9 @@ def test_a_named_file_must_exist_and_be_right(served: list[NeuronConfig], tmp_pa
 
 
 def test_discover_says_what_the_route_says() -> None:
-    found = json.loads(CliRunner().invoke(cli, ["discover", "--json"]).output)
+    found = json.loads(CliRunner().invoke(cli, ["discover", "--json"]).stdout)
     assert found["harnesses"] == ["candle"] and found["cpu_count"] >= 1
-    text = CliRunner().invoke(cli, ["discover"]).output
+    text = CliRunner().invoke(cli, ["discover"]).stdout
     assert f"{found['cpu_count']} cores" in text and found["hostname"] in text
 
 
