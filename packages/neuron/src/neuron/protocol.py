@@ -26,7 +26,10 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     path: checkpoint folder (HF layout). devices: CUDA indexes, empty = CPU. dtype: `auto` takes the checkpoint's
     on CUDA and float32 on the CPU. kv_cache_bytes: None sizes the cache from free memory (CUDA) or
     `kv_cache_tokens` (CPU). max_step_tokens is the token budget of one step; prefill chunks fill what decodes
-    leave of it. tokenizer_json: the fast tokenizer's serialised form, for grammar masks.
+    leave of it. tokenizer_json: the fast tokenizer's serialised form, for grammar masks. group_dir: with more than
+    one rank, a private folder of this epoch where the ranks meet (rendezvous store and sockets between them).
+    shares: relative sizes of the ranks' parts, in rank order; empty = equal parts. debug: levers of tests, see
+    `neuron.engine.debug`.
     """
 
     model_id: str
@@ -46,6 +49,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     epoch: int = 0
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     debug: dict[str, Any] = {}
+    group_dir: str = ""
+    shares: tuple[int, ...] = ()
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -101,26 +106,43 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
     """Leave the step loop, free the device, exit 0."""
 
 
-ToEngine = EngineConfig | Generate | Cancel | Shutdown
+class Ping(msgspec.Struct, frozen=True, tag="ping", array_like=True):
+    """Answered at once by the thread that reads the socket, whatever the device does: only a stopped process is mute."""
+
+    nonce: int
+
+
+ToEngine = EngineConfig | Generate | Cancel | Shutdown | Ping
 
 # ---------------------------------------------------------------- engine -> daemon
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
+    """The first frame of every rank, each on a connection of its own."""
+
     version: int
     epoch: int
     rank: int
     pid: int
 
 
+class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
+    nonce: int
+
+
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
+    """Of the rank whose connection it comes on."""
+
     phase: Literal["starting", "weights", "kv_cache", "warm_up"]
     bytes_done: int
     bytes_total: int
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
-    """The group is ready. max_model_len: positions a sequence may have, capped by what the KV cache can hold."""
+    """All ranks are ready; sent by rank 0. max_model_len: positions a sequence may have, capped by the KV cache.
+
+    weight_bytes is the sum over ranks; num_pages the minimum, which all of them use. step_deadline_s: see EngineStats.
+    """
 
     epoch: int
     architecture: str
@@ -132,10 +154,12 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     kv_bytes_per_token: int
     weight_bytes: int
     load_seconds: float
+    step_deadline_s: float = 60.0
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed", array_like=True):
-    """kind: `unsupported_architecture`, `bad_checkpoint`, `out_of_memory`, `device`, `internal`."""
+    """kind: `unsupported_architecture`, `bad_checkpoint`, `out_of_memory`, `unsupported_parallelism`, `device`,
+    `internal`."""
 
     epoch: int
     kind: str
@@ -169,12 +193,27 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[Logprobs] | None = None
 
 
+class LogitsHealth(msgspec.Struct, frozen=True, array_like=True):
+    """Of the vocabulary's logits at one position: counts, and figures of the finite ones (None if there are none)."""
+
+    nan: int
+    pos_inf: int
+    neg_inf: int
+    finite_min: float | None
+    finite_max: float | None
+    finite_mean: float | None
+
+
 class SequenceFailed(msgspec.Struct, frozen=True, array_like=True):
-    """One sequence ended with an error. kind: `invalid_grammar`, `too_long`, `nan_logits`, `step`, `internal`."""
+    """One sequence ended with an error. kind: `invalid_grammar`, `too_long`, `nan_logits`, `step`, `internal`.
+
+    health: with `nan_logits`, what the logits looked like.
+    """
 
     request_id: int
     kind: str
     message: str
+    health: LogitsHealth | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -182,6 +221,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
     running and waiting count sequences; pages exclude page 0; cached_pages are free pages that still hold a
     reusable prefix (counted in free_pages). The *_tokens and *_seconds fields are cumulative since load.
+    step_deadline_s: upper bound, with margin, of how long any next step may take by the engine's cost model; a group
+    that holds work and sends no frame for so long is stuck.
     """
 
     step: int = 0
@@ -197,10 +238,15 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     decode_seconds: float = 0.0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+    step_deadline_s: float = 60.0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", array_like=True):
-    """The one frame of a step. An idle group sends none: liveness is the socket and the process."""
+    """The one frame of a step; sent by rank 0.
+
+    A group that holds sequences but can compute nothing (a grammar compiles) sends an empty one every second, so that
+    silence with work in hand always means that it is stuck. A group that holds none sends none.
+    """
 
     epoch: int
     stats: EngineStats
@@ -216,7 +262,7 @@ class EngineFault(msgspec.Struct, frozen=True, tag="fault", array_like=True):
     message: str
 
 
-FromEngine = Hello | LoadProgress | Loaded | LoadFailed | StepOutput | EngineFault
+FromEngine = Hello | Pong | LoadProgress | Loaded | LoadFailed | StepOutput | EngineFault
 
 
 class FrameError(Exception):
