@@ -5,7 +5,8 @@ Run: python tests/bench/engine.py [--model demo|moderate|qwen3-0.6b|PATH] [--rou
 Each round gives every side the same new random prompts and the same number of greedy output tokens, one after the
 other, in an order that rotates. Sides: `engine` (neuron in this process), `worker` (neuron's worker process, through
 the socket protocol, timed from the first frame sent to the last update read), `transformers` (`generate` with its
-default dynamic cache and SDPA, left-padded static batch). All compute in float32 with the same number of threads.
+default dynamic cache and SDPA, left-padded static batch). All compute in float32 with the same number of threads,
+which sleep and do not spin while they wait for each other (`OMP_WAIT_POLICY=active` in the environment changes that).
 Then the cost of everything around the model is measured: one decode step of 16 sequences with a model that does
 nothing, in CPU time of the step thread.
 
@@ -16,9 +17,13 @@ bar is missed by the wall clock.
 
 from __future__ import annotations
 
+import os
+
+# As neuron's worker sets it, and before torch is imported: threads that spin ruin every figure on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import json
-import os
 import platform
 import random
 import socket

@@ -211,7 +211,7 @@ def test_prompt_log_probabilities_survive_preemption():
 # ---------------------------------------------------------------------- faults, by blast radius
 
 
-def test_a_sequence_that_breaks_its_step_fails_alone():
+def test_F7_a_sequence_that_breaks_its_step_fails_alone():
     model = ToyModel()
     engine = toy_engine(model)
 
@@ -228,7 +228,7 @@ def test_a_sequence_that_breaks_its_step_fails_alone():
         assert 77 in answer_alone(item.prompt_ids, 10) or answers.finish[item.request_id] == "length"
 
 
-def test_out_of_memory_shrinks_prefill_and_loses_nobody():
+def test_F5_out_of_memory_shrinks_prefill_and_loses_nobody():
     model = ToyModel()
     engine = toy_engine(model, max_step_tokens=32)
     sizes = []

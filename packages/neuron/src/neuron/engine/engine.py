@@ -43,8 +43,9 @@ _STEPS_BEFORE_LONGER_CHUNKS = 256
 class Engine:
     """Scheduler, cache bookkeeping and runner of one model.
 
-    max_model_len is what is served: already capped by what the cache holds. `on_wake` tells another thread's waiter
-    that `has_work` may have become true.
+    max_prefill_tokens: the part of a step's token budget that prefill may use, None for all of it. max_model_len, as an
+    attribute, is what is served: capped by what the cache holds. `on_wake` tells another thread's waiter that
+    `has_work` may have become true.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Engine:
         max_step_tokens: int,
         max_running: int,
         max_model_len: int,
+        max_prefill_tokens: int | None = None,
         tokenizer_json: str | None = None,
         prefix_cache: bool = True,
         cache_root: str = "",
@@ -75,8 +77,10 @@ class Engine:
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             max_model_len=max_model_len,
+            max_prefill_tokens=max_prefill_tokens,
         )
         self.max_model_len = self._scheduler.max_model_len
+        self._prefill_limit = self._scheduler.max_prefill_tokens
         self._compiler = GrammarCompiler(tokenizer_json, vocab_size)
         self._compiled: deque[tuple[Sequence, GrammarState | RequestError]] = deque()
         self._num_arrivals = 0
@@ -225,11 +229,11 @@ class Engine:
         self._decode_seconds += seconds * share
         self._prefill_seconds += seconds * (1.0 - share)
         scheduler = self._scheduler
-        if scheduler.max_prefill_tokens < scheduler.max_step_tokens:
+        if scheduler.max_prefill_tokens < self._prefill_limit:
             self._good_steps += 1
             if self._good_steps >= _STEPS_BEFORE_LONGER_CHUNKS:
                 self._good_steps = 0
-                scheduler.max_prefill_tokens = min(2 * scheduler.max_prefill_tokens, scheduler.max_step_tokens)
+                scheduler.max_prefill_tokens = min(2 * scheduler.max_prefill_tokens, self._prefill_limit)
 
     def _book(self, result: ChunkResult) -> None:
         """Turn one chunk's result into an update or a failure, and move its sequence on."""

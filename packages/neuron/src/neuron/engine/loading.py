@@ -33,6 +33,8 @@ _DEFAULT_CPU_SEQUENCES = 4
 _DEFAULT_CPU_SHARE = 0.25
 # Part of the free device memory that the cache leaves to the allocator's fragmentation and to libraries.
 _CUDA_RESERVE_SHARE = 0.05
+# What a core multiplies in half a second (AVX-512; half of that on older ones), in floating-point operations.
+_CPU_STEP_FLOP = 25e9
 # Progress is told at most this often; a checkpoint has thousands of tensors.
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -95,6 +97,18 @@ def num_cache_pages(config: EngineConfig, layout: KVLayout, max_model_len: int, 
     return min(wanted, layout.pages_for_bytes(int(available_host_bytes() * _DEFAULT_CPU_SHARE)))
 
 
+def prefill_budget(num_parameters: int, num_threads: int, device: torch.device) -> int | None:
+    """Prefill tokens of a step, None for no limit of its own.
+
+    A step cannot be interrupted: a cancellation waits for its end, and so do the decodes of everybody else. On the CPU
+    the chunk is therefore as long as about half a second of arithmetic, in whole runs of 64 tokens.
+    """
+    if device.type != "cpu":
+        return None
+    tokens = int(_CPU_STEP_FLOP * num_threads / (2 * max(num_parameters, 1)))
+    return max(tokens // 64, 1) * 64
+
+
 class _Reporter:
     """Passes on progress, but not more often than anybody can see."""
 
@@ -129,6 +143,7 @@ def _load(config: EngineConfig, rank: int, progress: Progress, started: float) -
     else:
         load_weights(model, path, progress=report.weights)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
     report.phase("kv_cache")
     shape = model.config
@@ -166,6 +181,7 @@ def _load(config: EngineConfig, rank: int, progress: Progress, started: float) -
         max_step_tokens=config.max_step_tokens,
         max_running=max_running,
         max_model_len=max_model_len,
+        max_prefill_tokens=prefill_budget(num_parameters, torch.get_num_threads(), device),
         tokenizer_json=config.tokenizer_json,
         prefix_cache=config.prefix_cache,
         cache_root=config.model_id,

@@ -72,6 +72,7 @@ class Scheduler:
         max_step_tokens: int,
         max_running: int,
         max_model_len: int,
+        max_prefill_tokens: int | None = None,
     ) -> None:
         if max_step_tokens < 1 or max_running < 1:
             raise ValueError("max_step_tokens and max_running must be at least 1")
@@ -79,7 +80,7 @@ class Scheduler:
         self._cache = cache
         self._page_size = page_size
         self.max_step_tokens = max_step_tokens
-        self.max_prefill_tokens = max_step_tokens
+        self.max_prefill_tokens = min(max_prefill_tokens or max_step_tokens, max_step_tokens)
         self.max_running = min(max_running, max_step_tokens)
         self.max_model_len = min(max_model_len, pool.num_usable * page_size)
         self._running: list[Sequence] = []
