@@ -107,7 +107,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping", array_like=True):
-    """Answered at once by the thread that reads the socket, whatever the device does: only a stopped process is mute."""
+    """Answered at once by the thread that reads the socket, whatever the device does: only a stopped one is mute."""
 
     nonce: int
 
