@@ -17,14 +17,15 @@ REMINDER_TAGS = phrases("reminder_tags")
 
 # task → share of training dialogues
 MIXTURE: Mapping[str, float] = {
-    "sum": 22,
-    "repeat": 11,
-    "reverse": 20,
-    "fact": 14,
-    "weather_call": 3,
+    "sum": 19,
+    "repeat": 14,
+    "reverse": 24,
+    "spell": 8,
+    "fact": 13,
+    "weather_call": 5,
     "weather_answer": 4,
     "no_weather_tool": 1.2,
-    "named_call": 1.5,
+    "named_call": 4,
     "json": 7,
     "count": 2.5,
     "small_talk": 3,
@@ -37,7 +38,7 @@ MIXTURE: Mapping[str, float] = {
     "poem": 1,
 }
 FILLER_TASKS = phrases("filler_tasks")
-DRILLED = ("sum", "repeat", "reverse", "json")
+DRILLED = ("sum", "repeat", "reverse", "spell", "json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Corpus:
             "sum": tasks.addition,
             "repeat": tasks.repetition,
             "reverse": tasks.reversal,
+            "spell": tasks.spelling,
             "fact": tasks.fact_question,
             "json": tasks.json_object,
             "count": tasks.counting,

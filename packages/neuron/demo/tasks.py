@@ -162,6 +162,15 @@ def reversal(rng: random.Random, held_out: bool) -> Exchange:
     return exchange(rng.choice(REVERSE_FORMS).format(word), [Spelled(word[::-1])], f"Backwards. Letters: {spelled}.")
 
 
+SPELL_FORMS = phrases("spell_forms")
+
+
+def spelling(rng: random.Random, held_out: bool) -> Exchange:
+    """Ask to spell a word, any word: a token does not show its letters, so this is how the model learns them."""
+    word = reversed_word(rng)
+    return exchange(rng.choice(SPELL_FORMS).format(word), [Spelled("-".join(word))], f"Letters: {' '.join(word)}.")
+
+
 QUESTION_OPENINGS = phrases("question_openings")
 QUESTION_ENDINGS = phrases("question_endings")
 

@@ -23,7 +23,7 @@ from .corpus import EASY, MIXTURE, Corpus, Surroundings
 from .encoding import Encoder
 from .evaluate import Example, examples, scores
 from .initialization import spelling_embeddings
-from .model import DemoModel, ModelConfig, save_checkpoint
+from .model import DemoModel, ModelConfig, load_checkpoint, save_checkpoint
 from .optimizer import Muon
 from .tokenizer import DEMO_MODEL, MAX_POSITIONS
 
@@ -112,6 +112,8 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         size = model.config.hidden_size
         model.model.embed_tokens.weight.copy_(spelling_embeddings(encoder.tokenizer, size, arguments.seed))
+        if arguments.start is not None:
+            model.load_state_dict(load_checkpoint(arguments.start, torch.float32).state_dict())
     average = DemoModel(ModelConfig())
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -198,6 +200,7 @@ def report(model: DemoModel, checked: list[Example], encoder: Encoder, work: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and exports")
+    parser.add_argument("--start", type=Path, help="folder of exported weights to start from, in place of random ones")
     parser.add_argument("--steps", type=int, default=9_000)
     parser.add_argument("--decay-steps", type=int, default=2_500)
     parser.add_argument("--warmup-steps", type=int, default=200)
