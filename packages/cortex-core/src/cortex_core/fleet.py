@@ -117,11 +117,15 @@ class UnloadRequest(msgspec.Struct, frozen=True):
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
-    """`phase` is `fetching`, `starting`, `weights`, `kv_cache` or `warm_up`; totals are 0 while unknown."""
+    """`phase` is `fetching`, `starting`, `weights`, `kv_cache` or `warm_up`; totals are 0 while unknown.
+
+    eta_s: seconds until this phase is done, at the rate so far; None while unknown.
+    """
 
     phase: str
     bytes_done: int = 0
     bytes_total: int = 0
+    eta_s: float | None = None
 
 
 class ContextLimit(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -50,13 +51,14 @@ def worker_command(socket_path: Path, epoch: int, rank: int) -> Sequence[str]:
 
 class LaunchSettings(msgspec.Struct, frozen=True):
     """start_timeout_s: spawn to Hello. stall_timeout_s: the longest silence while loading. stop_grace_s: from
-    Shutdown to SIGKILL."""
+    Shutdown to SIGKILL. load_timeout_s: the longest a load may take in all, however busy it looks; None is no limit."""
 
     runtime_dir: Path
     command: WorkerCommand = worker_command
     start_timeout_s: float = 180.0
     stall_timeout_s: float = 600.0
     stop_grace_s: float = 10.0
+    load_timeout_s: float | None = None
 
 
 class Incarnation:
@@ -110,17 +112,22 @@ class Incarnation:
         self._stop_listening()
         with suppress(ChannelClosed):  # then `ended` is done, and says why
             channel.send(self.config)
+        now = asyncio.get_running_loop().time
+        limit_s = self._settings.load_timeout_s
+        deadline = math.inf if limit_s is None else now() + limit_s
         while True:
             seen = self._frames_seen
             await asyncio.wait(
                 (self._loaded, self.ended),
-                timeout=self._settings.stall_timeout_s,
+                timeout=max(0.0, min(self._settings.stall_timeout_s, deadline - now())),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if self._loaded.done():
                 return self._loaded.result()
             if self.ended.done():
                 return await self._died()
+            if limit_s is not None and now() >= deadline:
+                raise EngineLoadError("load_timeout", f"the load was not done after {limit_s:.0f} s")
             if self._frames_seen == seen:
                 raise EngineLoadError("stalled", f"loading made no progress for {self._settings.stall_timeout_s:.0f} s")
 
