@@ -23,7 +23,8 @@ class ModelProfile(msgspec.Struct, frozen=True):
     """What the operator says of one model.
 
     vram_mb is an estimate over all devices, min_devices > 1 asks for tensor parallelism, pinned_on is affinity
-    (and, without an explicit priority, the pinned residency class), source a registry scheme.
+    (and, without an explicit priority, the pinned residency class), source a registry scheme. idle_unload_s: unload
+    after so many seconds without a request; 0 is never, None what the gateway's configuration says.
     """
 
     id: str
@@ -34,6 +35,7 @@ class ModelProfile(msgspec.Struct, frozen=True):
     min_device_vram_mb: int | None = None
     pinned_on: tuple[str, ...] = ()
     residency_priority: int | None = None
+    idle_unload_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
     source: str | None = None
     limit: ContextLimit | None = None
     cost: ModelCost | None = None

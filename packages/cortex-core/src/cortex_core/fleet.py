@@ -65,7 +65,10 @@ class Activation(msgspec.Struct, frozen=True):
 
 
 class ModelLoad(msgspec.Struct, frozen=True):
-    """How busy one model is. A ceiling of 0 means unknown; rejection counters are cumulative since load."""
+    """How busy one model is. A ceiling of 0 means unknown; rejection counters are cumulative since load.
+
+    idle_s: seconds since the last request left, whoever sent it; None while one is here, or where a peer does not say.
+    """
 
     id: str
     in_flight: int = 0
@@ -84,6 +87,7 @@ class ModelLoad(msgspec.Struct, frozen=True):
     kv_available_mb: int = 0
     tok_s_prefill: float = 0.0
     tok_s_decode: float = 0.0
+    idle_s: float | None = None
 
 
 class HealthResponse(msgspec.Struct, frozen=True):
@@ -114,6 +118,13 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 class UnloadRequest(msgspec.Struct, frozen=True):
     model_id: str
+
+
+class PinRequest(msgspec.Struct, frozen=True):
+    """`POST /models/pin`: whether a model that is here may be displaced. The pin ends when the model is unloaded."""
+
+    model_id: str
+    pinned: bool = True
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -160,6 +171,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """An element of the neuron's `GET /models`. `status` is a string: peers of another age may know others.
 
     Every field is written, defaults too: what a peer must read (`status`, `devices`) may not hinge on its value.
+    spec: how it was loaded, so that whoever unloads it can bring back the same thing (G4); None from older peers.
+    pinned: an operator asked that nothing displaces it here.
     """
 
     id: str
@@ -176,6 +189,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     progress: LoadProgress | None = None
     error: str | None = None
     created: int | None = None
+    spec: ModelSpec | None = None
+    pinned: bool = False
 
 
 class ModelLocation(msgspec.Struct, frozen=True, omit_defaults=True):
