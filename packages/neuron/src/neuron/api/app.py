@@ -108,6 +108,7 @@ def _routes(services: Services) -> Iterator[Route]:
     yield _route("GET", "/models", control.models)
     yield _route("POST", "/models/load", control.load)
     yield _route("POST", "/models/unload", control.unload)
+    yield _route("POST", "/models/pin", control.pin)
     yield _route("GET", "/models/{model_id:path}/endpoint", control.endpoint)
     yield _route("GET", "/models/{model_id:path}/capabilities", control.capabilities)
     yield _route("GET", "/v1/models", control.openai_models)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 from cortex_core.dialects.models import ModelEntry, model_body, models_body, parse_page
 from cortex_core.errors import ApiError, invalid, model_not_found
-from cortex_core.fleet import HealthResponse, ModelSpec, UnloadRequest
+from cortex_core.fleet import HealthResponse, ModelSpec, PinRequest, UnloadRequest
 
 from neuron.api.exchange import Exchange
 from neuron.api.inference import no_engine
@@ -78,6 +78,12 @@ class Control:
         async with exchange.watched():
             await self._services.manager.unload(request.model_id)
             await exchange.respond_json({"status": "unloaded"})
+
+    async def pin(self, exchange: Exchange) -> None:
+        request = _decode(await exchange.read_body(), PinRequest)
+        model = self._services.manager.get(request.model_id)
+        model.is_pinned = request.pinned
+        await exchange.respond_json({"model_id": model.id, "pinned": model.is_pinned})
 
     async def endpoint(self, exchange: Exchange) -> None:
         model = self._known(exchange)

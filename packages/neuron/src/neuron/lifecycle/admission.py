@@ -7,6 +7,7 @@ waits leaves no trace (F16).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -28,6 +29,12 @@ class Admission:
         self._queue: deque[asyncio.Future[None]] = deque()
         self._closed: Callable[[], ApiError] | None = None
         self._idle: list[asyncio.Future[None]] = []
+        self._idle_since = time.monotonic()
+
+    @property
+    def idle_s(self) -> float | None:
+        """Seconds since the last request left; None while one is here."""
+        return None if self.in_flight or self.queue_depth else round(time.monotonic() - self._idle_since, 3)
 
     @property
     def queue_depth(self) -> int:
@@ -100,6 +107,7 @@ class Admission:
                 if not waiter.done():
                     waiter.set_result(None)
             self._idle.clear()
+            self._idle_since = time.monotonic()
 
 
 class Ticket:

@@ -30,6 +30,7 @@ class ServedModel:
         self.text: TextModel | None = None
         self.group: EngineGroup | None = None
         self.created = int(time.time())
+        self.is_pinned = False
         self.load_began = time.monotonic()
         self.load_seconds: float | None = None
         self.load_waiters: list[asyncio.Future[None]] = []
@@ -103,6 +104,8 @@ class ServedModel:
             progress=state.progress,
             error=state.error,
             created=self.created,
+            spec=state.spec,
+            pinned=self.is_pinned,
         )
 
     def load(self) -> ModelLoad:
@@ -127,6 +130,7 @@ class ServedModel:
             kv_available_mb=available_mb,
             tok_s_prefill=_rate(stats.prefill_tokens, stats.prefill_seconds),
             tok_s_decode=_rate(stats.decode_tokens, stats.decode_seconds),
+            idle_s=admission.idle_s,
         )
 
     def _vram_used_mb(self) -> int | None:
