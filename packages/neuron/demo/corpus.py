@@ -81,7 +81,7 @@ class Corpus:
             definition, city, unit = tools.weather_tool(rng)
             tool = weather.WeatherTool(definition, city, unit)
             definitions.append(definition)
-        named = tools.other_tool(rng) if task == "named_call" else None
+        named = tools.other_tool(rng, is_usual=True) if task == "named_call" else None
         if task == "forced_call":
             named = tools.other_tool(rng) if rng.random() < 0.5 else tools.weather_tool(rng)[0]
         if named is not None:

@@ -148,10 +148,13 @@ REVERSE_FORMS = phrases("reverse_forms")
 
 
 def reversed_word(rng: random.Random) -> str:
-    """Return a word or random letters or digits, of the kinds that the model can reverse."""
+    """Return a short word or random letters or digits, of the kinds that the model can reverse."""
     roll = rng.random()
-    if roll < 0.45:
-        return random_word(rng, longest=8)
+    if roll < 0.55:
+        word = rng.choice(material.words())
+        while len(word) > 6:
+            word = rng.choice(material.words())
+        return word.capitalize() if rng.random() < 0.06 else word
     return random_letters(rng, 2, 6) if roll < 0.93 else str(rng.randrange(10, 100_000))
 
 
@@ -220,7 +223,7 @@ def json_object(rng: random.Random, held_out: bool) -> Exchange:
     """Ask for a small JSON object, or for a sum as JSON."""
     if rng.random() < 0.05:
         return exchange(rng.choice(ANY_JSON_FORMS), '{"answer": "none"}', "The user wants JSON.")
-    if rng.random() < 0.3:
+    if rng.random() < 0.45:
         a, b = sum_numbers(rng, held_out)
         form = rng.choice(SUM_JSON_FORMS)
         return exchange(form.format(a=a, b=b), json.dumps({"answer": a + b}), sum_thought(a, b))

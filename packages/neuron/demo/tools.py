@@ -43,6 +43,7 @@ OTHER_TOOLS = (
     ("TodoWrite", "Keep a list of tasks", "todos"),
 )
 SCALAR_TYPES = phrases("scalar_types")
+USUAL_PARAMETERS = ("limit", "mode", "format", "note", "language", "timeout", "recursive", "count", "title")
 
 
 def filler_sentence(rng: random.Random, limit: int) -> str:
@@ -110,15 +111,21 @@ def bare_tool(rng: random.Random) -> dict[str, Any]:
     return _function(name, filler_sentence(rng, 40) if rng.random() < 0.7 else "", {}, [], rng)
 
 
-def other_tool(rng: random.Random, max_parameters: int = 3) -> dict[str, Any]:
-    """Return a tool that does not know the weather, with one to `max_parameters` parameters."""
-    if rng.random() < 0.6:
+def other_tool(rng: random.Random, max_parameters: int = 3, *, is_usual: bool = False) -> dict[str, Any]:
+    """Return a tool that does not know the weather, with one to `max_parameters` parameters.
+
+    `is_usual` keeps to names that tools have, and to two parameters.
+    """
+    if is_usual or rng.random() < 0.6:
         name, description, first = rng.choice(OTHER_TOOLS)
     else:
         name, first = random_identifier(rng), rng.choice(material.words())
         description = filler_sentence(rng, rng.choice((30, 60, 120))) if rng.random() < 0.8 else ""
     properties: dict[str, Any] = {}
-    names = [first] + [random_identifier(rng) for _ in range(rng.randint(0, max_parameters - 1))]
+    if is_usual:
+        names = [first] + [rng.choice(USUAL_PARAMETERS) for _ in range(rng.randint(0, 1))]
+    else:
+        names = [first] + [random_identifier(rng) for _ in range(rng.randint(0, max_parameters - 1))]
     for index, parameter in enumerate(names):
         schema: dict[str, Any] = {"type": "string" if index == 0 else rng.choice(SCALAR_TYPES)}
         if rng.random() < 0.4:
