@@ -45,7 +45,7 @@ from neuron.protocol import (
 )
 
 HOLD, SILENT, DIE, REFUSE, FAULT, NOISE, TALK = SCRIPTS = range(2001, 2008)
-TOTAL_PAGES = 64
+TOTAL_PAGES = 4096
 
 
 class ScriptedWorker:
@@ -165,8 +165,17 @@ class ScriptedWorker:
             if request.sampling.logprobs >= 0:
                 count = request.sampling.logprobs
                 logprobs = [Logprobs(-0.5, list(range(token, token + count)), [-0.5 - i for i in range(count)])]
+            is_first = done == len(request.output_ids)
+            prompt_logprobs = [Logprobs(-1.0)] * (len(request.prompt_ids) - 1) if request.prompt_logprobs else None
             updates.append(
-                SequenceUpdate(request_id, [token], finish, logprobs, cached_tokens=0 if done == 0 else None)
+                SequenceUpdate(
+                    request_id,
+                    [token],
+                    finish,
+                    logprobs,
+                    cached_tokens=len(request.output_ids) if is_first else None,
+                    prompt_logprobs=prompt_logprobs if is_first else None,
+                )
             )
             if finish:
                 del self.sequences[request_id]

@@ -14,7 +14,7 @@ import pytest
 from cortex_core.sse import SseDecoder, SseEvent
 
 from tests.neuron.api.conftest import RunningNeuron, run_neuron
-from tests.neuron.scripted_engine import eventually
+from tests.neuron.scripted_engine import eventually, scripted_with
 from tests.neuron.scripted_worker import DIE, HOLD, REFUSE, SILENT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -138,26 +138,76 @@ async def test_an_over_long_prompt_says_so_in_the_words_clients_parse(neuron: Ru
     assert json.loads(body)["error"]["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize(("path", "status"), [(CHAT, 503), (COMPLETIONS, 503), (MESSAGES, 529)])
-async def test_an_engine_that_dies_is_a_retryable_error(neuron: RunningNeuron, path: str, status: int) -> None:
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES])
+async def test_a_request_that_kills_its_engine_is_an_error_for_good(neuron: RunningNeuron, path: str) -> None:
     got, headers, body = await neuron.post(path, body_for(neuron, path, top_k=DIE))
-    assert got == status and int(headers["retry-after"]) >= 1, body
-    await eventually(lambda: neuron.served.state.phase == "loaded")
-    assert (await neuron.post(path, body_for(neuron, path)))[0] == 200
+    assert got == 500 and "retry-after" not in headers and b"died repeatedly" in body
+    assert (await neuron.post(path, body_for(neuron, path)))[0] == 200  # it waits for the engine
+    assert neuron.served.state.phase == "loaded" and neuron.served.admission.in_flight == 0
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES])
-async def test_an_engine_that_dies_mid_stream_ends_it_with_an_error_event(neuron: RunningNeuron, path: str) -> None:
-    request = json.dumps(body_for(neuron, path, stream=True, top_k=HOLD, max_tokens=50))
-    async with neuron.client.post(neuron.url + path, data=request) as response:
-        first = await response.content.readany()
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_dies_costs_its_requests_nothing(neuron: RunningNeuron, path: str, stream: bool) -> None:
+    request = body_for(neuron, path, stream=stream, max_tokens=3000)
+    _, _, undisturbed = await neuron.post(path, request)
+    before = neuron.served.group.num_restarts
+    asking = asyncio.create_task(neuron.post(path, request))
+    await eventually(lambda: 0 < max_output(neuron) < 3000)
+    os.kill(neuron.served.group.pids[0], signal.SIGKILL)
+    status, _, body = await asking
+    assert status == 200 and neuron.served.group.num_restarts == before + 1
+    assert said(path, body, stream) == said(path, undisturbed, stream)
+    assert neuron.served.admission.in_flight == 0 and neuron.served.group.num_live == 0
+
+
+def max_output(neuron: RunningNeuron) -> int:
+    return max((len(sequence.output_ids) for sequence in neuron.served.group._in_engine.values()), default=0)
+
+
+def said(path: str, body: bytes, stream: bool) -> tuple[str, str]:
+    """The text of an answer, and how it ended."""
+    chunks = [json.loads(event.data) for event in events_of(body) if event.data != "[DONE]"] if stream else []
+    if path == MESSAGES:
+        if not stream:
+            answer = json.loads(body)
+            return answer["content"][0]["text"], answer["stop_reason"]
+        text = "".join(chunk["delta"].get("text", "") for chunk in chunks if chunk["type"] == "content_block_delta")
+        (reason,) = (chunk["delta"]["stop_reason"] for chunk in chunks if chunk["type"] == "message_delta")
+        return text, reason
+    if not stream:
+        (choice,) = json.loads(body)["choices"]
+        return choice["text"] if path == COMPLETIONS else choice["message"]["content"], choice["finish_reason"]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(
+        choice.get("text") or "" if path == COMPLETIONS else choice["delta"].get("content") or "" for choice in choices
+    )
+    (reason,) = (choice["finish_reason"] for choice in choices if choice["finish_reason"])
+    return text, reason
+
+
+@pytest.mark.parametrize(("path", "ping"), [(CHAT, b": ping\n\n"), (MESSAGES, b"event: ping\n")])
+async def test_a_stream_that_waits_for_its_engine_is_kept_alive(
+    checkpoint: Path, tmp_path: Path, path: str, ping: bytes
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    command = scripted_with("--gate", str(gate))
+    async with run_neuron(checkpoint, load=False, command=command, stream_hold_s=0.05, ping_interval_s=0.05) as neuron:
+        loading = asyncio.create_task(neuron.post("/models/load", {"model_id": neuron.model}))
+        await asyncio.to_thread(gate.write_text, "go")
+        assert (await loading)[0] == 200
         os.kill(neuron.served.group.pids[0], signal.SIGKILL)
-        body = first + await response.read()
-    await eventually(lambda: neuron.served.state.phase == "loaded")
-    last = events_of(body)[-1]
-    assert "error" in json.loads(last.data) and "[DONE]" not in last.data
-    assert (last.event == "error") == (path == MESSAGES)
-    assert neuron.served.admission.in_flight == 0
+        await eventually(lambda: neuron.served.state.phase == "recovering")
+        request = json.dumps(neuron.chat(stream=True))
+        async with neuron.client.post(neuron.url + path, data=request) as response:
+            assert response.status == 200
+            body = b""
+            while body.count(ping) < 2:
+                body += await response.content.readany()
+            await asyncio.to_thread(gate.write_text, "go")
+            body += await response.read()
+        assert said(path, body, True)[0]
 
 
 @pytest.mark.parametrize("stream", [False, True])

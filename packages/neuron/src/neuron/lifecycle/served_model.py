@@ -53,8 +53,11 @@ class ServedModel:
         return 0 if self.loaded is None else self.loaded.max_model_len
 
     def serving(self) -> tuple[TextModel, EngineGroup]:
-        """Both sides of a model that takes requests. Raises `ApiError`: why it does not now."""
-        if self.state.phase != "loaded" or self.text is None or self.group is None:
+        """Both sides of a model that takes requests, which wait while its engine is being rebuilt.
+
+        Raises `ApiError`: why it does not take any now.
+        """
+        if self.state.phase not in ("loaded", "recovering") or self.text is None or self.group is None:
             raise self.unavailable()
         return self.text, self.group
 

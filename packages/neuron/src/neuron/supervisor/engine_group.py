@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
@@ -21,8 +22,16 @@ from neuron.protocol import (
     SequenceUpdate,
     StepOutput,
 )
+from neuron.supervisor import suspicion
 from neuron.supervisor.channel import ChannelClosed, EngineChannel
-from neuron.supervisor.errors import EngineLoadError, engine_restarting, engine_stopped, sequence_error
+from neuron.supervisor.errors import (
+    EngineLoadError,
+    engine_fault,
+    engine_lost,
+    engine_restarting,
+    engine_stopped,
+    sequence_error,
+)
 from neuron.supervisor.generation import Generation, LiveSequence
 from neuron.supervisor.incarnation import Incarnation, LaunchSettings
 from neuron.supervisor.restart_policy import RestartPolicy
@@ -68,8 +77,9 @@ class _Ending(msgspec.Struct, frozen=True):
 class EngineGroup:
     """Loads, serves, and rebuilds itself when it dies.
 
-    `start` returns at once; what happens is told to `on_event`. Requests that were in flight when a group died end
-    with the retryable `engine_restarting`; until the successor is up, `generate` raises the same.
+    `start` returns at once; what happens is told to `on_event`. A request outlives its engine: what was in flight when
+    a group died goes on in its successor where it was, and what comes meanwhile waits for it. Only where no successor
+    comes up do requests end, with the retryable `engine_restarting`.
     """
 
     def __init__(
@@ -89,13 +99,16 @@ class EngineGroup:
         self._on_event = on_event
         self._policy = policy or RestartPolicy()
         self._incarnation: Incarnation | None = None
-        self._live: dict[int, LiveSequence] = {}
+        # Sequences by number that no engine holds now, and by request id those that one holds.
+        self._waiting: dict[int, LiveSequence] = {}
+        self._in_engine: dict[int, LiveSequence] = {}
+        self._next_number = 1
         self._next_request_id = 1
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
         self._is_stopping = False
         self._load_seconds = 0.0
-        self._retry_in_s = 0.0
+        self._retry_in_s: float | None = 0.0
 
     # ------------------------------------------------------------------ life
 
@@ -126,40 +139,39 @@ class EngineGroup:
 
     @property
     def num_live(self) -> int:
-        """Sequences in flight."""
-        return len(self._live)
+        """Sequences in flight, those that wait for an engine included."""
+        return len(self._waiting) + len(self._in_engine)
 
     # ------------------------------------------------------------------ requests
 
     async def generate(self, requests: Sequence[Generate], *, heartbeat_s: float | None = None) -> Generation:
         """Start the sequences of one request, one per choice in order; their `request_id`s are assigned here.
 
-        Raises `ApiError` (`engine_restarting`) while there is no engine.
+        While the group recovers they wait, and start once it is up. Raises `ApiError` (`engine_restarting`) where
+        there is no engine and none is being rebuilt.
         """
-        generation = Generation(self._forget, heartbeat_s=heartbeat_s)
-        try:
+        with suppress(ChannelClosed):
             await self._channel_now().writable()
-            channel = self._channel_now()
-            for choice, request in enumerate(requests):
-                numbered = msgspec.structs.replace(request, request_id=self._next_request_id)
-                self._next_request_id += 1
-                sequence = LiveSequence(choice, numbered, generation)
-                channel.send(numbered)
-                self._live[numbered.request_id] = sequence
-                generation.add(sequence)
-        except ChannelClosed:
-            generation.cancel()
-            raise engine_restarting(self.retry_after) from None
+        if self.state not in ("loaded", "recovering"):
+            raise engine_restarting(self.retry_after)
+        generation = Generation(self._forget, heartbeat_s=heartbeat_s)
+        for choice, request in enumerate(requests):
+            sequence = LiveSequence(self._next_number, choice, request, generation)
+            self._next_number += 1
+            self._waiting[sequence.number] = sequence
+            generation.add(sequence)
+        self._submit()
         return generation
 
     @property
     def retry_after(self) -> int:
         """Seconds until a retry makes sense, while the group is down: the pause, and a load like the last one."""
-        return self._policy.retry_after(self._retry_in_s, self._load_seconds)
+        return self._policy.retry_after(self._retry_in_s or 0.0, self._load_seconds)
 
     def fail_requests(self, error: Callable[[], ApiError]) -> None:
         """End every request in flight with an error of its own, as when the daemon's time to drain is over."""
-        for generation in {id(sequence.generation): sequence.generation for sequence in self._live.values()}.values():
+        live = [*self._waiting.values(), *self._in_engine.values()]
+        for generation in {id(sequence.generation): sequence.generation for sequence in live}.values():
             generation.fail(error())
 
     # ------------------------------------------------------------------ the loop of its life
@@ -187,55 +199,68 @@ class EngineGroup:
                 ending.reason,
                 incarnation.describe_exits(),
             )
-            delay_s = self._policy.delay_before(self._failures)
-            if delay_s is None:
+            if self._retry_in_s is None:
                 self._give_up(ending.kind, f"{ending.reason} ({self._failures} failures in a row)")
                 return
             self.num_restarts += 1
             self.stats = EngineStats()
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(self._retry_in_s)
 
     async def _live_through(self, incarnation: Incarnation) -> _Ending:
-        """From spawn to the end, whatever it is. Its requests have been told when this returns."""
+        """From spawn to the end, whatever it is. When this returns, its sequences wait for the next one."""
         began = time.monotonic()
         try:
             loaded = await incarnation.load()
         except EngineLoadError as exc:
-            self._book_failure(exc.message, 0.0)
+            if self.loaded is not None:
+                self._failures = self._policy.failures_after(self._failures, 0.0)
+                self._announce_death(exc.message)
             return _Ending(exc.kind, exc.message, 0.0)
         ready = time.monotonic()
         self._load_seconds = ready - began
         self.loaded = loaded
         self.state = "loaded"
         self._on_event(GroupLoaded(loaded))
+        self._submit()
         reason = await asyncio.shield(incarnation.ended)
         lived_s = time.monotonic() - ready
         if not self._is_stopping:
-            self.state = "recovering"
-            self._book_failure(reason, lived_s)
-            retry_after = self.retry_after
-            self.fail_requests(lambda: engine_restarting(retry_after))
+            self._on_death(reason, lived_s)
         return _Ending("died", reason, lived_s)
 
-    def _book_failure(self, reason: str, lived_s: float) -> None:
-        """Count it, and say so before anyone who was served by it can ask again."""
+    def _on_death(self, reason: str, lived_s: float) -> None:
+        """What it held goes on in its successor, but for the one that killed it, if that is known."""
+        self.state = "recovering"
         self._failures = self._policy.failures_after(self._failures, lived_s)
-        delay_s = self._policy.delay_before(self._failures)
-        self._retry_in_s = delay_s or 0.0
-        if self.loaded is not None and delay_s is not None:
-            self._on_event(GroupDied(reason, delay_s))
+        cause = suspicion.book_death(self._in_engine.values(), was_stable=self._policy.is_stable(lived_s))
+        for sequence in self._in_engine.values():
+            self._set_aside(sequence)
+        self._in_engine.clear()
+        if cause is not None:
+            del self._waiting[cause.number]
+            self._failures = 1  # this death is explained, and its reason is gone
+        self._announce_death(reason)
+        if cause is not None:
+            logger.error("a request kills its engine and is given up model=%s reason=%s", self.config.model_id, reason)
+            cause.generation.fail(engine_fault(reason), failed=cause)
+
+    def _announce_death(self, reason: str) -> None:
+        """Say so, unless there is no next attempt: then the end of the group is all there is to say."""
+        self._retry_in_s = self._policy.delay_before(self._failures)
+        if self._retry_in_s is not None:
+            self._on_event(GroupDied(reason, self._retry_in_s))
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         """A bug in the loop above must show as a failed model, not as one that hangs for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("engine group broke model=%s", self.config.model_id, exc_info=error)
-            self.fail_requests(engine_stopped)
             self._give_up("internal", f"{type(error).__name__}: {error}")
 
     def _give_up(self, kind: str, reason: str) -> None:
         self.state = "failed"
         logger.error("engine group failed model=%s kind=%s reason=%s", self.config.model_id, kind, reason)
         self._on_event(GroupFailed(kind, reason))
+        self.fail_requests(lambda: engine_lost(reason, self.retry_after))
 
     def _on_progress(self, progress: LoadProgress) -> None:
         self._on_event(GroupLoading(progress))
@@ -244,32 +269,70 @@ class EngineGroup:
 
     def _on_step(self, step: StepOutput) -> None:
         self.stats = step.stats
-        live = self._live
+        in_engine = self._in_engine
         for update in step.updates:
-            sequence = live.get(update.request_id)
+            sequence = in_engine.get(update.request_id)
             if sequence is not None:
                 self._dispatch(sequence, update)
         for failure in step.failures:
-            sequence = live.pop(failure.request_id, None)
+            sequence = in_engine.pop(failure.request_id, None)
             if sequence is not None:
                 logger.warning(
                     "sequence failed model=%s kind=%s message=%s", self.config.model_id, failure.kind, failure.message
                 )
                 sequence.generation.fail(sequence_error(failure), failed=sequence)
+        if self._waiting:
+            self._release()
 
     def _dispatch(self, sequence: LiveSequence, update: SequenceUpdate) -> None:
         if update.finish is not None:
-            del self._live[update.request_id]
-        sequence.generation.push(sequence, update)
+            del self._in_engine[update.request_id]
+        sequence.generation.push(sequence, sequence.without_repetition(update))
 
     def _forget(self, sequence: LiveSequence) -> None:
         """A request was abandoned by its reader: the engine drops it before its next step."""
-        if self._live.pop(sequence.generate.request_id, None) is None:
+        if self._waiting.pop(sequence.number, None) is None and self._in_engine.pop(sequence.request_id, None) is None:
             return
-        try:
-            self._channel_now().send(Cancel(sequence.generate.request_id))
-        except ChannelClosed:
-            return  # the engine is gone, and the sequence with it
+        if sequence.request_id:
+            self._cancel(sequence.request_id)
+        if self._waiting:
+            self._submit()
+
+    def _cancel(self, request_id: int) -> None:
+        with suppress(ChannelClosed):  # the engine is gone, and the sequence with it
+            self._channel_now().send(Cancel(request_id))
+
+    # ------------------------------------------------------------------ who is in the engine
+
+    def _submit(self) -> None:
+        """Hand the engine every sequence whose turn it is."""
+        if self.state != "loaded":
+            return
+        is_empty = not (self._in_engine or self.stats.running or self.stats.waiting)
+        for sequence in suspicion.due(self._waiting.values(), self._in_engine.values(), is_engine_empty=is_empty):
+            request_id = self._next_request_id
+            try:
+                self._channel_now().send(sequence.submission(request_id))
+            except ChannelClosed:
+                return  # its successor gets them
+            self._next_request_id += 1
+            sequence.request_id = request_id
+            self._in_engine[request_id] = sequence
+            del self._waiting[sequence.number]
+
+    def _release(self) -> None:
+        """After a step while others wait: who has passed the place of the fault makes room for the next suspect."""
+        if any(map(suspicion.is_suspect, self._waiting.values())):
+            for sequence in list(self._in_engine.values()):
+                if not suspicion.is_suspect(sequence):
+                    del self._in_engine[sequence.request_id]
+                    self._cancel(sequence.request_id)
+                    self._set_aside(sequence)
+        self._submit()
+
+    def _set_aside(self, sequence: LiveSequence) -> None:
+        sequence.request_id = 0
+        self._waiting[sequence.number] = sequence
 
     def _channel_now(self) -> EngineChannel:
         if self.state != "loaded" or self._incarnation is None:

@@ -17,12 +17,33 @@ class EngineLoadError(Exception):
 
 
 def engine_restarting(retry_after: int) -> ApiError:
-    """The group that held the request is gone; its successor is being built."""
+    """There is no engine, and none will come that could serve the request here."""
     return ApiError(
         "overloaded",
-        "The engine that was working on this request stopped and is being restarted. Please retry.",
+        "The engine of this model is not running on this neuron. Please retry.",
         code="engine_restarting",
         retry_after=retry_after,
+    )
+
+
+def engine_lost(reason: str, retry_after: int) -> ApiError:
+    """The engine that held the request died and could not be rebuilt. Another neuron may serve it: gateways know the
+    code as a reason to look for one."""
+    return ApiError(
+        "overloaded",
+        f"The engine that was working on this request died and could not be rebuilt: {reason}",
+        code="engine_restarting",
+        retry_after=retry_after,
+    )
+
+
+def engine_fault(reason: str) -> ApiError:
+    """The request is the cause: the engine died whenever it held it, the last time it held nothing else. It would do
+    the same elsewhere, so nobody is asked to retry."""
+    return ApiError(
+        "internal",
+        f"The engine died repeatedly while it worked on this request, at last on this request alone: {reason}",
+        code="engine_fault",
     )
 
 

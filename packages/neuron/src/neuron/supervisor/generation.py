@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+import msgspec
 from cortex_core.errors import ApiError
 
 from neuron.protocol import Generate, SequenceUpdate
@@ -16,15 +17,58 @@ Update = tuple[int, SequenceUpdate]
 
 
 class LiveSequence:
-    """What is known of one sequence in flight: with `output_ids` it could be resumed in another engine."""
+    """One sequence in flight, with all that another engine needs to go on where this one stops.
 
-    __slots__ = ("choice", "generate", "generation", "output_ids")
+    number: place in the order of arrival. request_id: of its present submission, which each engine gets anew so that
+    no frame of an earlier one can be taken for it; 0 while it is in no engine. output_ids: what was delivered here.
+    num_faults, num_output_at_fault: see `suspicion`.
+    """
 
-    def __init__(self, choice: int, generate: Generate, generation: Generation) -> None:
+    __slots__ = (
+        "choice",
+        "generate",
+        "generation",
+        "has_cached_tokens",
+        "has_prompt_logprobs",
+        "num_faults",
+        "num_output_at_fault",
+        "number",
+        "output_ids",
+        "request_id",
+    )
+
+    def __init__(self, number: int, choice: int, generate: Generate, generation: Generation) -> None:
+        self.number = number
         self.choice = choice
         self.generate = generate
         self.generation = generation
+        self.request_id = 0
         self.output_ids: list[int] = []
+        self.has_cached_tokens = False
+        self.has_prompt_logprobs = False
+        self.num_faults = 0
+        self.num_output_at_fault = 0
+
+    def submission(self, request_id: int) -> Generate:
+        """The frame that starts it in an engine, or lets it go on there: nothing is asked for a second time."""
+        asked = self.generate
+        return msgspec.structs.replace(
+            asked,
+            request_id=request_id,
+            output_ids=(*asked.output_ids, *self.output_ids),
+            prompt_logprobs=asked.prompt_logprobs and not self.has_prompt_logprobs,
+        )
+
+    def without_repetition(self, update: SequenceUpdate) -> SequenceUpdate:
+        """What of an update the client has not been told by an earlier engine. Tokens never repeat; the count of
+        cached prompt tokens, told at every start, does."""
+        if update.prompt_logprobs is not None:
+            self.has_prompt_logprobs = True
+        if update.cached_tokens is not None:
+            if self.has_cached_tokens:
+                return msgspec.structs.replace(update, cached_tokens=None)
+            self.has_cached_tokens = True
+        return update
 
 
 class Generation:

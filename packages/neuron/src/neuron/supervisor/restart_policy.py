@@ -11,14 +11,21 @@ _LONGEST_DELAY_S = 30.0
 
 
 class RestartPolicy(msgspec.Struct, frozen=True):
-    """attempts: rebuilds in a row before giving up. stable_after_s: a life this long makes the next death a first."""
+    """attempts: rebuilds in a row before giving up. stable_after_s: a life this long makes the next death a first.
+
+    Finding the one request that kills its engine takes three deaths, the last of which is explained and not counted;
+    with fewer than two attempts such a request takes the model down.
+    """
 
     attempts: int = 5
     stable_after_s: float = 60.0
 
     def failures_after(self, failures: int, lived_s: float) -> int:
         """Deaths in a row, counting the one after a life of `lived_s` (0 for a rebuild that never came up)."""
-        return 1 if lived_s >= self.stable_after_s else failures + 1
+        return 1 if self.is_stable(lived_s) else failures + 1
+
+    def is_stable(self, lived_s: float) -> bool:
+        return lived_s >= self.stable_after_s
 
     def delay_before(self, failures: int) -> float | None:
         """Seconds to wait before the rebuild that follows the `failures`-th death in a row; None gives up.
