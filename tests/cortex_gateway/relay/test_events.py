@@ -95,3 +95,67 @@ def test_usage_of_both_dialects_is_found_and_text_is_not_taken_for_it() -> None:
     cached = b'{"input_tokens":5,"cache_creation_input_tokens":2,"cache_read_input_tokens":16,"output_tokens":6}'
     assert scan_usage(cached) == Usage(prompt_tokens=23, completion_tokens=6, cached_tokens=16)
     assert scan_usage(b'{"completion_tokens_details":{"reasoning_tokens":4}}') == Usage()
+
+
+# ---------------------------------------------------------------------------------------------- streams that go on
+
+HEAD = b'{"id":"chatcmpl-1","created":5,"seeds":[7]}'
+WRITES = [
+    b"data: one\n\n",
+    b"data: two\n\ndata: three\n\n",
+    b": ping\n\n",
+    b'data: {"text": ": cortex-tokens [[0,[1]]]"}\n\n',
+    b"data: : cortex-usage {}\n\n",
+    b"",
+]
+
+
+def marked(writes: list[bytes]) -> bytes:
+    marks = [b"%s\n: cortex-tokens [[0,[%d]]]\n\n" % (write, index) for index, write in enumerate(writes)]
+    return b": cortex-stream " + HEAD + b"\n\n" + b"".join(marks)
+
+
+@given(st.lists(st.sampled_from(WRITES), max_size=8), st.lists(st.integers(0, 5000), max_size=20))
+def test_no_mark_is_passed_on_and_every_one_is_booked(writes: list[bytes], cuts: list[int]) -> None:
+    out, events = relay(marked(writes) + USAGE_BLOCK + OPENAI_END, cuts)
+    assert b"".join(out) == b"".join(writes) + OPENAI_END
+    assert events.head == HEAD
+    assert bytes(events.batches) == b"".join(b"[[0,[%d]]]," % index for index in range(len(writes)))
+    assert events.usage() == Usage(prompt_tokens=11, completion_tokens=7, cached_tokens=3)
+
+
+@given(
+    st.lists(st.sampled_from(WRITES), min_size=1, max_size=8),
+    st.lists(st.integers(0, 5000), max_size=20),
+    st.integers(0, 5000),
+)
+def test_wherever_a_stream_is_cut_off_what_was_sent_is_what_is_booked(
+    writes: list[bytes], cuts: list[int], end: int
+) -> None:
+    stream = marked(writes)[: len(b": cortex-stream " + HEAD) + 2 + end]
+    out, events = relay(stream, cuts)
+    num_booked = bytes(events.batches).count(b"]],")
+    sent = b"".join(out[:-1])
+    assert sent == b"".join(writes[:num_booked])
+    assert events.is_resumable
+
+
+def test_a_stream_without_a_head_cannot_be_resumed() -> None:
+    events = EventRelay()
+    events.feed(OPENAI_EVENTS[0])
+    assert not events.is_resumable
+
+
+def test_another_neuron_goes_on_behind_what_was_booked() -> None:
+    events = EventRelay()
+    first = events.feed(marked(WRITES[:1]) + b"data: two\n\nda")
+    events.rejoin()
+    assert events.is_resumable
+    second = events.feed(marked(WRITES[1:2])) + events.feed(USAGE_BLOCK + OPENAI_END) + events.flush()
+    assert first + second == b"".join(WRITES[:2]) + OPENAI_END
+
+
+def test_a_neuron_that_gives_up_says_so() -> None:
+    events = EventRelay()
+    events.feed(marked(WRITES[:2]) + b": cortex-unfinished\n\ndata: {}\n\n")
+    assert events.is_unfinished

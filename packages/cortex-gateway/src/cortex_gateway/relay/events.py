@@ -1,7 +1,7 @@
-"""Server-sent events on their way through: whole events, unchanged, minus the one block that is for the gateway.
+"""Server-sent events on their way through: whole events, unchanged, minus the comments that are for the gateway.
 
-A neuron that is told `x-cortex-hop: 1` writes `: cortex-usage {…}` as a block of its own just before a stream's
-last event, so that streams are metered whose client did not ask for usage. No client ever sees it.
+See `cortex_core.hop`: a neuron's comments say which tokens the events came from, so that another neuron can go on
+where this one was cut off, and what a stream used, so that it is metered though its client did not ask.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 import msgspec
+from cortex_core.hop import MARK_END, STREAM_MARK, TOKENS_MARK, UNFINISHED_MARK, USAGE_MARK
 
-USAGE_MARK = b": cortex-usage "
 MAX_HELD_BYTES = 2**20
-"""An event that grows beyond this is passed on in pieces: a relay must not hold what it need not."""
+"""What grows beyond this is passed on in pieces: a relay must not hold what it need not."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -33,21 +33,49 @@ class EventRelay:
     """Incremental: `feed` what was read, send what comes back. Any chunking gives the same bytes in total.
 
     An event is held until it is whole, so that a stream that breaks in the middle of one can still be ended with
-    a well-formed error event.
+    a well-formed error event. Of a stream whose writes are marked, a write is held until its mark is there; then
+    `head` is set, and `batches` is what belongs to everything that was sent, as `hop.resume_body` takes it. The last
+    write has no mark: it is held to the end of the stream.
     """
 
-    __slots__ = ("_before_last", "_held", "_last", "_usage")
+    __slots__ = ("_before_last", "_held", "_is_first", "_is_marked", "_last", "_usage", "batches", "head")
 
     def __init__(self) -> None:
+        self.head: bytes | None = None
+        self.batches = bytearray()
         self._held = b""
         self._last = b""
         self._before_last = b""
         self._usage: Usage | None = None
+        self._is_first = True
+        self._is_marked = False
+
+    def rejoin(self) -> None:
+        """Another neuron goes on: what was held of the last one's is dropped, as its tokens are not in `batches`."""
+        self._held = b""
+        self._is_first = True
+        self._is_marked = False
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether another neuron could go on from what was sent."""
+        return self._is_marked or (self._is_first and self.head is not None)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """At the end of the stream: the neuron gave up, and says that another one may go on."""
+        return self._is_marked and self._held.startswith(UNFINISHED_MARK)
 
     def feed(self, chunk: bytes) -> bytes:
         if self._held:
             chunk = self._held + chunk
             self._held = b""
+        if self._is_first:
+            chunk = self._open(chunk)
+            if self._is_first:
+                return b""
+        if self._is_marked:
+            return self._feed_marked(chunk)
         if not chunk.endswith(b"\n\n"):
             end = _end_of_last_event(chunk)
             if len(chunk) - end > MAX_HELD_BYTES:
@@ -62,8 +90,10 @@ class EventRelay:
         return chunk
 
     def flush(self) -> bytes:
-        """What a stream that ended properly still holds: a last event without its blank line."""
+        """What a stream that ended properly still holds: a last event without its blank line, or the last write."""
         held, self._held = self._held, b""
+        if self._is_marked and held:
+            self._last = held = self._lift_usage(held)
         return held
 
     def usage(self) -> Usage:
@@ -71,6 +101,53 @@ class EventRelay:
         if self._usage is not None:
             return self._usage
         return scan_usage(self._before_last + self._last)
+
+    def _open(self, chunk: bytes) -> bytes:
+        """Take the head off the first bytes, if they are one."""
+        if chunk.startswith(STREAM_MARK):
+            end = chunk.find(MARK_END)
+            if end < 0:
+                self._held = chunk
+                return b""
+            self.head = chunk[len(STREAM_MARK) : end]
+            self._is_marked = True
+            chunk = chunk[end + 2 :]
+        elif STREAM_MARK.startswith(chunk):
+            self._held = chunk
+            return b""
+        self._is_first = False
+        return chunk
+
+    def _feed_marked(self, chunk: bytes) -> bytes:
+        """Everything up to the last whole mark; what follows waits for its own."""
+        end = chunk.rfind(TOKENS_MARK)
+        stop = chunk.find(MARK_END, end + 1)
+        if end >= 0 and stop < 0:
+            end = chunk.rfind(TOKENS_MARK, 0, end)
+            stop = chunk.find(MARK_END, end + 1)
+        if end < 0:
+            if len(chunk) > MAX_HELD_BYTES:
+                self._is_marked = False  # Too much for one write: from here on it only passes.
+                return chunk
+            self._held = chunk
+            return b""
+        self._held = chunk[stop + 2 :]
+        data = self._without_marks(chunk[:end])
+        self.batches += chunk[end + len(TOKENS_MARK) : stop]
+        self.batches += b","
+        return data
+
+    def _without_marks(self, chunk: bytes) -> bytes:
+        """Several writes in one read: book their marks in order, keep their events."""
+        if TOKENS_MARK not in chunk:
+            return chunk
+        events, *marked = chunk.split(TOKENS_MARK)
+        for part in marked:
+            batch, _, rest = part.partition(MARK_END)
+            self.batches += batch
+            self.batches += b","
+            events += rest
+        return events
 
     def _lift_usage(self, chunk: bytes) -> bytes:
         start = chunk.find(USAGE_MARK)

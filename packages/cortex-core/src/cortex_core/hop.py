@@ -1,0 +1,85 @@
+"""What a gateway and a neuron say to each other beside a client's own request and answer.
+
+A gateway sends `x-cortex-hop: 1`; the neuron then writes comments into an event stream that no client ever sees:
+
+- `: cortex-stream {…}`, the first thing of a stream that can be continued elsewhere: a `StreamHead`.
+- `: cortex-tokens […]`, behind the events of each write: the `Batch` of token ids that the events came from. What
+  lies before a mark and after the mark before it belongs together: a gateway that passes on whole writes only always
+  knows which tokens its client has seen the text of.
+- `: cortex-usage {…}`, just before the last event. The last write has no tokens behind it.
+- `: cortex-unfinished`, before an error that is no fault of the request: another neuron may go on.
+
+When a neuron dies in the middle, the gateway sends the client's request to another one with `x-cortex-resume: N`: the
+first N bytes of the body are a `ResumeState`, the rest is the request as it came. That neuron renders the prompt,
+takes the ids as generated, rebuilds from the batches what the client has seen, and goes on behind it. Noise is a
+function of (seed, position), so the answer is the one that the first neuron would have given.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+RESOLVED_MODEL_HEADER = "x-cortex-resolved-model"
+HOP_HEADER = "x-cortex-hop"
+RESUME_HEADER = "x-cortex-resume"
+
+STREAM_MARK = b": cortex-stream "
+# The line feed before it cannot stand in an event's data, so a model that writes the mark is not mistaken for it.
+TOKENS_MARK = b"\n: cortex-tokens "
+USAGE_MARK = b": cortex-usage "
+UNFINISHED_MARK = b": cortex-unfinished"
+MARK_END = b"\n\n"
+
+
+class StreamHead(msgspec.Struct, frozen=True):
+    """What a continued stream keeps: its id, its time (Unix seconds) and the seed of each choice."""
+
+    id: str
+    created: int
+    seeds: tuple[int, ...]
+
+
+class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
+    """New output ids of one choice; finish is the engine's reason, cached_tokens comes with the first batch."""
+
+    choice: int
+    token_ids: list[int]
+    finish: str | None = None
+    cached_tokens: int | None = None
+
+
+Batch = list[ChoiceTokens]
+
+
+class ResumeState(msgspec.Struct, frozen=True):
+    head: StreamHead
+    batches: tuple[Batch, ...]
+
+
+_encode = msgspec.json.Encoder().encode
+_state_decoder = msgspec.json.Decoder(ResumeState)
+
+
+def stream_comment(head: StreamHead) -> bytes:
+    return STREAM_MARK + _encode(head) + MARK_END
+
+
+def tokens_comment(batch: Batch) -> bytes:
+    return TOKENS_MARK + _encode(batch) + MARK_END
+
+
+def resume_body(head: bytes, batches: bytes, request: bytes) -> tuple[bytes, str]:
+    """The body that continues a stream, and its header value. `batches`: their JSON texts, each with a comma behind."""
+    state = b'{"head":%s,"batches":[%s]}' % (head, batches[:-1])
+    return state + request, str(len(state))
+
+
+def split_resume(header: bytes, body: bytes) -> tuple[ResumeState, bytes]:
+    """The state and the client's own body. Raises `ValueError`."""
+    if not header.isdigit() or int(header) > len(body):
+        raise ValueError(f"the header says {header[:20]!r} of {len(body)} bytes")
+    length = int(header)
+    try:
+        return _state_decoder.decode(body[:length]), body[length:]
+    except msgspec.MsgspecError as exc:
+        raise ValueError(str(exc)) from exc
