@@ -1,4 +1,4 @@
-"""The lifecycle as a table, and what holds whatever happens."""
+"""The lifecycle as a table. What holds whatever happens is in `test_accounting.py`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress, ModelSpec
-from hypothesis import given
-from hypothesis import strategies as st
 from neuron.lifecycle import machine
 from neuron.lifecycle.machine import (
     ABSENT,
     AnswerLoads,
     AnswerUnloads,
+    Disown,
     Drain,
     Drained,
     DrainTimedOut,
@@ -29,6 +28,7 @@ from neuron.lifecycle.machine import (
     ModelState,
     OpenAdmission,
     Progressed,
+    Remember,
     RetryDue,
     RetryLater,
     StartEngine,
@@ -64,7 +64,7 @@ def test_the_way_up() -> None:
     state, effects = run(LOAD, Fetched(FOLDER))
     assert state.phase == "loading" and effects == [StartEngine(FOLDER)]
     state, effects = run(*UP)
-    assert state.phase == "loaded" and effects == [OpenAdmission(), AnswerLoads()]
+    assert state.phase == "loaded" and effects == [Remember(), OpenAdmission(), AnswerLoads()]
 
 
 def test_progress_is_visible_while_it_moves() -> None:
@@ -108,16 +108,17 @@ def test_a_failed_load_says_why_and_can_be_tried_again() -> None:
 def test_an_engine_that_dies_recovers_or_is_given_up() -> None:
     state, effects = run(*UP, EngineDied("killed"))
     assert state.phase == "recovering" and state.error == "killed" and effects == []
-    assert run(*UP, EngineDied("killed"), EngineUp())[0] == ModelState("loaded", SPEC)
+    state, effects = run(*UP, EngineDied("killed"), EngineUp())
+    assert state == ModelState("loaded", SPEC) and Remember() not in effects
     assert run(*UP, EngineDied("killed"), EngineFailed(BROKEN))[0].phase == "failed"
 
 
 def test_unloading_waits_for_requests_and_then_stops() -> None:
     state, effects = run(*UP, UNLOAD)
     assert state.phase == "unloading" and effects == [Drain()]
-    assert run(*UP, UNLOAD, Drained())[1] == [Stop()]
+    assert run(*UP, UNLOAD, Drained())[1][-1] == Stop()
     state, effects = run(*UP, UNLOAD, Drained(), Stopped())
-    assert state == ABSENT and effects == [AnswerUnloads(), Forget()]
+    assert state == ABSENT and effects == [AnswerUnloads(), Disown(), Forget()]
 
 
 def test_an_unload_that_would_cut_requests_is_refused() -> None:
@@ -129,12 +130,57 @@ def test_an_unload_that_would_cut_requests_is_refused() -> None:
     assert refusal.error.status == 409 and "inference still in flight (3 requests)" in refusal.error.message
 
 
-@pytest.mark.parametrize("way", [(LOAD,), (LOAD, Fetched(FOLDER)), (*UP, EngineDied("x"))])
-def test_what_is_not_serving_is_unloaded_at_once(way: tuple[Event, ...]) -> None:
+@pytest.mark.parametrize("way", [(LOAD,), (LOAD, Fetched(FOLDER))])
+def test_an_unload_calls_a_load_off(way: tuple[Event, ...]) -> None:
     state, effects = run(*way, UNLOAD)
     assert state.phase == "unloading" and effects[-1] == Stop()
     answer = effects[0]
     assert isinstance(answer, AnswerLoads) and answer.error is not None and answer.error.code == "load_cancelled"
+
+
+def test_an_unload_during_a_recovery_waits_for_the_requests_that_will_go_on() -> None:
+    state, effects = run(*UP, EngineDied("killed"), UNLOAD)
+    assert state.phase == "unloading" and effects == [Drain()]
+    assert run(*UP, EngineDied("killed"), UNLOAD, EngineUp(), Drained())[1][-1] == Stop()
+    state, effects = run(*UP, EngineDied("killed"), UNLOAD, DrainTimedOut(1))
+    assert state.phase == "recovering" and state.error == "killed"
+    assert AnswerLoads() not in effects, "it is not loaded yet"
+    state, effects = run(*UP, EngineDied("killed"), UNLOAD, EngineUp(), DrainTimedOut(1))
+    assert state == ModelState("loaded", SPEC) and AnswerLoads() in effects
+
+
+def test_an_engine_that_dies_while_its_model_waits_to_unload() -> None:
+    state, _ = run(*UP, UNLOAD, EngineDied("killed"))
+    assert state.phase == "unloading"
+    assert run(*UP, UNLOAD, EngineDied("killed"), DrainTimedOut(1))[0].phase == "recovering"
+    assert run(*UP, UNLOAD, EngineFailed(BROKEN))[1][-1] == Stop(), "no request is left to wait for"
+
+
+def test_the_last_of_two_orders_counts() -> None:
+    state, effects = run(*UP, UNLOAD, LOAD, UNLOAD)
+    assert state.phase == "unloading" and state.next_spec is None
+    (answer,) = effects
+    assert isinstance(answer, AnswerLoads) and answer.error is not None and answer.error.code == "load_cancelled"
+    assert run(*UP, UNLOAD, LOAD, UNLOAD, Drained(), Stopped())[0] == ABSENT
+    assert run(*UP, UNLOAD, LOAD, UNLOAD, LOAD, Drained(), Stopped())[0].phase == "fetching"
+
+
+def test_a_fetch_that_gets_on_between_failures_is_not_given_up() -> None:
+    way: tuple[Event, ...] = (LOAD,)
+    for part in range(1, 9):
+        way = (*way, Progressed(LoadProgress("fetching", part, 10)), FetchFailed(OFFLINE))
+        assert run(*way)[1] == [RetryLater(machine.FETCH_RETRY_DELAYS_S[0])]
+        way = (*way, RetryDue())
+    for _ in range(len(machine.FETCH_RETRY_DELAYS_S) - 1):
+        way = (*way, FetchFailed(OFFLINE), RetryDue())
+    assert run(*way, FetchFailed(OFFLINE))[0].phase == "failed"
+
+
+def test_only_an_unload_takes_a_model_off_the_list_of_what_is_served() -> None:
+    assert Disown() in run(*UP, EngineFailed(BROKEN), UNLOAD, Stopped())[1]
+    for way in ((LOAD, FetchFailed(REFUSED)), (*UP, EngineDied("x"), EngineFailed(BROKEN)), (UNLOAD,)):
+        assert Disown() not in run(*way)[1]
+    assert Disown() not in run(*UP, UNLOAD, LOAD, Drained(), Stopped())[1]
 
 
 def test_a_load_during_an_unload_begins_when_that_is_done() -> None:
@@ -148,50 +194,3 @@ def test_unloading_what_is_not_here_is_answered() -> None:
     state, effects = run(UNLOAD)
     assert state == ABSENT and isinstance(effects[0], AnswerUnloads)
     assert effects[0].error is not None and effects[0].error.status == 404
-
-
-EVENTS = st.sampled_from(
-    [
-        LOAD,
-        UNLOAD,
-        Progressed(LoadProgress("weights", 1, 2)),
-        Fetched(FOLDER),
-        FetchFailed(REFUSED),
-        FetchFailed(OFFLINE),
-        RetryDue(),
-        EngineUp(),
-        EngineDied("x"),
-        EngineFailed(BROKEN),
-        Drained(),
-        DrainTimedOut(1),
-        Stopped(),
-    ]
-)
-
-
-@given(st.lists(EVENTS, max_size=40))
-def test_whoever_asks_is_answered_and_no_engine_outlives_its_model(events: list[Event]) -> None:
-    state = ABSENT
-    loads_waiting = unloads_waiting = False
-    engine = False
-    for event in events:
-        loads_waiting |= event == LOAD
-        unloads_waiting |= event == UNLOAD
-        state, effects = decide(state, event)
-        for effect in effects:
-            if isinstance(effect, AnswerLoads):
-                loads_waiting = False
-            elif isinstance(effect, AnswerUnloads):
-                unloads_waiting = False
-            elif isinstance(effect, StartEngine):
-                engine = True
-            elif isinstance(effect, Stop):
-                engine = False
-            elif isinstance(effect, Forget):
-                assert not engine or state != ABSENT
-    if loads_waiting:
-        assert state.phase in ("fetching", "loading", "recovering") or state.next_spec is not None
-    if unloads_waiting:
-        assert state.phase == "unloading"
-    if state == ABSENT:
-        assert not engine

@@ -87,8 +87,9 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kv_cache_mb sizes the KV cache of a device, kv_cache_tokens that of a CPU; None lets the engine decide.
     num_threads: torch threads on a CPU. start_timeout_s: from spawn to the engine's first frame.
-    load_stall_timeout_s: the longest silence while loading. recovery_attempts: rebuilds in a row before a model
-    counts as failed; a group that has lived for stable_after_s starts counting anew.
+    load_stall_timeout_s: the longest silence while loading. load_deadline_s, load_min_mb_per_s: a load may take that
+    long in all, and its weights at that rate on top (MiB/s, below any disk worth using). recovery_attempts: rebuilds
+    in a row before a model counts as failed; a group that has lived for stable_after_s starts counting anew.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -101,6 +102,8 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_threads: Positive | None = None
     start_timeout_s: Seconds = 180.0
     load_stall_timeout_s: Seconds = 600.0
+    load_deadline_s: Seconds = 300.0
+    load_min_mb_per_s: Annotated[float, msgspec.Meta(gt=0)] = 50.0
     stop_grace_s: Seconds = 10.0
     recovery_attempts: Count = 5
     stable_after_s: Seconds = 60.0
@@ -124,10 +127,13 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """state_dir: where the list of served models is kept; None decides by the environment, empty keeps none."""
+
     host: str = "0.0.0.0"  # noqa: S104  (a daemon of a private network, as in the reference)
     port: Port = 13131
     harnesses: tuple[HarnessEntry, ...] = (HarnessEntry(HARNESS),)
     default_models: tuple[ModelSpec, ...] = ()
+    state_dir: str | None = None
     harness: HarnessConfig = HarnessConfig()
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()

@@ -16,11 +16,12 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 from cortex_core.errors import ApiError
+from cortex_core.fleet import ModelSpec
 
 from neuron.api.app import NeuronApp
 from neuron.api.metrics import Metrics
@@ -32,6 +33,7 @@ from neuron.lifecycle.activation import Activator
 from neuron.lifecycle.manager import ModelManager
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
+from neuron.lifecycle.state_file import ServedModels
 from neuron.supervisor.incarnation import WorkerCommand, worker_command
 
 logger = logging.getLogger(__name__)
@@ -52,22 +54,30 @@ class Daemon:
         build = read_build_info()
         hardware = HardwareMonitor(harnesses=(HARNESS,) if config.has_engine else ())
         discovery = hardware.discovery
+        sources = Sources(config.harness.candle)
+        specs = config.default_models if config.has_engine else ()
+        self._served = ServedModels(
+            state_path(config) if config.has_engine else None,
+            id_of=sources.public_id,
+            configured=_ids_of(specs, sources),
+            stable_s=config.engine.stable_after_s,
+        )
         manager = ModelManager(
             config,
-            Sources(config.harness.candle),
+            sources,
             runtime_dir=self._runtime_dir,
             devices=discovery.devices,
             cuda_unavailable_reason=discovery.cuda_unavailable_reason,
             command=command,
+            served=self._served,
             on_loaded=self._on_loaded,
         )
         metrics = Metrics(build=build, models=manager.all, reading=lambda: hardware.reading)
-        specs = config.default_models if config.has_engine else ()
         self.services = Services(
             config=config,
             manager=manager,
             hardware=hardware,
-            activator=Activator(specs, manager.load),
+            activator=Activator(specs, lambda spec: self._served.load(spec, manager.load)),
             metrics=metrics,
             build=build,
         )
@@ -94,6 +104,10 @@ class Daemon:
         for key in without_effect(self._config):
             logger.warning("configuration key without effect here: %s", key)
         services.hardware.start()
+        restored = self._served.open()
+        if restored:
+            logger.info("served before the last end: %s", ", ".join(spec.model_id for spec in restored))
+        services.activator.add(restored)
         activation = asyncio.create_task(services.activator.run(), name="activation")
         activation.add_done_callback(_log_crash)
         http_stop = asyncio.Event()
@@ -113,6 +127,7 @@ class Daemon:
             stop.cancel()
             activation.cancel()
             await services.manager.shutdown(timeout_s=UNLOAD_TIMEOUT_S)
+            await self._served.close()
             services.hardware.stop()
             services.text_pool.shutdown(wait=False, cancel_futures=True)
             shutil.rmtree(self._runtime_dir, ignore_errors=True)
@@ -206,6 +221,32 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def state_path(config: NeuronConfig) -> Path | None:
+    """The file with the list of served models, one for each port that may be asked for; None where none is kept.
+
+    In the configured folder, else systemd's state folder, else the user's. A neuron on a port that the kernel picks
+    has no identity to come back under: it keeps a list only in a folder that was named.
+    """
+    folder = config.state_dir
+    if folder is None:
+        if config.port == 0:
+            return None
+        folder = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+        if not folder:
+            state_home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+            folder = f"{state_home}/neuron"
+    return Path(folder).expanduser() / f"served-{config.port}.json" if folder else None
+
+
+def _ids_of(specs: Iterable[ModelSpec], sources: Sources) -> list[str]:
+    """Ids that the specs are served under; what is no id is reported when it is to be loaded."""
+    ids = []
+    for spec in specs:
+        with contextlib.suppress(ApiError):
+            ids.append(sources.public_id(spec.model_id))
+    return ids
 
 
 def _make_runtime_dir() -> Path:

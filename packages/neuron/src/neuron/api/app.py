@@ -111,6 +111,7 @@ def _routes(services: Services) -> Iterator[Route]:
     yield _route("POST", "/models/pin", control.pin)
     yield _route("GET", "/models/{model_id:path}/endpoint", control.endpoint)
     yield _route("GET", "/models/{model_id:path}/capabilities", control.capabilities)
+    yield _route("GET", "/models/{model_id:path}/progress", control.progress)
     yield _route("GET", "/v1/models", control.openai_models)
     yield _route("GET", "/v1/models/{model_id:path}", control.openai_model)
     yield _route("GET", "/models/{model_id:path}", control.openai_model)

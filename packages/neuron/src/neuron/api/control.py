@@ -5,13 +5,15 @@ All but load and unload answer from memory, whatever the engines are doing (F22)
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TypeVar
 
 import msgspec
+from cortex_core.dialects.errors import error_body
 from cortex_core.dialects.models import ModelEntry, model_body, models_body, parse_page
 from cortex_core.errors import ApiError, invalid, model_not_found
-from cortex_core.fleet import HealthResponse, ModelSpec, PinRequest, UnloadRequest
+from cortex_core.fleet import HealthResponse, ModelInfo, ModelSpec, PinRequest, UnloadRequest
 
 from neuron.api.exchange import Exchange
 from neuron.api.inference import no_engine
@@ -21,6 +23,8 @@ from neuron.config import HARNESS
 from neuron.lifecycle.served_model import ServedModel
 
 T = TypeVar("T")
+
+_encode = msgspec.json.Encoder().encode
 
 _UNLISTED = ("failed", "unloading")
 
@@ -70,8 +74,56 @@ class Control:
         if spec.harness != HARNESS:
             raise invalid(f"harness: there is no harness `{spec.harness}`, only `{HARNESS}`", param="harness")
         async with exchange.watched():
-            await self._services.manager.load(spec)
-            await exchange.respond_json({"status": "loaded"})
+            if b"text/event-stream" in (exchange.header(b"accept") or b""):
+                await self._follow_load(exchange, spec)
+            else:
+                await self._services.manager.load(spec)
+                await exchange.respond_json({"status": "loaded"})
+
+    async def _follow_load(self, exchange: Exchange, spec: ModelSpec) -> None:
+        """Load with progress as events: `progress` whenever it moved, then `done` or `error`.
+
+        A client that leaves does not end the load.
+        """
+        manager = self._services.manager
+        loading = asyncio.create_task(manager.load(spec))
+        loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if the client leaves first
+        try:
+            await asyncio.sleep(0)  # it is refused, answered or under way now
+            model = manager.find(spec.model_id)
+            if model is not None and not loading.done():
+                await self._send_progress(exchange, model.id)
+            await loading
+            await _send_last(exchange, "done", _encode({"status": "loaded"}))
+        except ApiError as exc:
+            if not exchange.has_started:
+                raise
+            await _send_last(exchange, "error", error_body(exc, exchange.dialect, exchange.request_id))
+        finally:
+            loading.cancel()  # only the wait: the load goes on
+
+    async def progress(self, exchange: Exchange) -> None:
+        """`GET /models/{id}/progress`: `progress` events of a model that comes or goes, then `done` with its status."""
+        model = self._known(exchange)
+        async with exchange.watched():
+            last = await self._send_progress(exchange, model.id)
+            status = "absent" if last is None else last.status
+            error = None if last is None else last.error
+            await _send_last(exchange, "done", _encode({"status": status, "error": error}))
+
+    async def _send_progress(self, exchange: Exchange, model_id: str) -> ModelInfo | None:
+        """Events until the model has arrived, failed or gone; what it was at the end, None if it has gone."""
+        last: ModelInfo | None = None
+        await exchange.start_stream()
+        beat_s = self._services.config.server.ping_interval_s
+        async for info in self._services.manager.follow(model_id, beat_s=beat_s):
+            if info is None:
+                await exchange.send_chunk(b": ping\n\n")
+                continue
+            last = info
+            body = {"status": info.status, "error": info.error, "progress": info.progress}
+            await exchange.send_chunk(b"event: progress\ndata: " + _encode(body) + b"\n\n")
+        return None if self._services.manager.find(model_id) is None else last
 
     async def unload(self, exchange: Exchange) -> None:
         request = _decode(await exchange.read_body(), UnloadRequest)
@@ -107,6 +159,12 @@ class Control:
 
     def _known(self, exchange: Exchange) -> ServedModel:
         return self._services.manager.get(str(exchange.params["model_id"]))
+
+
+async def _send_last(exchange: Exchange, name: str, data: bytes) -> None:
+    if not exchange.has_started:
+        await exchange.start_stream()
+    await exchange.end_stream(b"event: " + name.encode() + b"\ndata: " + data + b"\n\n")
 
 
 def _entry(model: ServedModel) -> ModelEntry:

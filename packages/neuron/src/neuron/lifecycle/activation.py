@@ -1,4 +1,7 @@
-"""`default_models`: loaded one after the other in the background once the daemon listens, visible on `/health`."""
+"""Loads at start: `default_models`, then what was served when the daemon last ended.
+
+One after the other, in the background, once the daemon listens; visible on `/health`.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,11 @@ class Activator:
             completed=tuple(self._completed),
             failed=tuple(self._failed),
         )
+
+    def add(self, specs: Sequence[ModelSpec]) -> None:
+        """More to load; before `run`."""
+        self._pending += specs
+        self._is_ready = not self._pending
 
     async def run(self) -> None:
         delays = iter(self._retry_delays_s)

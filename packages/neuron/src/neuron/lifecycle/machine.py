@@ -1,6 +1,9 @@
 """The life of one model on this neuron, as a pure function: `decide(state, event) -> (state, effects)`.
 
 absent → fetching → loading → loaded → recovering → loaded | failed, and from anywhere → unloading → absent.
+An unload never cuts requests: it waits for those in flight, also while their engine is being rebuilt, and is refused
+if they take too long; a load that is under way it calls off at once. The last of two orders given while a model
+unloads is the one that counts.
 Nothing in here does I/O or looks at a clock; `manager` carries out the effects and feeds back what came of them.
 Loads and unloads join those in progress: whoever asks is answered by the next `AnswerLoads` / `AnswerUnloads`.
 """
@@ -18,9 +21,11 @@ Phase = Literal["absent", "fetching", "loading", "loaded", "recovering", "failed
 
 
 class ModelState(msgspec.Struct, frozen=True):
-    """progress: while fetching, loading or recovering. error: why it failed or recovers. fetch_failures: in a row.
+    """progress: while fetching, loading or recovering. error: why it failed or recovers.
 
-    next_spec: a load was asked for while unloading; it begins when that is done.
+    fetch_failures: in a row, without a byte fetched between them; failed_at: bytes there were at the last one.
+    draining: while unloading waits for requests, what the engine is meanwhile, and the model becomes again if they do
+    not end in time. next_spec: a load was asked for while unloading; it begins when that is done.
     """
 
     phase: Phase = "absent"
@@ -28,7 +33,8 @@ class ModelState(msgspec.Struct, frozen=True):
     progress: LoadProgress | None = None
     error: str | None = None
     fetch_failures: int = 0
-    is_draining: bool = False
+    failed_at: int = 0
+    draining: Literal["loaded", "recovering"] | None = None
     next_spec: ModelSpec | None = None
 
 
@@ -143,11 +149,31 @@ class AnswerUnloads(msgspec.Struct, frozen=True):
     error: ApiError | None = None
 
 
+class Remember(msgspec.Struct, frozen=True):
+    """The model is served from now on: a daemon that dies loads it again when it is back."""
+
+
+class Disown(msgspec.Struct, frozen=True):
+    """It was unloaded on request: a daemon that dies now does not bring it back."""
+
+
 class Forget(msgspec.Struct, frozen=True):
-    """The model is absent: nothing of it is kept."""
+    """The model is absent: nothing of it is kept in memory."""
 
 
-Effect = StartFetch | RetryLater | StartEngine | OpenAdmission | Drain | Stop | AnswerLoads | AnswerUnloads | Forget
+Effect = (
+    StartFetch
+    | RetryLater
+    | StartEngine
+    | OpenAdmission
+    | Drain
+    | Stop
+    | AnswerLoads
+    | AnswerUnloads
+    | Remember
+    | Disown
+    | Forget
+)
 
 FETCH_RETRY_DELAYS_S = (1.0, 4.0)
 
@@ -189,24 +215,36 @@ def _unload(state: ModelState) -> Decision:
     if state.phase == "absent":
         return state, (AnswerUnloads(_not_here()), Forget())
     if state.phase == "unloading":
-        return state, ()
-    if state.phase == "loaded":
-        return msgspec.structs.replace(state, phase="unloading", is_draining=True), (Drain(),)
+        if state.next_spec is None:
+            return state, ()
+        return msgspec.structs.replace(state, next_spec=None), (AnswerLoads(_called_off()),)
+    if state.phase in ("loaded", "recovering"):
+        draining = msgspec.structs.replace(state, phase="unloading", draining=state.phase)
+        return draining, (Drain(),)
     unloading = ModelState("unloading", state.spec, error=state.error)
     return unloading, (AnswerLoads(_called_off()), Stop())
 
 
 def _unloading(state: ModelState, event: Event) -> Decision:
-    if isinstance(event, Drained) and state.is_draining:
-        return msgspec.structs.replace(state, is_draining=False), (Stop(),)
-    if isinstance(event, DrainTimedOut) and state.is_draining:
-        loaded = ModelState("loaded", state.spec)
-        return loaded, (OpenAdmission(), AnswerUnloads(_busy(event.num_in_flight)), AnswerLoads())
     if isinstance(event, Stopped):
         if state.next_spec is not None:
             begun, effects = _begin(state.next_spec)
             return begun, (AnswerUnloads(), *effects)
-        return ABSENT, (AnswerUnloads(), Forget())
+        return ABSENT, (AnswerUnloads(), Disown(), Forget())
+    if state.draining is None:
+        return state, ()
+    if isinstance(event, Drained | EngineFailed):  # an engine that was given up has no requests left to wait for
+        stopping = msgspec.structs.replace(state, draining=None)
+        return stopping, (Stop(),) if state.next_spec is not None else (AnswerLoads(_called_off()), Stop())
+    if isinstance(event, DrainTimedOut):
+        answers: tuple[Effect, ...] = (OpenAdmission(), AnswerUnloads(_busy(event.num_in_flight)))
+        if state.draining == "loaded":
+            return ModelState("loaded", state.spec), (*answers, AnswerLoads())
+        return ModelState("recovering", state.spec, state.progress, state.error), answers
+    if isinstance(event, EngineDied):
+        return msgspec.structs.replace(state, draining="recovering", error=event.reason), ()
+    if isinstance(event, EngineUp):
+        return msgspec.structs.replace(state, draining="loaded", error=None, progress=None), ()
     return state, ()
 
 
@@ -217,21 +255,28 @@ def _fetching(state: ModelState, event: Event) -> Decision:
     if isinstance(event, RetryDue):
         return state, (StartFetch(state.spec),)
     if isinstance(event, FetchFailed):
-        error = event.error
-        if not error.is_retryable:
-            # What was refused never was a model here: it leaves no trace but the answer.
-            return ABSENT, (AnswerLoads(error), Forget())
-        if state.fetch_failures < len(FETCH_RETRY_DELAYS_S):
-            delay_s = FETCH_RETRY_DELAYS_S[state.fetch_failures]
-            waiting = msgspec.structs.replace(state, error=error.message, fetch_failures=state.fetch_failures + 1)
-            return waiting, (RetryLater(delay_s),)
-        return ModelState("failed", state.spec, error=error.message), (AnswerLoads(error),)
+        return _fetch_failed(state, state.spec, event.error)
     return state, ()
+
+
+def _fetch_failed(state: ModelState, spec: ModelSpec, error: ApiError) -> Decision:
+    if not error.is_retryable:
+        # What was refused never was a model here: it leaves no trace but the answer.
+        return ABSENT, (AnswerLoads(error), Forget())
+    num_bytes = state.progress.bytes_done if state.progress is not None else 0
+    failures = state.fetch_failures if num_bytes <= state.failed_at else 0
+    if failures < len(FETCH_RETRY_DELAYS_S):
+        waiting = msgspec.structs.replace(
+            state, error=error.message, fetch_failures=failures + 1, failed_at=max(num_bytes, state.failed_at)
+        )
+        return waiting, (RetryLater(FETCH_RETRY_DELAYS_S[failures]),)
+    return ModelState("failed", spec, error=error.message), (AnswerLoads(error),)
 
 
 def _with_engine(state: ModelState, event: Event) -> Decision:
     if isinstance(event, EngineUp):
-        return ModelState("loaded", state.spec), (OpenAdmission(), AnswerLoads())
+        remember = (Remember(),) if state.phase == "loading" else ()
+        return ModelState("loaded", state.spec), (*remember, OpenAdmission(), AnswerLoads())
     if isinstance(event, EngineDied):
         recovering = ModelState("recovering", state.spec, LoadProgress("starting"), error=event.reason)
         return recovering, ()

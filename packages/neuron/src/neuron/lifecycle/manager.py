@@ -6,21 +6,26 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from cortex_core.errors import ApiError, model_not_found
 from cortex_core.fleet import DeviceInfo, LoadProgress, ModelInfo, ModelLoad, ModelSpec
 
 from neuron.config import NeuronConfig
 from neuron.lifecycle import machine
 from neuron.lifecycle.admission import Admission
+from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 from neuron.lifecycle.preflight import check_spec, refusal
+from neuron.lifecycle.progress import ProgressClock, Watchers, load_deadline_s
 from neuron.lifecycle.registry import FetchCancelled
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
+from neuron.lifecycle.state_file import ServedModels
 from neuron.protocol import EngineConfig
 from neuron.protocol import LoadProgress as EngineProgress
 from neuron.supervisor.engine_group import (
@@ -44,7 +49,8 @@ class ModelManager:
     """Loads, serves and unloads models.
 
     runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
-    the argument list of a worker process. on_loaded is called once per load (not per recovery).
+    the argument list of a worker process. served: the list of what is served, on disk. on_loaded is called once per
+    load (not per recovery).
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class ModelManager:
         devices: tuple[DeviceInfo, ...] = (),
         cuda_unavailable_reason: str | None = None,
         command: WorkerCommand = worker_command,
+        served: ServedModels | None = None,
         on_loaded: Callable[[ServedModel], None] = lambda model: None,
     ) -> None:
         engine = config.engine
@@ -64,6 +71,9 @@ class ModelManager:
         self._devices = devices
         self._cuda_unavailable_reason = cuda_unavailable_reason
         self._models: dict[str, ServedModel] = {}
+        self._clocks: defaultdict[str, ProgressClock] = defaultdict(ProgressClock)
+        self._watchers: defaultdict[str, Watchers] = defaultdict(Watchers)
+        self._served = served or ServedModels(None, id_of=sources.public_id)
         self._on_loaded = on_loaded
         self._is_closing = False
         self._policy = RestartPolicy(engine.recovery_attempts, engine.stable_after_s)
@@ -127,15 +137,14 @@ class ModelManager:
             check_spec(spec, self._devices)
         if model is None:
             model = self._models[model_id] = ServedModel(model_id, self._new_admission())
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        model.load_waiters.append(answer)
-        self._post(model, machine.LoadRequested(spec))
-        await answer
+        await self._order(model, machine.LoadRequested(spec), model.load_waiters)
 
     async def unload(self, model_id: str) -> None:
         """Returns when every process of the model is gone. Raises `ApiError`: not here, or still in use."""
         model = self.find(model_id)
         if model is None:
+            self._served.remove(self._sources.public_id(model_id))  # it may be one that did not come back at start
+            await self._served.flushed()
             raise ApiError(
                 "not_found",
                 f"The model `{model_id}` is not loaded here.",
@@ -143,10 +152,35 @@ class ModelManager:
                 param="model_id",
                 extras={"model_id": model_id},
             )
+        await self._order(model, machine.UnloadRequested(), model.unload_waiters)
+
+    async def _order(self, model: ServedModel, event: machine.Event, waiters: list[asyncio.Future[None]]) -> None:
+        """Post an order and wait for its answer, which is given once it would also survive the daemon's death."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        model.unload_waiters.append(answer)
-        self._post(model, machine.UnloadRequested())
-        await answer
+        waiters.append(answer)
+        try:
+            self._post(model, event)
+            await answer
+        finally:
+            if answer in waiters:
+                waiters.remove(answer)  # whoever asked has left; what was asked for goes on
+        await self._served.flushed()
+
+    async def follow(self, model_id: str, *, beat_s: float) -> AsyncIterator[ModelInfo | None]:
+        """What `/models` says of a model, whenever it changes, until it neither comes nor goes any more.
+
+        None is a beat: nothing changed for `beat_s`. A model that is not here (any more) ends it without a word.
+        """
+        shown: object = None
+        while (model := self.find(model_id)) is not None:
+            state = model.state
+            look = (state.phase, state.progress, state.error)
+            yield None if look == shown else model.info()
+            shown = look
+            if state.phase in ("loaded", "failed"):
+                return
+            if model.state is state:  # else it changed while the reader was busy
+                await self._watchers[model.id].changed(beat_s)
 
     def close_admission(self) -> None:
         """From now on every request and load is refused with `shutting_down`; who waits in a queue is told so."""
@@ -194,6 +228,8 @@ class ModelManager:
                 model.state.phase,
                 f" reason={model.state.error}" if model.state.error else "",
             )
+        if model.state is not before and model.id in self._watchers:
+            self._watchers.pop(model.id).wake()
         for effect in effects:
             self._perform(model, effect)
 
@@ -218,8 +254,14 @@ class ModelManager:
             self._answer(model.load_waiters, effect.error)
         elif isinstance(effect, machine.AnswerUnloads):
             self._answer(model.unload_waiters, effect.error)
+        elif isinstance(effect, machine.Remember):
+            assert model.state.spec is not None
+            self._served.add(model.id, model.state.spec)
+        elif isinstance(effect, machine.Disown):
+            self._served.remove(model.id)
         else:
             self._models.pop(model.id, None)
+            self._clocks.pop(model.id, None)
 
     @staticmethod
     def _spawn(model: ServedModel, work: Coroutine[Any, Any, None]) -> None:
@@ -244,9 +286,13 @@ class ModelManager:
         loop = asyncio.get_running_loop()
         cancelled = model.fetch_cancelled = threading.Event()
 
+        def post(progress: LoadProgress) -> None:
+            if not cancelled.is_set():
+                self._progressed(model, progress)
+
         def on_progress(progress: LoadProgress) -> None:
             if not cancelled.is_set():
-                loop.call_soon_threadsafe(self._post, model, machine.Progressed(progress))
+                loop.call_soon_threadsafe(post, progress)
 
         event: machine.Event
         try:
@@ -267,13 +313,21 @@ class ModelManager:
             )
         self._post(model, event)
 
+    def _progressed(self, model: ServedModel, progress: LoadProgress) -> None:
+        self._post(model, machine.Progressed(self._clocks[model.id].feed(progress, time.monotonic())))
+
     async def _retry_later(self, model: ServedModel, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         self._post(model, machine.RetryDue())
 
     async def _start_engine(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
         try:
-            text = await run_in_daemon_thread(lambda: TextModel.load(path), name=f"tokenizer {model.id}")
+            text, weight_bytes = await run_in_daemon_thread(
+                lambda: (TextModel.load(path), check_folder(spec, path)), name=f"tokenizer {model.id}"
+            )
+        except ApiError as exc:  # the folder has changed since it was fetched
+            self._post(model, machine.EngineFailed(exc))
+            return
         except TokenizerError as exc:
             self._post(model, machine.EngineFailed(refusal("bad_checkpoint", str(exc), model_id=model.id)))
             return
@@ -285,8 +339,16 @@ class ModelManager:
         config = self._engine_config(model.id, spec, path, text)
         model.text = text
         model.devices = config.devices
+        launch = msgspec.structs.replace(
+            self._launch,
+            load_timeout_s=load_deadline_s(
+                weight_bytes,
+                floor_s=self._config.engine.load_deadline_s,
+                min_bytes_per_s=self._config.engine.load_min_mb_per_s * 2**20,
+            ),
+        )
         group = EngineGroup(
-            config, self._launch, on_event=lambda event: self._on_group_event(model, group, event), policy=self._policy
+            config, launch, on_event=lambda event: self._on_group_event(model, group, event), policy=self._policy
         )
         model.group = group
         group.start()
@@ -317,7 +379,7 @@ class ModelManager:
         if model.group is not group:
             return  # of a group that has been stopped
         if isinstance(event, GroupLoading):
-            self._post(model, machine.Progressed(_fleet_progress(event.progress)))
+            self._progressed(model, _fleet_progress(event.progress))
         elif isinstance(event, GroupLoaded):
             if model.load_seconds is None:
                 model.load_seconds = time.monotonic() - model.load_began

@@ -19,13 +19,15 @@ class ProgressClock:
     def __init__(self) -> None:
         self._began = 0.0
         self._first = LoadProgress("")
+        self._last_bytes = 0
 
     def feed(self, progress: LoadProgress, now: float) -> LoadProgress:
         """`progress` with `eta_s` where it is known. now: seconds on a monotonic clock."""
         first = self._first
-        if (progress.phase, progress.bytes_total) != (first.phase, first.bytes_total) or (
-            progress.bytes_done < first.bytes_done
-        ):
+        is_same = (progress.phase, progress.bytes_total) == (first.phase, first.bytes_total)
+        went_back = progress.bytes_done < self._last_bytes
+        self._last_bytes = progress.bytes_done
+        if not is_same or went_back:
             self._began, self._first = now, progress
             return progress
         elapsed = now - self._began
