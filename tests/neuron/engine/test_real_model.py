@@ -149,7 +149,12 @@ def test_a_large_model_prefills_in_short_steps_on_the_cpu():
 
 @pytest.mark.parametrize(
     ("fields", "kind"),
-    [({"devices": (99,)}, "device"), ({"tensor_parallel_size": 2}, "device"), ({"kv_cache_bytes": 1}, "out_of_memory")],
+    [
+        ({"devices": (99,)}, "device"),
+        ({"devices": (0,), "tensor_parallel_size": 2, "group_dir": "/nowhere"}, "device"),
+        ({"tensor_parallel_size": 2}, "unsupported_parallelism"),
+        ({"kv_cache_bytes": 1}, "out_of_memory"),
+    ],
 )
 def test_what_cannot_be_loaded_says_why(checkpoint, fields, kind):
     with pytest.raises(ModelError) as caught:

@@ -34,7 +34,7 @@ class Session:
     def __init__(self, monkeypatch, load) -> None:
         self.threads: list[str] = []
 
-        def loader(config, rank, progress):
+        def loader(config, progress):
             self.threads.append(threading.current_thread().name)
             return load(config, progress)
 

@@ -142,13 +142,14 @@ def test_only_the_device_thread_has_torch_and_stacks_can_be_asked_for(start, tin
     worker.load(tiny_checkpoint)
     names = {(task / "comm").read_text().strip() for task in Path(f"/proc/{worker.process.pid}/task").iterdir()}
     assert "cpu-dev-0" in names
+    assert worker.generate(request(0, [1], 2))[0], "the device thread has reached its loop"
     worker.process.send_signal(signal.SIGUSR1)
     missing = {"_step_until_closed", "read_frame"}
     while missing:
         line = worker.process.stderr.readline()
         assert line, f"the worker ended without naming {missing}"
         missing = {name for name in missing if name not in line}
-    assert worker.generate(request(0, [1], 2))[0], "asking for stacks does not disturb"
+    assert worker.generate(request(1, [1], 2))[1], "asking for stacks does not disturb"
 
 
 def test_a_worker_ends_when_the_daemon_is_gone(start, tiny_checkpoint):

@@ -28,8 +28,9 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     `kv_cache_tokens` (CPU). max_step_tokens is the token budget of one step; prefill chunks fill what decodes
     leave of it. tokenizer_json: the fast tokenizer's serialised form, for grammar masks. group_dir: with more than
     one rank, a private folder of this epoch where the ranks meet (rendezvous store and sockets between them).
-    shares: relative sizes of the ranks' parts, in rank order; empty = equal parts. debug: levers of tests, see
-    `neuron.engine.debug`.
+    shares: relative sizes of the ranks' parts, in rank order; empty = equal parts. num_threads: torch threads on a CPU,
+    of all ranks together. collective_timeout_s: how long the ranks wait to meet, and then for each other in one
+    collective; the last resort behind the daemon's own deadlines. debug: levers of tests, see `neuron.engine.debug`.
     """
 
     model_id: str
@@ -51,6 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     debug: dict[str, Any] = {}
     group_dir: str = ""
     shares: tuple[int, ...] = ()
+    collective_timeout_s: float = 120.0
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -141,7 +143,8 @@ class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True)
 class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     """All ranks are ready; sent by rank 0. max_model_len: positions a sequence may have, capped by the KV cache.
 
-    weight_bytes is the sum over ranks; num_pages the minimum, which all of them use. step_deadline_s: see EngineStats.
+    weight_bytes and kv_bytes_per_token are sums over ranks; num_pages the minimum, which all of them use.
+    step_deadline_s: see EngineStats.
     """
 
     epoch: int

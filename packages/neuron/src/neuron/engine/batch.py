@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -50,6 +51,21 @@ class StepBatch:
         return len(self.query_lens_host)
 
 
+class PackedBatch(msgspec.Struct, frozen=True, array_like=True):
+    """A batch as it lies in its builder's host buffers, for a rank that has an equal builder.
+
+    table_width: columns of the page tables. int64, int32: the filled part of each buffer.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    num_decodes: int
+    num_logits: int
+    table_width: int
+    int64: memoryview
+    int32: memoryview
+
+
 @dataclass(slots=True)
 class StepContext:
     """What a model's forward pass needs beyond its weights; passed explicitly, there is no global."""
@@ -66,6 +82,13 @@ _ALIGNMENT = 32
 
 def _align(num_elements: int) -> int:
     return -(-num_elements // _ALIGNMENT) * _ALIGNMENT
+
+
+def _regions32(num_sequences: int, width: int) -> tuple[int, int, int]:
+    """Where context lengths and page tables begin in the int32 buffer, and where the tables end."""
+    context_at = _align(num_sequences + 1)
+    tables_at = context_at + _align(num_sequences)
+    return context_at, tables_at, tables_at + num_sequences * width
 
 
 class BatchBuilder:
@@ -89,7 +112,9 @@ class BatchBuilder:
         self._array32: npt.NDArray[np.int32] = self._host32.numpy()
         self._device64 = torch.zeros_like(self._host64, device=device) if on_cuda else self._host64
         self._device32 = torch.zeros_like(self._host32, device=device) if on_cuda else self._host32
-        self._copies = on_cuda
+        # The copies of the last batch: its buffers may not be overwritten before they are done, and a step that samples
+        # nothing ends before the device has begun it.
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
     def build(self, plan: StepPlan) -> StepBatch:
         """The batch of `plan`; its tensors are overwritten by the next call."""
@@ -98,6 +123,8 @@ class BatchBuilder:
         num_sequences = len(chunks)
         num_tokens = plan.num_tokens
         num_decodes = plan.num_decodes
+        if self._copied is not None:
+            self._copied.synchronize()
 
         query_lens = [chunk.num_tokens for chunk in chunks]
         context_lens = [chunk.start + chunk.num_tokens for chunk in chunks]
@@ -107,9 +134,7 @@ class BatchBuilder:
         positions_at = _align(num_tokens)
         slots_at = 2 * positions_at
         rows_at = 3 * positions_at
-        context_at = _align(num_sequences + 1)
-        tables_at = context_at + _align(num_sequences)
-        end32 = tables_at + num_sequences * width
+        context_at, tables_at, end32 = _regions32(num_sequences, width)
 
         ids = self._array64[:num_tokens]
         positions = self._array64[positions_at : positions_at + num_tokens]
@@ -148,13 +173,63 @@ class BatchBuilder:
             begin = end
 
         last_rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
-        end64 = rows_at + len(last_rows)
-        self._array64[rows_at:end64] = last_rows
+        self._array64[rows_at : rows_at + len(last_rows)] = last_rows
+        return self._on_device(num_tokens, num_decodes, len(last_rows), width, query_lens, context_lens)
 
+    def pack(self, batch: StepBatch) -> PackedBatch:
+        """The last batch that `build` made, as views of the host buffers (valid until the next call)."""
+        num_tokens, num_logits = batch.num_tokens, batch.logits_indices.shape[0]
+        num_sequences, width = batch.page_tables.shape
+        end32 = _regions32(num_sequences, width)[2]
+        return PackedBatch(
+            num_tokens,
+            num_sequences,
+            batch.num_decodes,
+            num_logits,
+            width,
+            self._array64[: 3 * _align(num_tokens) + num_logits].data.cast("B"),
+            self._array32[:end32].data.cast("B"),
+        )
+
+    def unpack(self, packed: PackedBatch) -> StepBatch:
+        """The batch that another rank has built and packed; its tensors are overwritten by the next call.
+
+        Raises `ValueError` for one that does not fit into this builder's buffers.
+        """
+        num_sequences, width = packed.num_sequences, packed.table_width
+        context_at, _, end32 = _regions32(num_sequences, width)
+        end64 = 3 * _align(packed.num_tokens) + packed.num_logits
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._array64[:end64] = np.frombuffer(packed.int64, dtype=np.int64)
+        self._array32[:end32] = np.frombuffer(packed.int32, dtype=np.int32)
+        query_lens = np.diff(self._array32[: num_sequences + 1]).tolist()
+        context_lens = self._array32[context_at : context_at + num_sequences].tolist()
+        return self._on_device(
+            packed.num_tokens, packed.num_decodes, packed.num_logits, width, query_lens, context_lens
+        )
+
+    def _on_device(
+        self,
+        num_tokens: int,
+        num_decodes: int,
+        num_logits: int,
+        width: int,
+        query_lens: list[int],
+        context_lens: list[int],
+    ) -> StepBatch:
+        """Copy what the host buffers hold, and the batch as views of it."""
+        num_sequences = len(query_lens)
+        positions_at = _align(num_tokens)
+        slots_at = 2 * positions_at
+        rows_at = 3 * positions_at
+        end64 = rows_at + num_logits
+        context_at, tables_at, end32 = _regions32(num_sequences, width)
         device64, device32 = self._device64, self._device32
-        if self._copies:
+        if self._copied is not None:
             device64[:end64].copy_(self._host64[:end64], non_blocking=True)
             device32[:end32].copy_(self._host32[:end32], non_blocking=True)
+            self._copied.record()
         return StepBatch(
             token_ids=device64[:num_tokens],
             positions=device64[positions_at : positions_at + num_tokens],
@@ -167,5 +242,5 @@ class BatchBuilder:
             context_lens_host=context_lens,
             num_decodes=num_decodes,
             max_query_len=max(query_lens),
-            max_context_len=max_context_len,
+            max_context_len=max(context_lens),
         )

@@ -1,24 +1,38 @@
-"""From an `EngineConfig` to a running engine: model, weights, cache, warm-up. Runs on the device thread."""
+"""From an `EngineConfig` to a running engine: model, weights, cache, warm-up. Runs on the device thread.
+
+Each rank of a group does this for its part. The ranks meet first; then each reads its weights at its own pace, and all
+wait for the last over the control sockets, where no timeout runs; they agree on the size of the cache, and warm up
+together.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from neuron.engine.engine import Engine
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
+from neuron.engine.follower import Follower
 from neuron.engine.kv_cache import KVLayout, PagedKV
+from neuron.engine.leader import StepLeader
 from neuron.engine.memory import available_host_bytes, num_physical_cores
 from neuron.engine.runner import ModelRunner
+from neuron.engine.step_memory import StepMemory
 from neuron.layers.attention import make_attention_backend
+from neuron.models.decoder import CausalLM
 from neuron.models.registry import build_model
+from neuron.parallel.control import Figures, FollowerLink, LeaderLink
 from neuron.parallel.group import ParallelGroup
+from neuron.parallel.rendezvous import join_group
 from neuron.protocol import EngineConfig, Loaded, LoadProgress
 from neuron.weights.loader import load_dummy_weights, load_weights
 
@@ -39,24 +53,47 @@ _CPU_STEP_FLOP = 25e9
 _PROGRESS_INTERVAL_S = 0.1
 
 
-def load_engine(
-    config: EngineConfig, *, rank: int = 0, progress: Progress = lambda progress: None
-) -> tuple[Engine, Loaded]:
-    """Build the engine that `config` describes.
+def load_engine(config: EngineConfig, *, progress: Progress = lambda progress: None) -> tuple[Engine, Loaded]:
+    """Build the engine that `config` describes; of a group, rank 0's part, once the other ranks are ready with theirs.
 
-    Raises `ModelError`: `bad_checkpoint`, `unsupported_architecture`, `out_of_memory`, `device` or `internal`.
+    Raises `ModelError`: `bad_checkpoint`, `unsupported_architecture`, `unsupported_parallelism`, `out_of_memory`,
+    `device` or `internal`; `DeviceError` where another rank is lost.
     """
     started = time.perf_counter()
-    try:
-        return _load(config, rank, progress, started)
-    except EngineError:
-        raise
-    except Exception as exc:
-        if is_out_of_memory(exc):
-            raise ModelError("out_of_memory", describe(exc)) from exc
-        if is_device_fault(exc):
-            raise ModelError("device", describe(exc)) from exc
-        raise
+    with _typed_errors():
+        report = _Reporter(progress)
+        report.phase("starting")
+        device = _open_device(config, 0)
+        if config.tensor_parallel_size == 1:
+            rank = _load_rank(config, device, ParallelGroup.single(), None, report)
+        else:
+            link = LeaderLink(Path(config.group_dir), epoch=config.epoch, world_size=config.tensor_parallel_size)
+            group = _join(config, 0, device)
+            link.accept(timeout_s=config.collective_timeout_s)
+            rank = _load_rank(config, device, group, link, report)
+        return _serve_rank(config, rank, started)
+
+
+def load_follower(
+    config: EngineConfig,
+    *,
+    rank: int,
+    progress: Progress = lambda progress: None,
+    on_link: Callable[[FollowerLink], None] = lambda link: None,
+) -> Follower:
+    """Build the part of another rank than 0, ready to follow.
+
+    on_link gets the connection to rank 0 as soon as it is there: closing it ends whatever waits on it. Raises as
+    `load_engine` does.
+    """
+    with _typed_errors():
+        report = _Reporter(progress)
+        report.phase("starting")
+        device = _open_device(config, rank)
+        group = _join(config, rank, device)
+        link = FollowerLink(Path(config.group_dir), epoch=config.epoch, rank=rank)
+        on_link(link)
+        return Follower(_load_rank(config, device, group, link, report).runner, link)
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -94,7 +131,9 @@ def num_cache_pages(config: EngineConfig, layout: KVLayout, max_model_len: int, 
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return layout.pages_for_bytes(int(free_bytes * (1.0 - _CUDA_RESERVE_SHARE)))
     wanted = layout.pages_for_tokens(_DEFAULT_CPU_SEQUENCES * max_model_len)
-    return min(wanted, layout.pages_for_bytes(int(available_host_bytes() * _DEFAULT_CPU_SHARE)))
+    # Ranks on the CPU take from the same memory.
+    budget = int(available_host_bytes() * _DEFAULT_CPU_SHARE) // config.tensor_parallel_size
+    return min(wanted, layout.pages_for_bytes(budget))
 
 
 def prefill_budget(num_parameters: int, num_threads: int, device: torch.device) -> int | None:
@@ -107,6 +146,20 @@ def prefill_budget(num_parameters: int, num_threads: int, device: torch.device) 
         return None
     tokens = int(_CPU_STEP_FLOP * num_threads / (2 * max(num_parameters, 1)))
     return max(tokens // 64, 1) * 64
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as exc:
+        if is_out_of_memory(exc):
+            raise ModelError("out_of_memory", describe(exc)) from exc
+        if is_device_fault(exc):
+            raise ModelError("device", describe(exc)) from exc
+        raise
 
 
 class _Reporter:
@@ -126,24 +179,34 @@ class _Reporter:
             self.phase("weights", done, total)
 
 
-def _load(config: EngineConfig, rank: int, progress: Progress, started: float) -> tuple[Engine, Loaded]:
-    if config.tensor_parallel_size != 1:
-        raise ModelError("device", "tensor parallelism is not available in this version: use tensor_parallel_size 1")
-    report = _Reporter(progress)
-    report.phase("starting")
-    device = _open_device(config, rank)
+@dataclass(slots=True)
+class _Rank:
+    """One rank's part of a loaded model. figures: agreed on by all ranks."""
+
+    runner: ModelRunner
+    model: CausalLM
+    architecture: str
+    max_model_len: int
+    figures: Figures
+
+
+def _load_rank(
+    config: EngineConfig,
+    device: torch.device,
+    group: ParallelGroup,
+    link: LeaderLink | FollowerLink | None,
+    report: _Reporter,
+) -> _Rank:
     path = Path(config.path)
     hf_config = read_hf_config(path)
     dtype = resolve_dtype(config, hf_config, device)
 
     report.phase("weights")
-    model = build_model(hf_config, device=device, dtype=dtype, parallel=ParallelGroup.single())
+    model = build_model(hf_config, device=device, dtype=dtype, parallel=group)
     if config.load_format == "dummy":
         load_dummy_weights(model, seed=0)
     else:
         load_weights(model, path, progress=report.weights)
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
     report.phase("kv_cache")
     shape = model.config
@@ -152,6 +215,7 @@ def _load(config: EngineConfig, rank: int, progress: Progress, started: float) -
     if config.max_model_len is not None:
         max_model_len = min(max_model_len, config.max_model_len)
     max_running = min(config.max_running, config.max_step_tokens)
+    memory = None if link is None else StepMemory(shape, dtype=dtype, device=device, num_ranks=group.world_size)
 
     def build_runner(num_pages: int) -> ModelRunner:
         return ModelRunner(
@@ -163,50 +227,70 @@ def _load(config: EngineConfig, rank: int, progress: Progress, started: float) -
             max_running=max_running,
             max_model_len=max_model_len,
             device=device,
+            leader=StepLeader(link) if isinstance(link, LeaderLink) else None,
+            memory=memory,
         )
 
+    figures = Figures(
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        kv_bytes_per_token=layout.bytes_per_token,
+    )
+    if link is not None:
+        # Warming up has collectives: it begins when the last rank has read its weights.
+        link.agree(figures)
     if device.type == "cuda":
         # The largest step first, over the smallest cache: what it leaves in the allocator is the activations' share.
         build_runner(2).warm_up(config.max_step_tokens, max_running)
-    num_pages = num_cache_pages(config, layout, max_model_len, device)
-    runner = build_runner(num_pages)
+    figures = msgspec.structs.replace(figures, num_pages=num_cache_pages(config, layout, max_model_len, device))
+    if link is not None:
+        figures = link.agree(figures)
+    runner = build_runner(figures.num_pages)
     report.phase("warm_up")
     runner.warm_up(min(config.max_step_tokens, 2 * config.page_size))
+    if link is not None:
+        link.agree(figures)  # all are ready
+    architectures = hf_config.get("architectures") or [type(model).__name__]
+    return _Rank(runner, model, str(architectures[0]), max_model_len, figures)
 
+
+def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engine, Loaded]:
+    """The engine around rank 0's part, and what is told of it."""
+    model, figures = rank.model, rank.figures
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(
-        runner,
-        vocab_size=shape.vocab_size,
-        num_pages=num_pages,
+        rank.runner,
+        vocab_size=model.config.vocab_size,
+        num_pages=figures.num_pages,
         page_size=config.page_size,
         max_step_tokens=config.max_step_tokens,
-        max_running=max_running,
-        max_model_len=max_model_len,
-        max_prefill_tokens=prefill_budget(num_parameters, torch.get_num_threads(), device),
+        max_running=min(config.max_running, config.max_step_tokens),
+        max_model_len=rank.max_model_len,
+        max_prefill_tokens=prefill_budget(num_parameters, torch.get_num_threads(), model.device),
         tokenizer_json=config.tokenizer_json,
         prefix_cache=config.prefix_cache,
         cache_root=config.model_id,
         epoch=config.epoch,
     )
-    architectures = hf_config.get("architectures") or [type(model).__name__]
     loaded = Loaded(
         epoch=config.epoch,
-        architecture=str(architectures[0]),
-        dtype=str(dtype).removeprefix("torch."),
+        architecture=rank.architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=engine.max_model_len,
-        vocab_size=shape.vocab_size,
-        num_pages=num_pages - 1,
+        vocab_size=model.config.vocab_size,
+        num_pages=figures.num_pages - 1,
         page_size=config.page_size,
-        kv_bytes_per_token=layout.bytes_per_token,
-        weight_bytes=weight_bytes,
+        kv_bytes_per_token=figures.kv_bytes_per_token,
+        weight_bytes=figures.weight_bytes,
         load_seconds=time.perf_counter() - started,
     )
     logger.info(
-        "loaded %s (%s, %s on %s): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",
+        "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",
         config.model_id,
         loaded.architecture,
         loaded.dtype,
-        device,
-        weight_bytes / 1e6,
+        model.device,
+        config.tensor_parallel_size,
+        figures.weight_bytes / 1e6,
         loaded.num_pages,
         loaded.page_size,
         loaded.max_model_len,
@@ -215,11 +299,28 @@ def _load(config: EngineConfig, rank: int, progress: Progress, started: float) -
     return engine, loaded
 
 
+def _join(config: EngineConfig, rank: int, device: torch.device) -> ParallelGroup:
+    return join_group(
+        Path(config.group_dir),
+        rank=rank,
+        world_size=config.tensor_parallel_size,
+        device=device,
+        shares=config.shares,
+        timeout_s=config.collective_timeout_s,
+    )
+
+
 def _open_device(config: EngineConfig, rank: int) -> torch.device:
-    """This rank's device, made current. Raises `ModelError` (`device`)."""
-    torch.set_num_threads(config.num_threads or num_physical_cores())
+    """This rank's device, made current. Raises `ModelError` (`device`, `unsupported_parallelism`)."""
+    if config.tensor_parallel_size > 1 and not config.group_dir:
+        raise ModelError("unsupported_parallelism", "a group of ranks needs a folder to meet in (group_dir)")
+    torch.set_num_threads(max((config.num_threads or num_physical_cores()) // config.tensor_parallel_size, 1))
     if not config.devices:
         return torch.device("cpu")
+    if len(config.devices) < config.tensor_parallel_size:
+        raise ModelError(
+            "device", f"{config.tensor_parallel_size} ranks need as many devices, got {list(config.devices)}"
+        )
     index = config.devices[rank]
     if not torch.cuda.is_available():
         raise ModelError("device", f"device {index} was asked for, but torch sees no CUDA device")

@@ -65,7 +65,7 @@ def make_attention_backend(device: torch.device) -> AttentionBackend:
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions, optional QK norm and sliding window.
 
-    One rank holds `num_heads / world_size` query heads and their KV heads; the output projection sums over ranks.
+    One rank holds a part of the query heads and their KV heads (`shard_heads`); the output projection sums over ranks.
     """
 
     def __init__(
@@ -98,7 +98,11 @@ class SelfAttention(nn.Module):
             weight_format=weight_format,
         )
         self.o_proj = RowParallelLinear(
-            num_heads * head_dim, hidden_size, bias=output_bias, group=group, weight_format=weight_format
+            self.qkv_proj.query_heads.scaled(head_dim),
+            hidden_size,
+            bias=output_bias,
+            group=group,
+            weight_format=weight_format,
         )
         self.num_heads = self.qkv_proj.num_heads
         self.num_kv_heads = self.qkv_proj.num_kv_heads

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from neuron.layers.placement import Placement
 from neuron.layers.row_blocks import linear, row_blocks
 from neuron.parallel.group import ParallelGroup
-from neuron.parallel.sharding import shard_vocabulary
+from neuron.parallel.sharding import shard_vocabulary, vocabulary_sizes
 
 
 class VocabularyWeight(nn.Module):
@@ -66,6 +66,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.vocab_size = embedding.vocab_size
         self.group = embedding.group
+        self._sizes = vocabulary_sizes(embedding.vocab_size, embedding.group)
         self.matrix = (
             None if tied else VocabularyWeight(embedding.vocab_size, embedding.hidden_size, group=embedding.group)
         )
@@ -86,5 +87,5 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self._weight is None:
             raise RuntimeError("the head is used before its weights were loaded")
-        logits = self.group.all_gather(linear(hidden, self._weight, self._blocks))
+        logits = self.group.all_gather(linear(hidden, self._weight, self._blocks), self._sizes)
         return logits[:, : self.vocab_size].float()

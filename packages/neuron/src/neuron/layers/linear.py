@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from neuron.layers.placement import Placement
 from neuron.layers.row_blocks import linear, row_blocks
 from neuron.parallel.group import ParallelGroup
-from neuron.parallel.sharding import Shard, shard_evenly, shard_kv_heads, whole
+from neuron.parallel.sharding import Shard, shard_evenly, shard_heads, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +135,23 @@ class ColumnParallelLinear(LinearLayer):
 
 
 class MergedColumnParallelLinear(LinearLayer):
-    """Several matrices with the same input as one product; the output is the parts' local rows side by side."""
+    """Several matrices with the same input as one product; the output is the parts' local rows side by side.
+
+    out_features: of each matrix, to be split evenly, or which part of it this rank holds.
+    """
 
     def __init__(
         self,
         in_features: int,
-        out_features: Mapping[str, int],
+        out_features: Mapping[str, int | Shard],
         *,
         bias: bool,
         group: ParallelGroup,
         weight_format: WeightFormat | None = None,
     ) -> None:
         parts = tuple(
-            OutputPart(name, shard_evenly(size, group, what=f"size of {name}")) for name, size in out_features.items()
+            OutputPart(name, size if isinstance(size, Shard) else shard_evenly(size, group, what=f"size of {name}"))
+            for name, size in out_features.items()
         )
         super().__init__(whole(in_features), parts, bias=bias, group=group, weight_format=weight_format)
 
@@ -169,8 +173,8 @@ class QKVParallelLinear(LinearLayer):
         group: ParallelGroup,
         weight_format: WeightFormat | None = None,
     ) -> None:
-        query = shard_evenly(num_heads, group, what="number of attention heads")
-        kv = shard_kv_heads(num_kv_heads, group)
+        query, kv = shard_heads(num_heads, num_kv_heads, group)
+        self.query_heads = query
         self.num_heads = query.length
         self.num_kv_heads = kv.length
         parts = (
@@ -182,14 +186,15 @@ class QKVParallelLinear(LinearLayer):
 
 
 class RowParallelLinear(LinearLayer):
-    """Inputs split among the ranks, products summed: [T, in / world_size] -> [T, out] on every rank.
+    """Inputs split among the ranks, products summed: [T, in of this rank] -> [T, out] on every rank.
 
-    Only rank 0 holds the bias, so that the sum contains it once.
+    in_features: to be split evenly, or which part of them this rank holds. Only rank 0 holds the bias, so that the sum
+    contains it once.
     """
 
     def __init__(
         self,
-        in_features: int,
+        in_features: int | Shard,
         out_features: int,
         *,
         bias: bool,
@@ -198,7 +203,7 @@ class RowParallelLinear(LinearLayer):
     ) -> None:
         self._has_bias = bias
         super().__init__(
-            shard_evenly(in_features, group, what="input size"),
+            in_features if isinstance(in_features, Shard) else shard_evenly(in_features, group, what="input size"),
             (OutputPart(None, whole(out_features)),),
             bias=bias and group.rank == 0,
             group=group,

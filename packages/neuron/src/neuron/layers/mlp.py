@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from neuron.layers.activation import silu_mul
 from neuron.layers.linear import MergedColumnParallelLinear, RowParallelLinear, WeightFormat
 from neuron.parallel.group import ParallelGroup
+from neuron.parallel.sharding import shard_columns
 
 
 class GatedMLP(nn.Module):
@@ -22,16 +23,15 @@ class GatedMLP(nn.Module):
         weight_format: WeightFormat | None = None,
     ) -> None:
         super().__init__()
+        inner = shard_columns(intermediate_size, group, what="size of the feed-forward block")
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden_size,
-            {"gate": intermediate_size, "up": intermediate_size},
+            {"gate": inner, "up": inner},
             bias=bias,
             group=group,
             weight_format=weight_format,
         )
-        self.down_proj = RowParallelLinear(
-            intermediate_size, hidden_size, bias=bias, group=group, weight_format=weight_format
-        )
+        self.down_proj = RowParallelLinear(inner, hidden_size, bias=bias, group=group, weight_format=weight_format)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, H]"""

@@ -17,7 +17,7 @@ from neuron.layers.placement import Loadable, NeedsFinishing
 from neuron.layers.rotary import RotaryEmbedding, StepRotary
 from neuron.models.config import ModelConfig
 from neuron.parallel.group import ParallelGroup
-from neuron.parallel.sharding import shard_evenly, shard_kv_heads
+from neuron.parallel.sharding import shard_heads
 
 if TYPE_CHECKING:
     from neuron.engine.batch import StepContext
@@ -73,10 +73,9 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
         super().__init__()
+        query_heads, kv_heads = shard_heads(config.num_heads, config.num_kv_heads, group)
         self.config = dataclasses.replace(
-            config,
-            num_heads_local=shard_evenly(config.num_heads, group, what="number of attention heads").length,
-            num_kv_heads_local=shard_kv_heads(config.num_kv_heads, group).length,
+            config, num_heads_local=query_heads.length, num_kv_heads_local=kv_heads.length
         )
         self.group = group
         self.device = torch.device("cpu")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 # Renamed in torch 2.13; the old name warns there.
@@ -15,14 +18,25 @@ class ParallelGroup:
 
     Layers are written against this class in their parallel form; with `world_size` 1 no collective is called and no
     process group needs to exist. `process_group`: None with more than one rank means torch.distributed's default
-    group, which must then be initialised (NCCL on CUDA, gloo on the CPU).
+    group, which must then be initialised (NCCL on CUDA, gloo on the CPU). `shares`: relative sizes of the ranks'
+    parts, in rank order; empty, also where equal ones were given, means equal parts. Raises `ValueError`.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        shares: Sequence[int] = (),
+    ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a group of {world_size}")
+        if shares and (len(shares) != world_size or min(shares) < 1):
+            raise ValueError(f"a group of {world_size} needs as many shares, each at least 1, got {list(shares)}")
         self.rank = rank
         self.world_size = world_size
+        self.shares = tuple(shares) if len(set(shares)) > 1 else ()
         self._process_group = process_group
 
     @classmethod
@@ -40,15 +54,20 @@ class ParallelGroup:
             dist.all_reduce(x, group=self._process_group)
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Concatenate the ranks' tensors [..., n] along the last dimension: [..., world_size * n], in rank order.
+    def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Concatenate the ranks' tensors [..., n] along the last dimension: [..., sum of n], in rank order.
 
-        All ranks must pass the same shape.
+        sizes: n of every rank, where they differ; without it all ranks must pass the same shape.
         """
         if self.world_size == 1:
             return x
+        if sizes is not None:
+            # Collectives move equal parts only.
+            x = F.pad(x, (0, max(sizes) - x.shape[-1]))
         gathered = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
         _all_gather(gathered.flatten(0, 1), x.contiguous(), group=self._process_group)
+        if sizes is not None:
+            return torch.cat([part[..., :size] for part, size in zip(gathered, sizes, strict=True)], dim=-1)
         return gathered.movedim(0, -2).reshape(*x.shape[:-1], self.world_size * x.shape[-1])
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from neuron.protocol import Cancel, Generate
 
@@ -20,6 +21,7 @@ class Inbox:
         self._commands: deque[Command] = deque()
         self._is_awake = False
         self._is_closed = False
+        self._on_close: Callable[[], None] | None = None
 
     @property
     def is_closed(self) -> bool:
@@ -41,6 +43,17 @@ class Inbox:
         with self._condition:
             self._is_closed = True
             self._condition.notify()
+            on_close = self._on_close
+        if on_close is not None:
+            on_close()
+
+    def when_closed(self, callback: Callable[[], None]) -> None:
+        """Call back when the inbox is closed, on the thread that closes it; at once if it is already."""
+        with self._condition:
+            self._on_close = callback
+            is_closed = self._is_closed
+        if is_closed:
+            callback()
 
     def take(self, *, wait: bool) -> list[Command]:
         """All commands that are there. With `wait`, sleeps until there is one, or `wake` or `close` is called."""

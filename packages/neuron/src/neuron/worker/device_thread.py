@@ -23,6 +23,7 @@ from neuron.worker.channels import Inbox, Outbox
 
 if TYPE_CHECKING:
     from neuron.engine.engine import Engine
+    from neuron.engine.follower import Follower
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +45,25 @@ def _name_native_thread(name: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
-def load(config: EngineConfig, rank: int, progress: Callable[[LoadProgress], None]) -> tuple[Engine, Loaded]:
+def load(config: EngineConfig, progress: Callable[[LoadProgress], None]) -> tuple[Engine, Loaded]:
     """Import torch and build the engine; called on the device thread, and nowhere else."""
     from neuron.engine.loading import load_engine
 
-    return load_engine(config, rank=rank, progress=progress)
+    return load_engine(config, progress=progress)
+
+
+def load_follower(config: EngineConfig, rank: int, progress: Callable[[LoadProgress], None], inbox: Inbox) -> Follower:
+    """The same for another rank than 0; whatever waits for rank 0 ends when the inbox is closed."""
+    from neuron.engine import loading
+
+    return loading.load_follower(
+        config, rank=rank, progress=progress, on_link=lambda link: inbox.when_closed(link.close)
+    )
 
 
 class DeviceThread(threading.Thread):
-    """Runs one engine. `exit_code` is valid once the thread has ended; `on_end` is then called, on this thread."""
+    """Runs one engine, or as another rank than 0 its part of one. `exit_code` is valid once the thread has ended;
+    `on_end` is then called, on this thread."""
 
     def __init__(
         self,
@@ -80,14 +91,22 @@ class DeviceThread(threading.Thread):
 
     def _serve(self) -> int:
         try:
-            engine, loaded = load(self._config, self._rank, self._report)
+            if self._rank:
+                follower = load_follower(self._config, self._rank, self._report, self._inbox)
+            else:
+                engine, loaded = load(self._config, self._report)
         except Exception as exc:
+            if self._inbox.is_closed:
+                return EXIT_OK  # nobody waits for it any more
             logger.exception("loading %s failed", self._config.model_id)
             kind, message = _kind_of(exc)
             self._outbox.send(encode_frame(LoadFailed(self._config.epoch, kind, message)))
             return EXIT_LOAD_FAILED
-        self._outbox.send(encode_frame(loaded))
         try:
+            if self._rank:
+                follower.run()
+                return EXIT_OK
+            self._outbox.send(encode_frame(loaded))
             self._step_until_closed(engine)
         except Exception as exc:
             logger.exception("the engine of %s cannot go on", self._config.model_id)
@@ -95,7 +114,8 @@ class DeviceThread(threading.Thread):
             self._outbox.send(encode_frame(EngineFault(self._config.epoch, kind, message)))
             return EXIT_FAULT
         finally:
-            engine.close()
+            if not self._rank:
+                engine.close()
         return EXIT_OK
 
     def _report(self, progress: LoadProgress) -> None:
