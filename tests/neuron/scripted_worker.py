@@ -1,19 +1,21 @@
 """An engine process that speaks the protocol and computes nothing: tests script it through what they send.
 
 `EngineConfig.debug` scripts the load: {"load": "fail" | "die" | "silent"}, and {"load_epochs": [...]}
-confines that to these epochs (all, if it is left out). {"model_len": N}.
+confines that to these epochs (all, if it is left out). {"model_len": N}. {"step_deadline_s": S} is what it claims.
 `--load` scripts it from the command line, and `--gate FIFO` holds a load until a test opens that FIFO for writing.
 
 The first prompt id, or `top_k`, scripts a sequence; all others simply produce tokens 100, 101, … up to max_tokens:
 HOLD yields one token and then nothing until it is cancelled; SILENT not even that one; DIE kills the process
 with SIGKILL; REFUSE fails the sequence; FAULT ends the engine with an EngineFault; NOISE sends a frame that does
-not decode; TALK writes to stderr first. Running sequences are reported in `EngineStats.running`, so that a test can
+not decode; TALK writes to stderr first. In its first life, STUCK answers pings and steps no more, and SLOW neither
+until it is asked for its stacks. Running sequences are reported in `EngineStats.running`, so that a test can
 await that a cancel arrived.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import select
 import signal
@@ -34,6 +36,8 @@ from neuron.protocol import (
     LoadFailed,
     LoadProgress,
     Logprobs,
+    Ping,
+    Pong,
     SequenceFailed,
     SequenceUpdate,
     Shutdown,
@@ -44,7 +48,7 @@ from neuron.protocol import (
     frame_length,
 )
 
-HOLD, SILENT, DIE, REFUSE, FAULT, NOISE, TALK = SCRIPTS = range(2001, 2008)
+HOLD, SILENT, DIE, REFUSE, FAULT, NOISE, TALK, STUCK, SLOW = SCRIPTS = range(2001, 2010)
 TOTAL_PAGES = 4096
 
 
@@ -61,6 +65,13 @@ class ScriptedWorker:
         self.sequences: dict[int, tuple[Generate, int]] = {}
         self.held: set[int] = set()
         self.step = 0
+        self.is_stuck = False
+        self.was_asked_for_stacks = False
+        signal.signal(signal.SIGUSR1, self.on_stacks)
+
+    def on_stacks(self, number: int, frame: object) -> None:
+        self.was_asked_for_stacks = True
+        faulthandler.dump_traceback()
 
     def send(self, frame: FromEngine) -> None:
         self.stream.sendall(encode_frame(frame))
@@ -86,10 +97,14 @@ class ScriptedWorker:
         assert isinstance(self.config, EngineConfig)
         self.load()
         while True:
-            idle = not any(request_id not in self.held for request_id in self.sequences)
+            idle = self.is_stuck or not any(request_id not in self.held for request_id in self.sequences)
             for frame in self.receive(block=idle):
                 self.handle(frame)
             self.make_step()
+
+    @property
+    def step_deadline_s(self) -> float:
+        return float(self.config.debug.get("step_deadline_s", 60.0))
 
     def _misbehaves(self, how: str) -> bool:
         debug = self.config.debug
@@ -122,6 +137,7 @@ class ScriptedWorker:
                 kv_bytes_per_token=2**16,
                 weight_bytes=100,
                 load_seconds=0.1,
+                step_deadline_s=self.step_deadline_s,
             )
         )
 
@@ -131,10 +147,14 @@ class ScriptedWorker:
         elif isinstance(frame, Cancel):
             self.sequences.pop(frame.request_id, None)
             self.held.discard(frame.request_id)
+        elif isinstance(frame, Ping):
+            self.send(Pong(frame.nonce))
         elif isinstance(frame, Shutdown):
             sys.exit(0)
 
     def make_step(self) -> None:
+        if self.is_stuck:
+            return
         self.step += 1
         updates: list[SequenceUpdate] = []
         failures: list[SequenceFailed] = []
@@ -157,6 +177,12 @@ class ScriptedWorker:
             elif script == SILENT:
                 self.held.add(request_id)
                 continue
+            elif script == STUCK and self.epoch == 0:
+                self.is_stuck = True
+                return
+            elif script == SLOW and self.epoch == 0 and done == 0:
+                while not self.was_asked_for_stacks:
+                    signal.pause()
             elif script == TALK and done == 0:
                 print("the engine says hello", file=sys.stderr, flush=True)
             token = 100 + done
@@ -185,7 +211,11 @@ class ScriptedWorker:
                     self.held.add(request_id)
         pages = len(self.sequences)
         stats = EngineStats(
-            step=self.step, running=len(self.sequences), free_pages=TOTAL_PAGES - pages, total_pages=TOTAL_PAGES
+            step=self.step,
+            running=len(self.sequences),
+            free_pages=TOTAL_PAGES - pages,
+            total_pages=TOTAL_PAGES,
+            step_deadline_s=self.step_deadline_s,
         )
         self.send(StepOutput(self.epoch, stats, updates, failures))
 

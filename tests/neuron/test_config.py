@@ -60,7 +60,6 @@ def test_a_file_of_the_reference_loads_and_what_has_no_effect_is_named(file: Pat
     assert without_effect(config) == [
         "harness.candle.prefix_cache.budget_mb",
         "harness.candle.context_limit.target_prefill_latency_secs",
-        "harness.candle.admission.max_per_principal",
         "harness.candle.image.max_dim",
     ]
     assert without_effect(NeuronConfig()) == []

@@ -42,24 +42,31 @@ class PrefixCacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class ContextLimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """output_reserve_tokens: the most KV cache that admission reserves for the output of one choice."""
+
     enabled: bool | None = None
     target_prefill_latency_secs: float | None = None
     bootstrap_prefill_tok_per_sec: float | None = None
     activation_headroom_mb: int | None = None
     min_free_floor_mb: int | None = None
-    output_reserve_tokens: int | None = None
+    output_reserve_tokens: Positive = 8192
 
 
 class AdmissionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many requests one model works on at once, how many wait, and how long they may wait."""
+    """How many requests one model works on at once, how many wait, and how long they may wait.
+
+    kv_max_wait_secs: for KV pages, where a seat is free (below the gateway's idle timeout of 300 s). max_per_principal:
+    requests of one account or key, at work or waiting; 0 is no limit. anon_*: ceilings of requests without identity;
+    None leaves one seat and one place to others, and 0 seats refuse them.
+    """
 
     max_in_flight: Positive = 128
     max_queue_depth: Count = 256
     max_wait_secs: Seconds = 60.0
-    max_per_principal: Count | None = None
+    max_per_principal: Count = 0
     anon_max_in_flight: Count | None = None
     anon_max_pending: Count | None = None
-    kv_max_wait_secs: Seconds | None = None
+    kv_max_wait_secs: Seconds = 240.0
 
 
 class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -168,8 +175,7 @@ def without_effect(config: NeuronConfig) -> list[str]:
         f"harness.candle.{table}.{field}"
         for table, section, used in (
             ("prefix_cache", candle.prefix_cache, {"enabled"}),
-            ("context_limit", candle.context_limit, set[str]()),
-            ("admission", candle.admission, {"max_in_flight", "max_queue_depth", "max_wait_secs"}),
+            ("context_limit", candle.context_limit, {"output_reserve_tokens"}),
             ("image", candle.image, set[str]()),
         )
         for field in section.__struct_fields__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -27,6 +28,7 @@ from neuron.config import ServerSection
 _encode = msgspec.json.Encoder().encode
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _JSON = (b"content-type", b"application/json")
+_MAX_ACCOUNT_BYTES = 64
 
 
 class Exchange:
@@ -64,6 +66,24 @@ class Exchange:
     def resolved_model(self) -> str | None:
         value = self.header(b"x-cortex-resolved-model")
         return value.decode("utf-8", "replace") if value else None
+
+    @property
+    def principal(self) -> str | None:
+        """Who asks, for fair shares and nothing else: the account a gateway names, else the API key as a digest.
+
+        Nothing is verified here: a neuron trusts its network. None where there is neither.
+        """
+        for name in (b"x-cortex-principal", b"x-helexa-account-id"):
+            account = self.header(name)
+            if account:
+                is_plain = len(account) <= _MAX_ACCOUNT_BYTES and account.isascii()
+                text = account.decode("ascii") if is_plain else ""
+                return f"account:{text if text.isprintable() and text else _digest(account)}"
+        key = self.header(b"x-api-key") or b""
+        if not key:
+            scheme, _, key = (self.header(b"authorization") or b"").partition(b" ")
+            key = key.strip() if scheme.lower() == b"bearer" else b""
+        return f"key:{_digest(key)}" if key else None
 
     @property
     def is_hop(self) -> bool:
@@ -174,3 +194,8 @@ class Exchange:
             if name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
                 return True
         return False
+
+
+def _digest(secret: bytes) -> str:
+    """Enough of a key to tell it from others, and nothing to find it by."""
+    return hashlib.sha256(secret).hexdigest()[:16]

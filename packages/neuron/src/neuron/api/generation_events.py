@@ -34,10 +34,23 @@ class GenerationEvents:
         self._is_over = [False] * len(choices)
         self._cached: dict[int, int] = {}
         self._record = record
+        self.num_generated = 0
+        """Output tokens of all choices so far, as the engine counts them."""
 
     @property
     def prompt_tokens(self) -> int:
         return self._prompt_tokens
+
+    def needs(self) -> list[tuple[int, int]]:
+        """Length of each prompt, and the most output tokens of a choice of it."""
+        firsts = self._choices[:: self._request.num_choices]
+        return [(choice.prompt.num_tokens, choice.max_tokens) for choice in firsts]
+
+    def output_lens(self) -> list[int]:
+        """Tokens of every choice that has ended."""
+        return [
+            stream.completion_tokens for stream, is_over in zip(self._streams, self._is_over, strict=True) if is_over
+        ]
 
     def frames(self) -> list[Generate]:
         """What the engine is to do. Asking for no output at all still means to compute the prompt (a cache warm-up,
@@ -53,6 +66,7 @@ class GenerationEvents:
             if self._is_over[index]:
                 continue
             counts[index] += len(update.token_ids)
+            self.num_generated += len(update.token_ids)
             events += self._feed_one(index, update, generation)
         num_tokens = max(counts)
         if num_tokens:

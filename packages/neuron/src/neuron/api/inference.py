@@ -67,18 +67,22 @@ class Inference:
         async with exchange.watched():
             request = await services.off_loop(lambda: self._dialect.parse(body), is_long=is_long)
             record.asked_model, record.stream = request.model, request.stream
+            record.principal = exchange.principal
             if not services.config.has_engine:
                 raise no_engine()
             model = services.manager.get(exchange.resolved_model or request.model)
             record.found(model.id)
             text, group = model.serving()
-            with model.admission.apply() as ticket:
+            with model.admission.apply(record.principal) as ticket:
                 events = await self._prepare(request, text, model, record, is_long=is_long)
+                ticket.request(model.need(events.needs(), num_choices=request.num_choices))
                 if request.stream:
                     stream = StreamedAnswer(self._services, self._dialect, exchange, request, events)
                     await stream.run(ticket, group, record)
                 else:
                     await self._collect(exchange, request, events, ticket, group, record)
+                for num_tokens in events.output_lens():
+                    model.outputs.observe(num_tokens)
 
     async def _prepare(
         self, request: Request, text: TextModel, model: ServedModel, record: RequestRecord, *, is_long: bool
@@ -116,6 +120,7 @@ class Inference:
                 async for batch in generation:
                     for event in events.feed(batch, generation):
                         collector.feed(event)
+                    ticket.generated(events.num_generated)
         finally:
             record.usage = events.usage()
         collector.feed(record.usage)
@@ -146,7 +151,7 @@ class StreamedAnswer:
             while not await ticket.wait(self._patience()):
                 await self._keep_alive()
             record.seated()
-            await self._generate(group, record)
+            await self._generate(ticket, group, record)
         except ApiError as exc:
             await self._fail(exc)
             raise
@@ -156,11 +161,12 @@ class StreamedAnswer:
         finally:
             record.usage = self._events.usage()
 
-    async def _generate(self, group: EngineGroup, record: RequestRecord) -> None:
+    async def _generate(self, ticket: Ticket, group: EngineGroup, record: RequestRecord) -> None:
         events, project = self._events, self._projector.feed
         async with await group.generate(events.frames(), heartbeat_s=self._patience()) as generation:
             async for batch in generation:
                 data = b"".join(map(project, events.feed(batch, generation)))
+                ticket.generated(events.num_generated)
                 if data:
                     await self._send(data)
                 else:

@@ -135,20 +135,34 @@ class _Snapshot(Collector):
     @staticmethod
     def _admission(models: Sequence[ServedModel]) -> Iterator[Metric]:
         label = ("model",)
-        running = GaugeMetricFamily("neuron_requests_in_flight", "Requests being worked on.", labels=label)
-        queued = GaugeMetricFamily("neuron_queue_depth", "Requests waiting for a seat.", labels=label)
-        seats = GaugeMetricFamily("neuron_max_in_flight", "Seats.", labels=label)
+        gauges = {
+            "in_flight": GaugeMetricFamily("neuron_requests_in_flight", "Requests being worked on.", labels=label),
+            "queue_depth": GaugeMetricFamily("neuron_queue_depth", "Requests waiting for a seat.", labels=label),
+            "max_in_flight": GaugeMetricFamily("neuron_max_in_flight", "Seats.", labels=label),
+            "anon_in_flight": GaugeMetricFamily(
+                "neuron_anon_in_flight", "Requests without identity being worked on.", labels=label
+            ),
+            "anon_max_in_flight": GaugeMetricFamily(
+                "neuron_anon_max_in_flight", "Seats that requests without identity may have.", labels=label
+            ),
+            "num_principals": GaugeMetricFamily(
+                "neuron_principals", "Accounts and keys with requests here; those without are one.", labels=label
+            ),
+            "reserved_pages": GaugeMetricFamily(
+                "neuron_kv_reserved_pages", "KV pages promised to requests in flight.", labels=label
+            ),
+        }
         rejected = CounterMetricFamily(
             "neuron_rejections", "Requests sent away by admission.", labels=("model", "reason")
         )
         for model in models:
             admission = model.admission
-            running.add_metric((model.id,), admission.in_flight)
-            queued.add_metric((model.id,), admission.queue_depth)
-            seats.add_metric((model.id,), admission.max_in_flight)
-            rejected.add_metric((model.id, "queue_full"), admission.rejected_queue_full)
-            rejected.add_metric((model.id, "wait_timeout"), admission.rejected_timeout)
-        yield from (running, queued, seats, rejected)
+            for field, family in gauges.items():
+                family.add_metric((model.id,), getattr(admission, field))
+            for reason, count in admission.rejected.items():
+                rejected.add_metric((model.id, reason), count)
+        yield from gauges.values()
+        yield rejected
 
     @staticmethod
     def _engines(models: Sequence[ServedModel]) -> Iterator[Metric]:

@@ -26,6 +26,7 @@ class RequestRecord:
         self.request_id = request_id
         self.model = ""
         self.asked_model = ""
+        self.principal: str | None = None
         self.stream = False
         self.num_choices = 1
         self.prompt_tokens = 0
@@ -70,13 +71,14 @@ class RequestRecord:
         is_fine = outcome in ("ok", "client_gone")
         logger.log(
             logging.INFO if is_fine else logging.WARNING,
-            "%s: %s req_id=%s model=%s asked=%s stream=%d choices=%d prompt_tokens=%d completion_tokens=%d "
-            "cached_tokens=%d queue_ms=%s ttft_ms=%s total_ms=%.0f finish=%s outcome=%s%s%s",
+            "%s: %s req_id=%s model=%s asked=%s principal=%s stream=%d choices=%d prompt_tokens=%d "
+            "completion_tokens=%d cached_tokens=%d queue_ms=%s ttft_ms=%s total_ms=%.0f finish=%s outcome=%s%s%s",
             self.route,
             "done" if is_fine else "request rejected" if usage is None else "failed",
             self.request_id,
             self.model or "-",
             _shown(self.asked_model),
+            self.principal or "-",
             self.stream,
             self.num_choices,
             usage.prompt_tokens if usage else self.prompt_tokens,

@@ -17,7 +17,7 @@ from cortex_core.fleet import DeviceInfo, LoadProgress, ModelInfo, ModelLoad, Mo
 
 from neuron.config import NeuronConfig
 from neuron.lifecycle import machine
-from neuron.lifecycle.admission import Admission
+from neuron.lifecycle.admission import Admission, AdmissionLimits
 from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 from neuron.lifecycle.preflight import check_spec, refusal
@@ -136,7 +136,7 @@ class ModelManager:
                 raise ApiError("overloaded", self._cuda_unavailable_reason, code="cuda_unavailable")
             check_spec(spec, self._devices)
         if model is None:
-            model = self._models[model_id] = ServedModel(model_id, self._new_admission())
+            model = self._models[model_id] = self._new_model(model_id)
         await self._order(model, machine.LoadRequested(spec), model.load_waiters)
 
     async def unload(self, model_id: str) -> None:
@@ -381,6 +381,7 @@ class ModelManager:
         if isinstance(event, GroupLoading):
             self._progressed(model, _fleet_progress(event.progress))
         elif isinstance(event, GroupLoaded):
+            model.engine_came_up(event.loaded)
             if model.load_seconds is None:
                 model.load_seconds = time.monotonic() - model.load_began
                 self._on_loaded(model)
@@ -418,13 +419,21 @@ class ModelManager:
         if group is not None:
             await group.stop()
 
-    def _new_admission(self) -> Admission:
-        limits = self._config.harness.candle.admission
-        return Admission(
-            max_in_flight=limits.max_in_flight,
-            max_queue_depth=limits.max_queue_depth,
-            max_wait_s=limits.max_wait_secs,
+    def _new_model(self, model_id: str) -> ServedModel:
+        candle = self._config.harness.candle
+        limits = candle.admission
+        admission = Admission(
+            AdmissionLimits(
+                max_in_flight=limits.max_in_flight,
+                max_queue_depth=limits.max_queue_depth,
+                max_wait_s=limits.max_wait_secs,
+                kv_max_wait_s=limits.kv_max_wait_secs,
+                max_per_principal=limits.max_per_principal,
+                anon_max_in_flight=limits.anon_max_in_flight,
+                anon_max_pending=limits.anon_max_pending,
+            )
         )
+        return ServedModel(model_id, admission, output_reserve_tokens=candle.context_limit.output_reserve_tokens)
 
 
 def shutting_down() -> ApiError:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ContextLimit, ModelInfo, ModelLoad, Servable
 
 from neuron.config import HARNESS
 from neuron.lifecycle.admission import Admission
+from neuron.lifecycle.capacity import KVCapacity, KVNeed, OutputEstimate
 from neuron.lifecycle.machine import ABSENT, ModelState
 from neuron.protocol import EngineStats, Loaded
 from neuron.supervisor.engine_group import EngineGroup
@@ -22,10 +24,11 @@ _MIB = 2**20
 class ServedModel:
     """What `manager` keeps for one id. `state` is what the machine decided; the rest are the means."""
 
-    def __init__(self, model_id: str, admission: Admission) -> None:
+    def __init__(self, model_id: str, admission: Admission, *, output_reserve_tokens: int = 8192) -> None:
         self.id = model_id
         self.state: ModelState = ABSENT
         self.admission = admission
+        self.outputs = OutputEstimate(ceiling=output_reserve_tokens)
         self.devices: tuple[int, ...] = ()
         self.text: TextModel | None = None
         self.group: EngineGroup | None = None
@@ -46,6 +49,17 @@ class ServedModel:
     @property
     def stats(self) -> EngineStats:
         return EngineStats() if self.group is None else self.group.stats
+
+    def engine_came_up(self, loaded: Loaded) -> None:
+        """Admission learns of the cache that the engine has, which after a rebuild may be another."""
+        self.admission.set_capacity(_capacity_of(loaded))
+
+    def need(self, prompts: Sequence[tuple[int, int]], *, num_choices: int) -> KVNeed:
+        """What a request needs of the KV cache. prompts: length of each, and the most output tokens of a choice."""
+        capacity = self.admission.capacity
+        if capacity is None:
+            return KVNeed(0, 0)
+        return capacity.need(prompts, num_choices=num_choices, expected_output=self.outputs.num_tokens)
 
     @property
     def max_model_len(self) -> int:
@@ -103,7 +117,7 @@ class ServedModel:
             limit=None if window is None else ContextLimit(context=window, input=window, output=window),
             tool_call=text is not None and text.renders_tools,
             reasoning=text is not None and text.can_reason,
-            servable=Servable(ok=True) if phase == "loaded" else None,
+            servable=self._servable() if phase == "loaded" else None,
             progress=state.progress,
             error=state.error,
             created=self.created,
@@ -113,28 +127,38 @@ class ServedModel:
 
     def load(self) -> ModelLoad:
         """The element of `GET /health`."""
-        admission, stats, loaded = self.admission, self.stats, self.loaded
-        budget_mb = available_mb = 0
-        if loaded is not None:
-            page_bytes = loaded.page_size * loaded.kv_bytes_per_token
-            total_pages = stats.total_pages or loaded.num_pages
-            free_pages = stats.free_pages if stats.total_pages else total_pages
-            budget_mb = total_pages * page_bytes // _MIB
-            available_mb = free_pages * page_bytes // _MIB
+        admission, stats = self.admission, self.stats
+        capacity, rejected = admission.capacity, admission.rejected
         return ModelLoad(
             id=self.id,
             in_flight=admission.in_flight,
             queue_depth=admission.queue_depth,
             max_in_flight=admission.max_in_flight,
             max_queue_depth=admission.max_queue_depth,
-            rejected_queue_full=admission.rejected_queue_full,
-            rejected_timeout=admission.rejected_timeout,
-            kv_budget_mb=budget_mb,
-            kv_available_mb=available_mb,
+            rejected_queue_full=rejected["queue_full"],
+            rejected_timeout=rejected["wait_timeout"],
+            rejected_per_principal=rejected["per_principal"],
+            anon_in_flight=admission.anon_in_flight,
+            anon_max_in_flight=admission.anon_max_in_flight,
+            rejected_anon_yield=rejected["anon_yield"],
+            rejected_kv_timeout=rejected["kv_timeout"],
+            rejected_kv_unservable=rejected["kv_unservable"],
+            kv_budget_mb=0 if capacity is None else capacity.megabytes(capacity.num_pages),
+            kv_available_mb=0 if capacity is None else capacity.megabytes(admission.available_pages),
             tok_s_prefill=_rate(stats.prefill_tokens, stats.prefill_seconds),
             tok_s_decode=_rate(stats.decode_tokens, stats.decode_seconds),
             idle_s=admission.idle_s,
         )
+
+    def _servable(self) -> Servable | None:
+        """What the smallest of requests would be told; None while that is not known. A cache that is full of answers
+        is no reason: they end (F26)."""
+        if self.admission.capacity is None:
+            return None
+        refusal = self.admission.capacity.refusal(self.need([(1, 1)], num_choices=1))
+        if refusal is None:
+            return Servable(ok=True)
+        return Servable(ok=False, reason=refusal.code, detail=refusal.message)
 
     def _vram_used_mb(self) -> int | None:
         """Weights and KV cache; None on a CPU, where it is no device memory."""
@@ -143,6 +167,10 @@ class ServedModel:
             return None
         kv_bytes = loaded.num_pages * loaded.page_size * loaded.kv_bytes_per_token
         return (loaded.weight_bytes + kv_bytes) // _MIB
+
+
+def _capacity_of(loaded: Loaded) -> KVCapacity:
+    return KVCapacity(loaded.num_pages, loaded.page_size, loaded.kv_bytes_per_token)
 
 
 def _rate(tokens: int, seconds: float) -> float:
