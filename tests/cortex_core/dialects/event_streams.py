@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from cortex_core.dialects.interface import Collector, Projector
@@ -54,7 +55,9 @@ def fragments(draw: st.DrawFn, text: str) -> list[str]:
 
 
 @st.composite
-def choice_events(draw: st.DrawFn, choice: int, *, top_logprobs: int | None, tools: bool) -> list[Event]:
+def choice_events(
+    draw: st.DrawFn, choice: int, *, top_logprobs: int | None, tools: bool, names: Sequence[str]
+) -> list[Event]:
     events: list[Event] = []
     kinds = ["reasoning", "text", "call"] if tools else ["text"]
     num_calls = 0
@@ -67,8 +70,12 @@ def choice_events(draw: st.DrawFn, choice: int, *, top_logprobs: int | None, too
                 events.append(TextDelta(choice, text, logprobs))
         else:
             identity = f"{choice:02x}{num_calls:04x}"
-            events.append(ToolCallStart(choice, num_calls, identity, draw(st.sampled_from(["get_weather", "a.b-c"]))))
-            arguments = draw(st.none() | st.dictionaries(texts, json_values, max_size=3))
+            events.append(ToolCallStart(choice, num_calls, identity, draw(st.sampled_from(names))))
+            arguments = draw(
+                st.none()
+                | st.dictionaries(texts, json_values, max_size=3)
+                | st.fixed_dictionaries({"input": texts | json_values})
+            )
             if arguments is not None:
                 text = json.dumps(arguments, ensure_ascii=draw(st.booleans()))
                 events += [ToolCallArguments(choice, num_calls, part) for part in draw(fragments(text))]
@@ -86,10 +93,18 @@ def choice_events(draw: st.DrawFn, choice: int, *, top_logprobs: int | None, too
 
 @st.composite
 def event_streams(
-    draw: st.DrawFn, *, num_choices: int, top_logprobs: int | None = None, tools: bool = True
+    draw: st.DrawFn,
+    *,
+    num_choices: int,
+    top_logprobs: int | None = None,
+    tools: bool = True,
+    names: Sequence[str] = ("get_weather", "a.b-c"),
 ) -> list[Event]:
-    """Choices interleave at random; one Usage comes last."""
-    queues = [draw(choice_events(choice, top_logprobs=top_logprobs, tools=tools)) for choice in range(num_choices)]
+    """Choices interleave at random; one Usage comes last. names: of the tools that are called."""
+    queues = [
+        draw(choice_events(choice, top_logprobs=top_logprobs, tools=tools, names=names))
+        for choice in range(num_choices)
+    ]
     events: list[Event] = []
     while any(queues):
         waiting = [queue for queue in queues if queue]

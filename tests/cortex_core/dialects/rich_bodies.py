@@ -60,3 +60,43 @@ RICH_MESSAGES: dict[str, Any] = {
     "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {}}},
     "stop_sequences": ["a"],
 }
+RICH_RESPONSES: dict[str, Any] = {
+    "model": "m",
+    "instructions": "a",
+    "input": [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "a"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_text", "text": "a"},
+                {"type": "input_image", "image_url": "https://x", "detail": "low"},
+            ],
+        },
+        {
+            "type": "reasoning",
+            "id": "r",
+            "summary": [{"type": "summary_text", "text": "hm"}],
+            "content": [{"type": "reasoning_text", "text": "hm"}],
+            "encrypted_content": "x",
+        },
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a", "annotations": []}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "namespace": "n", "arguments": "{}"},
+        {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "x"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "r"}]},
+        {"type": "custom_tool_call_output", "call_id": "d", "output": "r"},
+        {"type": "configuration_update", "reasoning": {"effort": "low"}, "text": {"format": {"type": "text"}}},
+        {"type": "additional_tools", "role": "developer", "tools": [{"type": "function", "name": "h"}]},
+    ],
+    "tools": [
+        {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f", "parameters": {"a": 1}}]},
+        {"type": "custom", "name": "g", "format": {"type": "grammar", "syntax": "regex", "definition": "x"}},
+        {"type": "web_search"},
+    ],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "g"}]},
+    "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}, "verbosity": "low"},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "include": ["message.output_text.logprobs", "reasoning.encrypted_content"],
+    "top_logprobs": 1,
+    "metadata": {"a": "b"},
+    "stream": True,
+}

@@ -1,20 +1,22 @@
-"""The three dialects keep one contract, so that a server can hold any of them in one variable."""
+"""All dialects keep one contract, so that a server can hold any of them in one variable."""
 
 from __future__ import annotations
 
 import pytest
-from cortex_core.dialects import anthropic_messages, openai_chat, openai_completions
+from cortex_core.dialects import anthropic_messages, openai_chat, openai_completions, openai_responses
 from cortex_core.dialects.interface import Dialect
 from cortex_core.events import Event, Finish, TextDelta, Usage
 
 REQUESTS = {
     "chat": b'{"model": "m", "messages": [{"role": "user", "content": "q"}]}',
     "completions": b'{"model": "m", "prompt": "q"}',
+    "responses": b'{"model": "m", "input": "q"}',
     "messages": b'{"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "q"}]}',
 }
 DIALECTS: dict[str, Dialect] = {
     "chat": openai_chat,
     "completions": openai_completions,
+    "responses": openai_responses,
     "messages": anthropic_messages,
 }
 ANSWER: list[Event] = [TextDelta(0, "forty-two"), Finish(0, "stop"), Usage(3, 2)]

@@ -263,6 +263,34 @@ def test_a_choice_that_forces_nothing_needs_no_tools(tool_choice: str) -> None:
     assert parse(tool_choice=tool_choice).tool_choice.mode == tool_choice
 
 
+def test_a_custom_tool_is_a_function_of_one_text_to_the_model() -> None:
+    grammar = {"type": "grammar", "grammar": {"syntax": "regex", "definition": "[0-9]+|x"}}
+    tools = [
+        {"type": "custom", "custom": {"name": "sh", "description": "A shell"}},
+        {"type": "custom", "custom": {"name": "dial", "format": grammar}},
+    ]
+    shell, dial = parse(tools=tools).tools
+    argument = {"type": "string"}
+    parameters = {
+        "type": "object",
+        "properties": {"input": argument},
+        "required": ["input"],
+        "additionalProperties": False,
+    }
+    assert shell == ToolDefinition("sh", "A shell", parameters, is_freeform=True)
+    assert dial.parameters is not None
+    assert dial.parameters["properties"]["input"] == {
+        "type": "string",
+        "description": "Text that matches this regex grammar:\n[0-9]+|x",
+        "pattern": "^(?:[0-9]+|x)$",
+    }
+    named = {"type": "custom", "custom": {"name": "dial"}}
+    assert parse(tools=tools, tool_choice=named).tool_choice == ToolChoice("named", "dial")
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    assert parse(tools=tools, tool_choice=allowed).tool_choice == ToolChoice("required", allowed=("dial",))
+    assert parse(tools=tools).client_param("tools[1].function.parameters") == "tools[1].custom.format"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -276,7 +304,8 @@ def test_a_choice_that_forces_nothing_needs_no_tools(tool_choice: str) -> None:
             "tool_choice.function.name",
         ),
         ({"tool_choice": {"type": "function"}, "tools": [TIME]}, "tool_choice.function"),
-        ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}, "tools": [TIME]}, "tool_choice.type"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}, "tools": [TIME]}, "tool_choice.custom.name"),
+        ({"tool_choice": {"type": "web", "web": {"name": "x"}}, "tools": [TIME]}, "tool_choice.type"),
         (
             {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "tools": [TIME]},
             "tool_choice.allowed_tools.tools",
@@ -295,7 +324,12 @@ def test_a_choice_that_forces_nothing_needs_no_tools(tool_choice: str) -> None:
             },
             "tool_choice.allowed_tools.tools[0].function.name",
         ),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0].custom"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x", "format": {}}}]}, "tools[0].custom.format.type"),
+        (
+            {"tools": [{"type": "custom", "custom": {"name": "x", "format": {"type": "grammar"}}}]},
+            "tools[0].custom.format.grammar",
+        ),
         ({"tools": [{"type": "teleport"}]}, "tools[0].type"),
         ({"tools": [{"function": {"name": "x"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),

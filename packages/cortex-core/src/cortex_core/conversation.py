@@ -63,10 +63,19 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class ToolDefinition(msgspec.Struct, frozen=True):
+    """A tool as the model sees it: a name, and a JSON object of arguments.
+
+    is_freeform: the client knows a tool that takes one text; the model sees one string argument, `input`.
+    namespace, member: the client knows the tool as `member` of `namespace`; `name` is the two made one.
+    """
+
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool = False
+    is_freeform: bool = False
+    namespace: str | None = None
+    member: str | None = None
 
 
 class ToolChoice(msgspec.Struct, frozen=True):
@@ -137,6 +146,10 @@ class Request(msgspec.Struct, frozen=True):
     `len(prompts) * num_choices` choices, prompt-major. `logprobs`: None is off, k >= 0 asks for the sampled
     token's log-probability and the k most likely alternatives. `continue_final_turn`: the last assistant turn
     is a prefix to continue (Anthropic prefill).
+
+    The last three are no part of what is asked. param_names: fields as this module calls them (`messages`), by the
+    path that the client wrote them at, where that differs. dropped: names of the filters that took something out of
+    the prompt. echo_fields: what the dialect that parsed the request repeats in its answer; nobody else reads it.
     """
 
     model: str
@@ -156,3 +169,10 @@ class Request(msgspec.Struct, frozen=True):
     include_usage: bool = False
     continue_final_turn: bool = False
     template_kwargs: dict[str, Any] = {}
+    param_names: dict[str, str] = {}
+    dropped: tuple[str, ...] = ()
+    echo_fields: dict[str, Any] = {}
+
+    def client_param(self, param: str | None) -> str | None:
+        """An error's `param` in the client's own words."""
+        return None if param is None else self.param_names.get(param, param)

@@ -1,11 +1,11 @@
-"""Request fields that OpenAI chat and completions share, their limits included."""
+"""Request fields that several OpenAI surfaces share, their limits included."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cortex_core.conversation import Sampling
-from cortex_core.dialects.json_body import Fields, show, unsupported, wrong_type
+from cortex_core.conversation import Reasoning, Sampling
+from cortex_core.dialects.json_body import Fields, one_of, show, unsupported, wrong_type
 from cortex_core.errors import invalid
 
 MAX_TOKENS_CEILING = 2**31 - 1
@@ -14,6 +14,9 @@ MAX_TOKENS_CEILING = 2**31 - 1
 MAX_CHOICES = 128
 MAX_STOP_SEQUENCES = 64
 """The official limit is four; editors send more, and each costs a comparison per token."""
+
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+THINKING_TYPES = ("enabled", "adaptive", "auto", "disabled")
 
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -93,6 +96,27 @@ def include_usage(body: Fields) -> bool:
     """Whether a stream ends with a usage chunk. `include_obfuscation` is a hint and is ignored."""
     options = body.object("stream_options")
     return options is not None and options.boolean("include_usage")
+
+
+def reasoning(effort: str | None, fields: Fields, template_kwargs: Fields | None) -> Reasoning:
+    """Four ways to say it; the more specific to the model wins: effort < thinking < enable_thinking < kwargs."""
+    thinks: bool | None = None if effort is None else effort != "none"
+    budget_tokens = None
+    thinking = fields.object("thinking")
+    if thinking is not None:
+        kind = thinking.required_string("type")
+        if kind not in THINKING_TYPES:
+            raise one_of("thinking.type", kind, THINKING_TYPES)
+        thinks = kind != "disabled"
+        budget_tokens = max_tokens(thinking, "budget_tokens")
+    for source in (fields, template_kwargs):
+        switch = None if source is None else source.optional_boolean("enable_thinking")
+        thinks = thinks if switch is None else switch
+    return Reasoning(
+        mode="default" if thinks is None else "on" if thinks else "off",
+        effort=None if effort == "none" else effort,
+        budget_tokens=budget_tokens,
+    )
 
 
 def json_schema(value: Any, path: str) -> dict[str, Any] | bool:

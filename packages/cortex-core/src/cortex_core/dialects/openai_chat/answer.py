@@ -15,6 +15,7 @@ from cortex_core.dialects.openai_answer import (
     new_id,
     usage_object,
 )
+from cortex_core.dialects.openai_custom_tools import FreeformInput, freeform_names, freeform_text
 from cortex_core.errors import ApiError
 from cortex_core.events import (
     Event,
@@ -55,14 +56,15 @@ def _logprob_objects(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]
 class _ChoiceFrame:
     """The constant bytes of one choice's chunks: only the encoded delta goes between head and tail."""
 
-    __slots__ = ("delta", "text", "tool_arguments", "tool_head", "wants_arguments")
+    __slots__ = ("delta", "freeform", "text", "tool_arguments", "tool_head", "wants_arguments")
 
     def __init__(self, frame: ChunkFrame, index: int) -> None:
         self.delta = frame.prefix + b'[{"index":%d,"delta":' % index
         self.text = self.delta + b'{"content":'
         self.tool_head = self.delta + b'{"tool_calls":['
-        self.tool_arguments = b""  # set for each call as it starts
+        self.tool_arguments = b""  # these are set for each call as it starts
         self.wants_arguments = False
+        self.freeform: FreeformInput | None = None
 
 
 class Projector:
@@ -74,6 +76,7 @@ class Projector:
         self._choices = [_ChoiceFrame(frame, index) for index in range(request.num_choices)]
         self._with_logprobs = request.logprobs is not None
         self._shows_reasoning = request.reasoning.visible
+        self._freeform_names = freeform_names(request.tools)
         self._stream = StreamEnd()
         self._delta_end = b',"finish_reason":null}]' + frame.suffix
         self._text_end = b"}" + self._delta_end
@@ -104,7 +107,8 @@ class Projector:
                 return b""
             choice = self._choices[event.choice]
             choice.wants_arguments = False
-            return choice.tool_arguments + encode_json(event.fragment) + self._arguments_end
+            fragment = event.fragment if choice.freeform is None else choice.freeform.feed(event.fragment)
+            return choice.tool_arguments + encode_json(fragment) + self._arguments_end if fragment else b""
         return self._feed_rare(event)
 
     def _feed_rare(self, event: Event) -> bytes:
@@ -112,13 +116,17 @@ class Projector:
             return self._start_call(event)
         if isinstance(event, ToolCallEnd):
             choice = self._choices[event.choice]
+            if choice.freeform is not None:
+                return self._end_input(choice)
             if not choice.wants_arguments:
                 return b""
             choice.wants_arguments = False
             return choice.tool_arguments + b'"{}"' + self._arguments_end
         if isinstance(event, Finish):
             reason = FINISH_REASONS[event.reason].encode()
-            return self._choices[event.choice].delta + b'{},"finish_reason":"' + reason + b'"}]' + self._frame.suffix
+            choice = self._choices[event.choice]
+            rest = self._end_input(choice)  # of a call that was cut off
+            return rest + choice.delta + b'{},"finish_reason":"' + reason + b'"}]' + self._frame.suffix
         if isinstance(event, Usage):
             self._stream.has_usage = True
             return self._frame.usage_chunk(event)
@@ -136,15 +144,27 @@ class Projector:
             + self._delta_end
         )
 
+    def _end_input(self, choice: _ChoiceFrame) -> bytes:
+        rest = "" if choice.freeform is None else choice.freeform.close()
+        choice.freeform = None
+        return choice.tool_arguments + encode_json(rest) + self._arguments_end if rest else b""
+
     def _start_call(self, event: ToolCallStart) -> bytes:
         choice = self._choices[event.choice]
         choice.wants_arguments = True
-        choice.tool_arguments = choice.tool_head + b'{"index":%d,"function":{"arguments":' % event.index
+        is_custom = event.name in self._freeform_names
+        choice.freeform = FreeformInput() if is_custom else None
+        kind, field = ("custom", "input") if is_custom else ("function", "arguments")
+        choice.tool_arguments = choice.tool_head + b'{"index":%d,"%b":{"%b":' % (
+            event.index,
+            kind.encode(),
+            field.encode(),
+        )
         call = {
             "index": event.index,
             "id": _call_id(event),
-            "type": "function",
-            "function": {"name": event.name, "arguments": ""},
+            "type": kind,
+            kind: {"name": event.name, field: ""},
         }
         return choice.tool_head + encode_json(call) + b"]}" + self._delta_end
 
@@ -177,6 +197,7 @@ class Collector:
         self._messages = [_Message() for _ in range(request.num_choices)]
         self._with_logprobs = request.logprobs is not None
         self._shows_reasoning = request.reasoning.visible
+        self._freeform_names = freeform_names(request.tools)
         self._usage: Usage | None = None
 
     def feed(self, event: Event) -> None:
@@ -228,12 +249,11 @@ class Collector:
         if reasoning:
             result["reasoning_content"] = result["reasoning"] = reasoning
         if message.calls:
-            result["tool_calls"] = [
-                {
-                    "id": _call_id(start),
-                    "type": "function",
-                    "function": {"name": start.name, "arguments": "".join(fragments)},
-                }
-                for start, fragments in message.calls
-            ]
+            result["tool_calls"] = [self._call(start, "".join(fragments)) for start, fragments in message.calls]
         return result
+
+    def _call(self, start: ToolCallStart, arguments: str) -> dict[str, Any]:
+        if start.name in self._freeform_names:
+            text = freeform_text(arguments)
+            return {"id": _call_id(start), "type": "custom", "custom": {"name": start.name, "input": text}}
+        return {"id": _call_id(start), "type": "function", "function": {"name": start.name, "arguments": arguments}}

@@ -12,7 +12,6 @@ from cortex_core.conversation import (
     ImagePart,
     Limits,
     Part,
-    Reasoning,
     Request,
     ResponseFormat,
     TextPart,
@@ -33,6 +32,7 @@ from cortex_core.dialects.json_body import (
     unsupported,
     wrong_type,
 )
+from cortex_core.dialects.openai_custom_tools import freeform_arguments, freeform_tool
 from cortex_core.dialects.openai_images import image_part
 from cortex_core.errors import ApiError, invalid
 
@@ -93,8 +93,7 @@ IGNORED = (
 """Hints, caching and billing; and the `functions` pair, superseded by `tools` in 2023."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-THINKING_TYPES = ("enabled", "adaptive", "auto", "disabled")
+TOOL_TYPES = ("function", "custom")
 TOOL_MODES = ("none", "auto", "required")
 MAX_TOP_LOGPROBS = 20
 
@@ -121,13 +120,20 @@ def parse(body: bytes) -> Request:
             stop=openai_fields.stop(fields),
             ignore_eos=fields.boolean("ignore_eos"),
         ),
-        reasoning=_reasoning(fields, template_kwargs),
+        reasoning=openai_fields.reasoning(
+            fields.choice("reasoning_effort", openai_fields.REASONING_EFFORTS), fields, template_kwargs
+        ),
         num_choices=openai_fields.num_choices(fields),
         logprobs=_logprobs(fields),
         stream=fields.boolean("stream"),
         include_usage=openai_fields.include_usage(fields),
         continue_final_turn=_continues(fields, turns),
         template_kwargs={} if template_kwargs is None else template_kwargs.values,
+        param_names={
+            f"tools[{index}].function.parameters": f"tools[{index}].custom.format"
+            for index, tool in enumerate(tools)
+            if tool.is_freeform
+        },
     )
 
 
@@ -231,8 +237,8 @@ def _tool_call(call: Fields) -> ToolCallPart:
     if kind == "custom":
         custom = call.required_object("custom")
         text = custom.required_string("input", may_be_empty=True)
-        return ToolCallPart(call_id, custom.required_string("name"), encode_compact({"input": text}))
-    raise one_of(call.at("type"), kind, ("function", "custom"))
+        return ToolCallPart(call_id, custom.required_string("name"), freeform_arguments(text))
+    raise one_of(call.at("type"), kind, TOOL_TYPES)
 
 
 def _arguments(function: Fields) -> str:
@@ -261,9 +267,10 @@ def _continues(fields: Fields, turns: tuple[Turn, ...]) -> bool:
 def _tool(tool: Fields) -> ToolDefinition:
     kind = tool.required_string("type")
     if kind == "custom":
-        raise unsupported(tool.at("type"), "custom tools are not supported; declare a function")
+        custom = tool.required_object("custom")
+        return freeform_tool(custom, custom.required_string("name"), wrapped_grammar=True)
     if kind != "function":
-        raise one_of(tool.at("type"), kind, ("function",))
+        raise one_of(tool.at("type"), kind, TOOL_TYPES)
     function = tool.required_object("function")
     parameters = function.object("parameters")
     return ToolDefinition(
@@ -288,12 +295,12 @@ def _tool_choice(fields: Fields, tools: tuple[ToolDefinition, ...]) -> ToolChoic
     choice = Fields.of(value, "tool_choice")
     kind = choice.required_string("type")
     names = {tool.name for tool in tools}
-    if kind == "function":
+    if kind in TOOL_TYPES:
         _demand_tools(tools)
-        return ToolChoice("named", _known_name(choice.required_object("function"), names))
+        return ToolChoice("named", _known_name(choice.required_object(kind), names))
     if kind == "allowed_tools":
         return _allowed_tools(choice.required_object("allowed_tools"), tools, names)
-    raise one_of("tool_choice.type", kind, ("function", "allowed_tools"))
+    raise one_of("tool_choice.type", kind, (*TOOL_TYPES, "allowed_tools"))
 
 
 def _allowed_tools(allowed: Fields, tools: tuple[ToolDefinition, ...], names: set[str]) -> ToolChoice:
@@ -301,10 +308,15 @@ def _allowed_tools(allowed: Fields, tools: tuple[ToolDefinition, ...], names: se
     mode = allowed.choice("mode", ("auto", "required"))
     if mode is None:
         raise missing(allowed.at("mode"))
-    listed = tuple(_known_name(tool.required_object("function"), names) for tool in allowed.objects("tools"))
+    listed = tuple(_known_name(_named_object(tool), names) for tool in allowed.objects("tools"))
     if not listed:
         raise invalid(f"{allowed.at('tools')}: must not be empty", param=allowed.at("tools"))
     return ToolChoice("required" if mode == "required" else "auto", allowed=listed)
+
+
+def _named_object(tool: Fields) -> Fields:
+    """The object with the name in a reference to a tool; a reference without a type is one to a function."""
+    return tool.required_object("custom" if tool.get("type") == "custom" else "function")
 
 
 def _demand_tools(tools: tuple[ToolDefinition, ...]) -> None:
@@ -350,25 +362,3 @@ def _logprobs(fields: Fields) -> int | None:
     if top and not wanted:
         raise invalid("top_logprobs: needs logprobs to be true", param="top_logprobs")
     return (top or 0) if wanted else None
-
-
-def _reasoning(fields: Fields, template_kwargs: Fields | None) -> Reasoning:
-    """Four ways to say it; the more specific to the model wins: effort < thinking < enable_thinking < kwargs."""
-    effort = fields.choice("reasoning_effort", REASONING_EFFORTS)
-    thinks: bool | None = None if effort is None else effort != "none"
-    budget_tokens = None
-    thinking = fields.object("thinking")
-    if thinking is not None:
-        kind = thinking.required_string("type")
-        if kind not in THINKING_TYPES:
-            raise one_of("thinking.type", kind, THINKING_TYPES)
-        thinks = kind != "disabled"
-        budget_tokens = openai_fields.max_tokens(thinking, "budget_tokens")
-    for source in (fields, template_kwargs):
-        switch = None if source is None else source.optional_boolean("enable_thinking")
-        thinks = thinks if switch is None else switch
-    return Reasoning(
-        mode="default" if thinks is None else "on" if thinks else "off",
-        effort=None if effort == "none" else effort,
-        budget_tokens=budget_tokens,
-    )
