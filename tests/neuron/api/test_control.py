@@ -182,7 +182,7 @@ async def test_a_load_that_fails_stays_visible_with_its_reason(
         ({"model_id": "a/b", "harness": "other"}, 400, "invalid_value"),
         ({"model_id": "cortex/demo", "devices": [7]}, 422, "device_not_found"),
         ({"model_id": "cortex/demo", "quant": "q4"}, 422, "quant_unsupported"),
-        ({"model_id": "cortex/demo", "tensor_parallel": 2}, 422, "tensor_parallel_unsupported"),
+        ({"model_id": "cortex/demo", "tensor_parallel": 2, "tensor_split": [3]}, 422, "tensor_split_invalid"),
     ],
 )
 async def test_a_load_that_cannot_be_is_refused_and_leaves_no_trace(

@@ -70,7 +70,6 @@ def test_what_can_be_served_passes() -> None:
         ),
         ({"quant": "q6_k"}, GGUF, "gguf_unsupported", {}),
         ({"quant": "q6k"}, DENSE, "quant_unsupported", {"requested": "q6k"}),
-        ({"tensor_parallel": 2}, DENSE, "tensor_parallel_unsupported", {"tp_size": 2}),
         ({}, ["model_index.json"], "unsupported_layout", {}),
         ({}, DENSE[1:], "bad_checkpoint", {}),
         ({}, ["config.json", "model.safetensors"], "bad_checkpoint", {}),

@@ -104,6 +104,8 @@ class HealthResponse(msgspec.Struct, frozen=True):
 class ModelSpec(msgspec.Struct, frozen=True):
     """`POST /models/load`: which model, and how. `harness` is kept for older peers, which demand it.
 
+    tensor_parallel: devices that share the model. tensor_split: relative sizes of their parts, in their order, or
+    `auto` for the ratio of their free memory; None is equal parts.
     max_model_len caps the context, kv_cache_mb the KV cache; None lets the neuron decide.
     """
 
@@ -114,6 +116,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     devices: tuple[int, ...] | None = None
     max_model_len: int | None = None
     kv_cache_mb: int | None = None
+    tensor_split: tuple[float, ...] | Literal["auto"] | None = None
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):

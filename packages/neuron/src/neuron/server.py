@@ -67,6 +67,7 @@ class Daemon:
             sources,
             runtime_dir=self._runtime_dir,
             devices=discovery.devices,
+            free_mb=lambda: {device.index: device.vram_free_mb for device in hardware.reading.devices},
             cuda_unavailable_reason=discovery.cuda_unavailable_reason,
             command=command,
             served=self._served,

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from neuron.lifecycle import machine
 from neuron.lifecycle.admission import Admission, AdmissionLimits
 from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
+from neuron.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares, num_ranks
 from neuron.lifecycle.preflight import check_spec, refusal
 from neuron.lifecycle.progress import ProgressClock, Watchers, load_deadline_s
 from neuron.lifecycle.registry import FetchCancelled
@@ -42,14 +43,14 @@ from neuron.text import TextModel, TokenizerError
 
 logger = logging.getLogger(__name__)
 
-_PERMANENT_LOAD_FAILURES = ("unsupported_architecture", "bad_checkpoint")
+_PERMANENT_LOAD_FAILURES = ("unsupported_architecture", "bad_checkpoint", "unsupported_parallelism")
 
 
 class ModelManager:
     """Loads, serves and unloads models.
 
     runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
-    the argument list of a worker process. served: the list of what is served, on disk. on_loaded is called once per
+    the argument list of a worker process. free_mb: free memory by device index, as last read. served: the list of what is served, on disk. on_loaded is called once per
     load (not per recovery).
     """
 
@@ -60,6 +61,7 @@ class ModelManager:
         *,
         runtime_dir: Path,
         devices: tuple[DeviceInfo, ...] = (),
+        free_mb: Callable[[], Mapping[int, int]] = dict,
         cuda_unavailable_reason: str | None = None,
         command: WorkerCommand = worker_command,
         served: ServedModels | None = None,
@@ -69,6 +71,7 @@ class ModelManager:
         self._config = config
         self._sources = sources
         self._devices = devices
+        self._free_mb = free_mb
         self._cuda_unavailable_reason = cuda_unavailable_reason
         self._models: dict[str, ServedModel] = {}
         self._clocks: defaultdict[str, ProgressClock] = defaultdict(ProgressClock)
@@ -135,6 +138,7 @@ class ModelManager:
             if self._cuda_unavailable_reason is not None:
                 raise ApiError("overloaded", self._cuda_unavailable_reason, code="cuda_unavailable")
             check_spec(spec, self._devices)
+            check_parallelism(spec, self._devices)
         if model is None:
             model = self._models[model_id] = self._new_model(model_id)
         await self._order(model, machine.LoadRequested(spec), model.load_waiters)
@@ -356,14 +360,15 @@ class ModelManager:
     def _engine_config(self, model_id: str, spec: ModelSpec, path: Path, text: TextModel) -> EngineConfig:
         engine = self._config.engine
         kv_cache_mb = spec.kv_cache_mb or engine.kv_cache_mb
-        devices = spec.devices
-        if devices is None:
-            devices = (self._devices[0].index,) if self._devices else ()
+        devices = choose_devices(spec, self._devices)
         return EngineConfig(
             model_id=model_id,
             path=str(path),
             tokenizer_json=text.tokenizer_json,
-            devices=devices[:1],
+            devices=devices,
+            tensor_parallel_size=num_ranks(spec),
+            shares=choose_shares(spec, devices, self._free_mb()),
+            collective_timeout_s=engine.collective_timeout_s,
             dtype=engine.dtype,
             max_model_len=spec.max_model_len or engine.max_model_len,
             kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,

@@ -142,13 +142,6 @@ def check_layout(spec: ModelSpec, names: Iterable[str]) -> Layout:
             model_id=spec.model_id,
             requested=spec.quant,
         )
-    if tensor_parallel > 1:
-        raise refusal(
-            "tensor_parallel_unsupported",
-            f"tensor_parallel {tensor_parallel} was asked for, and only 1 is supported yet.",
-            model_id=spec.model_id,
-            tp_size=tensor_parallel,
-        )
     if "config.json" not in names:
         raise refusal("bad_checkpoint", f"`{spec.model_id}` has no config.json.", model_id=spec.model_id)
     if not any(name in names for name in _TOKENIZER_FILES):
