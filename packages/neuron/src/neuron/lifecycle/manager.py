@@ -50,8 +50,8 @@ class ModelManager:
     """Loads, serves and unloads models.
 
     runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
-    the argument list of a worker process. free_mb: free memory by device index, as last read. served: the list of what is served, on disk. on_loaded is called once per
-    load (not per recovery).
+    the argument list of a worker process. free_mb: free memory by device index, as last read. served: the list of what
+    is served, on disk. on_loaded is called once per load (not per recovery).
     """
 
     def __init__(

@@ -25,7 +25,7 @@ def num_ranks(spec: ModelSpec) -> int:
 
 
 def check_parallelism(spec: ModelSpec, devices: Sequence[DeviceInfo]) -> None:
-    """Whether this host can divide a model as asked for. `devices`: of the host, none on a CPU. Raises `ApiError` 422."""
+    """Whether this host, with these devices or none, can divide a model as asked for. Raises `ApiError` 422."""
     ranks = num_ranks(spec)
     if ranks < 1:
         raise refusal(
