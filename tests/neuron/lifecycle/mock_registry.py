@@ -22,6 +22,8 @@ class MockRegistry:
         self.token: str | None = None
         self.status: int | None = None
         self.cut_once: dict[str, int] = {}
+        self.sent_instead: dict[str, bytes] = {}
+        self.is_hub = False  # then it lists hashes, as the public hub does
         self.requests: list[str] = []
         self.ranges: list[str] = []
         registry = self
@@ -68,7 +70,7 @@ class MockRegistry:
         if self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}":
             return self._send(request, 401, b'{"error": "who are you"}', with_body)
         if path == f"/api/models/{self.repo}":
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
+            siblings = [self._sibling(name, data) for name, data in self.files.items()]
             listing = {"id": self.repo, "sha": SHA, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
             return self._send(request, 200, json.dumps(listing).encode(), with_body)
         name = path.removeprefix(f"/{self.repo}/resolve/{SHA}/")
@@ -76,7 +78,8 @@ class MockRegistry:
             headers = {"x-error-code": "EntryNotFound" if path.startswith(f"/{self.repo}/") else "RepoNotFound"}
             return self._send(request, 404, b"{}", with_body, headers)
         data = self.files[name]
-        headers = {"etag": f'"{hashlib.sha1(data).hexdigest()}"', "x-repo-commit": SHA, "accept-ranges": "bytes"}
+        headers = {"etag": f'"{self._etag(name, data)}"', "x-repo-commit": SHA, "accept-ranges": "bytes"}
+        data = self.sent_instead.get(name, data)
         range_header = request.headers.get("range")
         if with_body and range_header:
             self.ranges.append(range_header)
@@ -94,6 +97,19 @@ class MockRegistry:
             request.close_connection = True
             return None
         return self._send(request, 200, data, with_body, headers)
+
+    def _etag(self, name: str, data: bytes) -> str:
+        if self.is_hub and name.endswith(".safetensors"):
+            return hashlib.sha256(data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data if self.is_hub else data).hexdigest()
+
+    def _sibling(self, name: str, data: bytes) -> dict[str, object]:
+        sibling: dict[str, object] = {"rfilename": name, "size": len(data)}
+        if self.is_hub:
+            sibling["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            if name.endswith(".safetensors"):
+                sibling["lfs"] = {"sha256": self._etag(name, data), "size": len(data), "pointerSize": 134}
+        return sibling
 
     @staticmethod
     def _send(

@@ -20,10 +20,10 @@ from neuron.lifecycle import machine
 from neuron.lifecycle.admission import Admission, AdmissionLimits
 from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
+from neuron.lifecycle.download import FetchCancelled
 from neuron.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares, num_ranks
 from neuron.lifecycle.preflight import check_spec, refusal
 from neuron.lifecycle.progress import ProgressClock, Watchers, load_deadline_s
-from neuron.lifecycle.registry import FetchCancelled
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
 from neuron.lifecycle.state_file import ServedModels

@@ -1,7 +1,8 @@
 """Snapshots from a registry that speaks the Hugging Face API: only the files a load needs, from the cache when offline.
 
-All of it blocks: it runs on a thread of its own. A file that was interrupted goes on where it was while the fetch
-lives; files that are complete are never fetched twice. `refs/main` of the cache is moved once a snapshot is whole.
+All of it blocks: it runs on a thread of its own. Files that are complete are never fetched twice, and one that was
+interrupted goes on where it was, also after the daemon's end (see `download`). Several come at a time. `refs/main` of
+the cache is moved once a snapshot is whole.
 """
 
 from __future__ import annotations
@@ -11,34 +12,43 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress, ModelSpec
 
 from neuron.lifecycle.checkpoint_folder import check_folder, is_complete, read_json
+from neuron.lifecycle.download import Downloader, FetchCancelled, RemoteFile
 from neuron.lifecycle.model_id import ModelId
-from neuron.lifecycle.preflight import INDEX_FILE, check_config, check_layout, is_small_file, refusal, weight_files
+from neuron.lifecycle.preflight import (
+    INDEX_FILE,
+    Layout,
+    check_config,
+    check_layout,
+    is_small_file,
+    refusal,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[LoadProgress], None]
 
-_POLL_S = 0.5
+CONNECTIONS = 4
+"""Files that are fetched at a time: one connection rarely fills a fast line."""
+_REPORT_S = 0.25
 _LOCAL_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: ("disk_full", "the disk is full"),
+    errno.EDQUOT: ("disk_full", "the disk quota is used up"),
+    errno.EFBIG: ("disk_full", "a file may not grow so large here"),
+    errno.EACCES: ("permission_denied", "permission denied"),
+    errno.EPERM: ("permission_denied", "permission denied"),
+    errno.EROFS: ("permission_denied", "the file system is read-only"),
 }
-
-
-class FetchCancelled(Exception):
-    """The fetch was called off between two files."""
 
 
 class Registry:
@@ -72,12 +82,12 @@ class Registry:
                 )
                 return snapshot
             raise fetch_error(spec, exc) from exc
-        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        layout = check_layout(spec, sizes)
+        files = {sibling.rfilename: _remote_file(sibling) for sibling in info.siblings or ()}
+        layout = check_layout(spec, files)
         if info.sha is None:
             raise refusal("repo_fetch_failed", f"The registry names no revision of `{model}`.", model_id=spec.model_id)
         try:
-            return self._download(spec, model, info.sha, sizes, layout, on_progress, cancelled)
+            return self._download(spec, model, info.sha, files, layout, on_progress, cancelled)
         except (ApiError, FetchCancelled):
             raise
         except Exception as exc:
@@ -88,46 +98,58 @@ class Registry:
         spec: ModelSpec,
         model: ModelId,
         revision: str,
-        sizes: dict[str, int],
-        layout: Any,
+        files: dict[str, RemoteFile],
+        layout: Layout,
         on_progress: ProgressCallback,
         cancelled: threading.Event,
     ) -> Path:
-        small = sorted((name for name in sizes if is_small_file(name)), key=lambda name: name != "config.json")
-        get = self._getter(model, revision, cancelled)
-        snapshot = get("config.json").parent
-        check_config(spec, read_json(snapshot / "config.json"))  # before anything large is touched
-        index = read_json(get(INDEX_FILE)) if layout.is_sharded else None
-        wanted = [*small, *weight_files(layout, index if isinstance(index, dict) else None)]
-        total = sum(sizes[name] for name in wanted)
-        done = sum(sizes[name] for name in wanted if (snapshot / name).exists())
-        self._check_space(spec, total - done)
-        with _Meter(self._storage(model) / "blobs", done, total, on_progress) as meter:
-            for name in wanted:
-                if not (snapshot / name).exists():
-                    get(name)
-                    meter.add(sizes[name])
+        failed = threading.Event()
+        meter = _Meter(on_progress)
+        downloader = Downloader(
+            self._storage(model),
+            repo=model.repo,
+            revision=revision,
+            endpoint=self._endpoint,
+            token=self._token,
+            cancelled=lambda: cancelled.is_set() or failed.is_set(),
+            on_bytes=meter.add,
+        )
+        config = downloader.get(files["config.json"])
+        check_config(spec, read_json(config))  # before anything large is touched
+        index = read_json(downloader.get(files[INDEX_FILE])) if layout.is_sharded else None
+        small = sorted(name for name in files if is_small_file(name))
+        weights = weight_files(layout, index if isinstance(index, dict) else None)
+        wanted = [files[name] for name in (*small, *weights)]
+        missing = [file for file in wanted if not downloader.is_here(file)]
+        total, left = _size(wanted), _size(missing)
+        there = min(downloader.partial_bytes(), left)
+        self._check_space(spec, left - there)
+        meter.begin(total - left + there, total)
+        self._get_all(downloader, missing, failed)
+        meter.end()
+        snapshot = config.parent
         check_folder(spec, snapshot)
         self._point_main_at(model, revision)
+        downloader.sweep()
         return snapshot
 
-    def _getter(self, model: ModelId, revision: str, cancelled: threading.Event) -> Callable[[str], Path]:
-        from huggingface_hub import hf_hub_download
+    @staticmethod
+    def _get_all(downloader: Downloader, files: list[RemoteFile], failed: threading.Event) -> None:
+        """Several at a time; the first error ends the others at their next bytes and is the one that counts."""
 
-        def get(name: str) -> Path:
-            if cancelled.is_set():
-                raise FetchCancelled
-            path = hf_hub_download(
-                model.repo,
-                name,
-                revision=revision,
-                endpoint=self._endpoint,
-                token=self._token,
-                cache_dir=self._cache_dir,
-            )
-            return Path(path)
+        def get(file: RemoteFile) -> None:
+            try:
+                downloader.get(file)
+            except BaseException:
+                failed.set()
+                raise
 
-        return get
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch") as pool:
+            errors = [job.exception() for job in as_completed([pool.submit(get, file) for file in files])]
+        first = next((error for error in errors if error and not isinstance(error, FetchCancelled)), None)
+        error = first or next((error for error in errors if error), None)
+        if error is not None:
+            raise error
 
     # ------------------------------------------------------------------ the cache
 
@@ -171,45 +193,50 @@ class Registry:
 
 
 class _Meter:
-    """Reports bytes every half second: files that are done, and what partial files hold on disk right now."""
+    """Reports bytes as they come, a few times a second; `add` may be called from several threads."""
 
-    def __init__(self, blobs: Path, done: int, total: int, on_progress: ProgressCallback) -> None:
-        self._blobs = blobs
-        self._done = done
-        self._total = total
+    def __init__(self, on_progress: ProgressCallback) -> None:
         self._on_progress = on_progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fetch-meter", daemon=True)
+        self._lock = threading.Lock()
+        self._done = 0
+        self._total = 0
+        self._reported = 0.0
+
+    def begin(self, done: int, total: int) -> None:
+        """From here on there is something to report: what came before were the few files that tell how much it is."""
+        with self._lock:
+            self._done, self._total = done, total
+            self._report()
 
     def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._report()
+        with self._lock:
+            self._done += num_bytes
+            if self._total and time.monotonic() - self._reported >= _REPORT_S:
+                self._report()
 
-    def __enter__(self) -> Self:
-        self._report()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(_POLL_S):
+    def end(self) -> None:
+        with self._lock:
+            self._done = self._total
             self._report()
 
     def _report(self) -> None:
-        partial = sum(_sizes(self._blobs.glob("*.incomplete")))
-        self._on_progress(LoadProgress("fetching", min(self._done + partial, self._total), self._total))
+        self._reported = time.monotonic()
+        self._on_progress(LoadProgress("fetching", max(0, min(self._done, self._total)), self._total))
 
 
-def _sizes(files: Iterable[Path]) -> Iterable[int]:
-    for file in files:
-        try:
-            yield file.stat().st_size
-        except OSError:
-            continue  # it was finished, and moved, between the listing and the look
+def _remote_file(sibling: Any) -> RemoteFile:
+    """What the library knows of a file; registries that are not the public hub may leave most of it out."""
+    lfs = getattr(sibling, "lfs", None)
+    return RemoteFile(
+        sibling.rfilename,
+        size=sibling.size,
+        sha256=getattr(lfs, "sha256", None),
+        git_sha1=None if lfs is not None else getattr(sibling, "blob_id", None),
+    )
+
+
+def _size(files: Iterable[RemoteFile]) -> int:
+    return sum(file.size or 0 for file in files)
 
 
 def fetch_error(spec: ModelSpec, error: Exception) -> ApiError:
@@ -219,7 +246,11 @@ def fetch_error(spec: ModelSpec, error: Exception) -> ApiError:
     cause = _cause(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     local = _LOCAL_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
-    message = f"`{spec.model_id}` could not be fetched: {local or cause}"
+    if local is not None:
+        kind, words = local
+        message = f"`{spec.model_id}` could not be fetched: {words} ({cause})"
+        return refusal(kind, message, model_id=spec.model_id, cause=cause)
+    message = f"`{spec.model_id}` could not be fetched: {cause}"
     permanent: tuple[type[Exception], ...] = (
         errors.RepositoryNotFoundError,
         errors.RevisionNotFoundError,
@@ -230,7 +261,7 @@ def fetch_error(spec: ModelSpec, error: Exception) -> ApiError:
     if isinstance(error, errors.LocalEntryNotFoundError):  # a file it could not ask for, offline or not
         is_permanent = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
     else:
-        is_permanent = isinstance(error, permanent) or local is not None or status in (400, 401, 403, 404, 410)
+        is_permanent = isinstance(error, permanent) or status in (400, 401, 403, 404, 410)
     if is_permanent:
         return refusal("repo_fetch_failed", message, model_id=spec.model_id, cause=cause)
     return ApiError(

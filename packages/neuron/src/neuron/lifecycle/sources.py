@@ -56,7 +56,7 @@ class Sources:
         return str(model) if model.scheme == FILE_SCHEME else model.repo
 
     def fetch(self, spec: ModelSpec, *, on_progress: ProgressCallback, cancelled: threading.Event) -> Path:
-        """The folder of a checked, complete checkpoint. Raises `ApiError` and `registry.FetchCancelled`."""
+        """The folder of a checked, complete checkpoint. Raises `ApiError` and `download.FetchCancelled`."""
         model = self.parse(spec.model_id)
         if spec.model_id == DEMO_MODEL:
             path = demo_model_path()
