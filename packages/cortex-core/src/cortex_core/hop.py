@@ -17,6 +17,8 @@ function of (seed, position), so the answer is the one that the first neuron wou
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 RESOLVED_MODEL_HEADER = "x-cortex-resolved-model"
@@ -44,7 +46,7 @@ class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
 
     choice: int
     token_ids: list[int]
-    finish: str | None = None
+    finish: Literal["stop", "length", "grammar"] | None = None
     cached_tokens: int | None = None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from cortex_core.conversation import Request
 from cortex_core.events import Event, Finish, Usage
+from cortex_core.hop import Batch
 
 from neuron.api.request_record import RequestRecord
 from neuron.protocol import Generate, SequenceUpdate
@@ -25,11 +26,16 @@ class GenerationEvents:
         prompts: Sequence[Prompt],
         choices: Sequence[Choice],
         record: RequestRecord,
+        *,
+        answer_id: str,
     ) -> None:
         self._request = request
         self._prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         self._choices = choices
-        self._streams = [text.event_stream(request, choice.prompt, choice.choice) for choice in choices]
+        self._streams = [
+            text.event_stream(request, choice.prompt, choice.choice, answer_id=answer_id) for choice in choices
+        ]
+        self._output_before: list[list[int]] = [[] for _ in choices]
         self._has_begun = [False] * len(choices)
         self._is_over = [False] * len(choices)
         self._cached: dict[int, int] = {}
@@ -52,14 +58,41 @@ class GenerationEvents:
             stream.completion_tokens for stream, is_over in zip(self._streams, self._is_over, strict=True) if is_over
         ]
 
-    def frames(self) -> list[Generate]:
-        """What the engine is to do. Asking for no output at all still means to compute the prompt (a cache warm-up,
-        or scoring with echo): the engine is asked for one token, which `feed` drops."""
-        frames = [choice.generate(0) for choice in self._choices]
-        return [msgspec.structs.replace(frame, max_tokens=1) if not frame.max_tokens else frame for frame in frames]
+    def frames(self) -> tuple[list[int], list[Generate]]:
+        """The choices that the engine is to work on, and what it is to do for each.
+
+        Asking for no output at all still means to compute the prompt (a cache warm-up, or scoring with echo): the
+        engine is asked for one token, which `feed` drops.
+        """
+        open_choices = [index for index, is_over in enumerate(self._is_over) if not is_over]
+        frames = [self._choices[index].generate(0, tuple(self._output_before[index])) for index in open_choices]
+        frames = [msgspec.structs.replace(frame, max_tokens=1) if not frame.max_tokens else frame for frame in frames]
+        return open_choices, frames
+
+    def replay(self, batch: Batch) -> list[Event]:
+        """The events of a batch that another neuron computed; to be called before `frames`.
+
+        Raises `ValueError` for a choice that the request does not have.
+        """
+        updates: list[Update] = []
+        for part in batch:
+            if not 0 <= part.choice < len(self._choices):
+                raise ValueError(f"there is no choice {part.choice}")
+            self._output_before[part.choice] += part.token_ids
+            update = SequenceUpdate(0, part.token_ids, part.finish, cached_tokens=part.cached_tokens)
+            updates.append((part.choice, update))
+        events, _ = self._feed(updates, lambda index: None)
+        return events
 
     def feed(self, batch: list[Update], generation: Generation) -> list[Event]:
         """The events of a batch; a choice that needs no more tokens is ended in the engine."""
+        events, num_tokens = self._feed(batch, generation.end_choice)
+        if num_tokens:
+            self._record.tokens_came(num_tokens)
+        return events
+
+    def _feed(self, batch: list[Update], end_choice: Callable[[int], None]) -> tuple[list[Event], int]:
+        """Events, and the tokens of the choice that got most."""
         events: list[Event] = []
         counts = [0] * len(self._choices)
         for index, update in batch:
@@ -67,13 +100,10 @@ class GenerationEvents:
                 continue
             counts[index] += len(update.token_ids)
             self.num_generated += len(update.token_ids)
-            events += self._feed_one(index, update, generation)
-        num_tokens = max(counts)
-        if num_tokens:
-            self._record.tokens_came(num_tokens)
-        return events
+            events += self._feed_one(index, update, end_choice)
+        return events, max(counts)
 
-    def _feed_one(self, index: int, update: SequenceUpdate, generation: Generation) -> list[Event]:
+    def _feed_one(self, index: int, update: SequenceUpdate, end_choice: Callable[[int], None]) -> list[Event]:
         stream = self._streams[index]
         if update.cached_tokens is not None:
             self._cached[index] = update.cached_tokens
@@ -89,7 +119,7 @@ class GenerationEvents:
         if finish is not None and not self._choices[index].max_tokens:
             finish = "length"
         if stream.is_done:
-            generation.end_choice(index)
+            end_choice(index)
             events += stream.finish(finish or "stop")
         elif finish is not None:
             events += stream.finish(finish)

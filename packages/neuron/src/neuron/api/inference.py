@@ -14,14 +14,15 @@ import time
 from cortex_core.conversation import Request
 from cortex_core.dialects.errors import status_of
 from cortex_core.dialects.interface import Dialect
-from cortex_core.errors import ApiError
-from cortex_core.events import Usage
+from cortex_core.errors import ApiError, invalid
+from cortex_core.hop import RESUME_HEADER, ResumeState, StreamHead, split_resume
 
 from neuron.api.asgi import ClientGone
 from neuron.api.exchange import Exchange
 from neuron.api.generation_events import GenerationEvents
 from neuron.api.request_record import RequestRecord
 from neuron.api.services import Services
+from neuron.api.streamed_answer import StreamedAnswer, seeded
 from neuron.lifecycle.admission import Ticket
 from neuron.lifecycle.served_model import ServedModel
 from neuron.supervisor.engine_group import EngineGroup
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 LONG_BODY_BYTES = 8_192
 """From here on parsing, rendering and tokenising leave the event loop."""
-
-_HOP_USAGE = b': cortex-usage {"prompt_tokens":%d,"completion_tokens":%d,"cached_tokens":%d}\n\n'
 
 
 class Inference:
@@ -64,29 +63,39 @@ class Inference:
         services = self._services
         body = await exchange.read_body()
         is_long = len(body) >= LONG_BODY_BYTES
+        state, body = _resumed(exchange, body)
         async with exchange.watched():
             request = await services.off_loop(lambda: self._dialect.parse(body), is_long=is_long)
-            record.asked_model, record.stream = request.model, request.stream
+            record.asked_model, record.stream, record.dropped = request.model, request.stream, request.dropped
             record.principal = exchange.principal
             if not services.config.has_engine:
                 raise no_engine()
             model = services.manager.get(exchange.resolved_model or request.model)
             record.found(model.id)
             text, group = model.serving()
-            with model.admission.apply(record.principal) as ticket:
-                events = await self._prepare(request, text, model, record, is_long=is_long)
+            with request.own_words(), model.admission.apply(record.principal) as ticket:
+                events, head = await self._prepare(request, text, model, record, state, is_long=is_long)
                 ticket.request(model.need(events.needs(), num_choices=request.num_choices))
                 if request.stream:
-                    stream = StreamedAnswer(self._services, self._dialect, exchange, request, events)
+                    stream = StreamedAnswer(services.config.server, self._dialect, exchange, request, events, head)
+                    if state is not None:
+                        await stream.resume(state)
                     await stream.run(ticket, group, record)
                 else:
-                    await self._collect(exchange, request, events, ticket, group, record)
+                    await self._collect(exchange, request, events, head, ticket, group, record)
                 for num_tokens in events.output_lens():
                     model.outputs.observe(num_tokens)
 
     async def _prepare(
-        self, request: Request, text: TextModel, model: ServedModel, record: RequestRecord, *, is_long: bool
-    ) -> GenerationEvents:
+        self,
+        request: Request,
+        text: TextModel,
+        model: ServedModel,
+        record: RequestRecord,
+        state: ResumeState | None,
+        *,
+        is_long: bool,
+    ) -> tuple[GenerationEvents, StreamHead]:
         """Render and resolve: every error of the request itself shows here."""
         services, window = self._services, model.max_model_len
         prompts = await services.off_loop(lambda: text.render(request, max_model_len=window), is_long=is_long)
@@ -96,27 +105,33 @@ class Inference:
             lambda: text.resolve(request, prompts, max_model_len=window), is_long=may_compile
         )
         record.num_choices = len(choices)
-        return GenerationEvents(text, request, prompts, choices, record)
+        if state is None:
+            seeds = tuple(choice.sampling.seed for choice in choices)
+            head = StreamHead(self._dialect.new_response_id(), int(time.time()), seeds)
+        else:
+            head = state.head
+            choices = seeded(choices, head.seeds)
+        return GenerationEvents(text, request, prompts, choices, record, answer_id=head.id), head
 
     async def _collect(
         self,
         exchange: Exchange,
         request: Request,
         events: GenerationEvents,
+        head: StreamHead,
         ticket: Ticket,
         group: EngineGroup,
         record: RequestRecord,
     ) -> None:
         """The whole answer at once."""
         dialect = self._dialect
-        collector = dialect.Collector(
-            request, response_id=dialect.new_response_id(), created=int(time.time()), model=request.model
-        )
+        collector = dialect.Collector(request, response_id=head.id, created=head.created, model=request.model)
         while not await ticket.wait(ticket.max_wait_s):
             continue
         record.seated()
         try:
-            async with await group.generate(events.frames()) as generation:
+            _, frames = events.frames()
+            async with await group.generate(frames) as generation:
                 async for batch in generation:
                     for event in events.feed(batch, generation):
                         collector.feed(event)
@@ -128,91 +143,16 @@ class Inference:
         record.end("ok")
 
 
-class StreamedAnswer:
-    """One event stream: held back until the first token or the end of the hold, then kept alive with pings."""
-
-    def __init__(
-        self, services: Services, dialect: Dialect, exchange: Exchange, request: Request, events: GenerationEvents
-    ) -> None:
-        self._hold_s = services.config.server.stream_hold_s
-        self._ping_s = services.config.server.ping_interval_s
-        self._exchange = exchange
-        self._events = events
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
-        self._sent = self._began
-        self._projector = dialect.Projector(
-            request, response_id=dialect.new_response_id(), created=int(time.time()), model=request.model
-        )
-
-    async def run(self, ticket: Ticket, group: EngineGroup, record: RequestRecord) -> None:
-        """From the queue to the last event. Errors before the first byte are raised, later ones sent as events."""
-        try:
-            while not await ticket.wait(self._patience()):
-                await self._keep_alive()
-            record.seated()
-            await self._generate(ticket, group, record)
-        except ApiError as exc:
-            await self._fail(exc)
-            raise
-        except Exception:
-            await self._fail(ApiError("internal", "The request failed.", code="internal_error"))
-            raise
-        finally:
-            record.usage = self._events.usage()
-
-    async def _generate(self, ticket: Ticket, group: EngineGroup, record: RequestRecord) -> None:
-        events, project = self._events, self._projector.feed
-        async with await group.generate(events.frames(), heartbeat_s=self._patience()) as generation:
-            async for batch in generation:
-                data = b"".join(map(project, events.feed(batch, generation)))
-                ticket.generated(events.num_generated)
-                if data:
-                    await self._send(data)
-                else:
-                    await self._keep_alive()
-                    generation.heartbeat_s = self._patience()
-        usage = events.usage()
-        hop = _hop_usage(usage) if self._exchange.is_hop else b""
-        await self._open()
-        await self._exchange.end_stream(project(usage) + hop + self._projector.end())
-        record.usage = usage
-        record.end("ok")
-
-    def _patience(self) -> float:
-        """Seconds until something must be sent: the headers at the end of the hold, or a ping."""
-        due = self._sent + self._ping_s if self._exchange.has_started else self._began + self._hold_s
-        return max(0.001, due - self._loop.time())
-
-    async def _keep_alive(self) -> None:
-        if self._patience() > 0.001:
-            return
-        if self._exchange.has_started:
-            await self._send(self._projector.ping())
-        else:
-            await self._open()
-
-    async def _open(self) -> None:
-        if not self._exchange.has_started:
-            await self._exchange.start_stream()
-            await self._send(self._projector.begin(self._events.prompt_tokens))
-
-    async def _send(self, data: bytes) -> None:
-        """What one step brought for this stream is one write."""
-        if not self._exchange.has_started:
-            await self._exchange.start_stream()
-            data = self._projector.begin(self._events.prompt_tokens) + data
-        await self._exchange.send_chunk(data)
-        self._sent = self._loop.time()
-
-    async def _fail(self, error: ApiError) -> None:
-        if self._exchange.has_started:
-            await self._exchange.end_stream(self._projector.fail(error))
-
-
 def no_engine() -> ApiError:
     return ApiError("overloaded", "This neuron is configured without an inference engine.", code="no_engine")
 
 
-def _hop_usage(usage: Usage) -> bytes:
-    return _HOP_USAGE % (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+def _resumed(exchange: Exchange, body: bytes) -> tuple[ResumeState | None, bytes]:
+    """What a gateway asks to go on from, and the client's own body. Raises `ApiError`."""
+    header = exchange.header(RESUME_HEADER.encode()) if exchange.is_hop else None
+    if header is None:
+        return None, body
+    try:
+        return split_resume(header, body)
+    except ValueError as exc:
+        raise invalid(f"{RESUME_HEADER}: {exc}") from exc

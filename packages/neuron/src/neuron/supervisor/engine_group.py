@@ -144,9 +144,12 @@ class EngineGroup:
 
     # ------------------------------------------------------------------ requests
 
-    async def generate(self, requests: Sequence[Generate], *, heartbeat_s: float | None = None) -> Generation:
-        """Start the sequences of one request, one per choice in order; their `request_id`s are assigned here.
+    async def generate(
+        self, requests: Sequence[Generate], *, choices: Sequence[int] | None = None, heartbeat_s: float | None = None
+    ) -> Generation:
+        """Start the sequences of one request; their `request_id`s are assigned here.
 
+        choices: the index of each in the answer, 0, 1, 2 … if not given.
         While the group recovers they wait, and start once it is up. Raises `ApiError` (`engine_restarting`) where
         there is no engine and none is being rebuilt.
         """
@@ -155,7 +158,7 @@ class EngineGroup:
         if self.state not in ("loaded", "recovering"):
             raise engine_restarting(self.retry_after)
         generation = Generation(self._forget, heartbeat_s=heartbeat_s)
-        for choice, request in enumerate(requests):
+        for choice, request in zip(choices or range(len(requests)), requests, strict=True):
             sequence = LiveSequence(self._next_number, choice, request, generation)
             self._next_number += 1
             self._waiting[sequence.number] = sequence

@@ -45,7 +45,8 @@ class EventStream:
     sequence can be cancelled, and `finish` be called with any kind. completion_tokens and reasoning_tokens count
     what was fed up to then, for `Usage`; markers count as reasoning tokens.
 
-    bare_function: `<function=` alone opens a tool call too; models taught the XML form forget the marker around it.
+    answer_id: of the whole answer; the ids of tool calls follow from it. bare_function: `<function=` alone opens a
+    tool call too; models taught the XML form forget the marker around it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class EventStream:
         prompt: Prompt,
         choice: int = 0,
         *,
+        answer_id: str = "",
         bare_function: bool = False,
     ) -> None:
         self.choice = choice
@@ -75,7 +77,7 @@ class EventStream:
         self._reasoning = reasoning if prompt.is_chat else None
         self._tool_marker = tool_calls
         has_tools = prompt.is_chat and bool(offered_tools(request))
-        self._tools = ToolCallStream(request, choice) if has_tools else None
+        self._tools = ToolCallStream(request, choice, answer_id) if has_tools else None
         pairs = [pair for pair in (self._reasoning, tool_calls if has_tools else None) if pair is not None]
         self._marker_of_id: dict[int, str] = {}
         spelled: list[str] = []

@@ -135,8 +135,8 @@ class TextModel:
                 )
         return generations
 
-    def event_stream(self, request: Request, prompt: Prompt, choice: int = 0) -> EventStream:
-        """A fresh stream for one choice."""
+    def event_stream(self, request: Request, prompt: Prompt, choice: int = 0, *, answer_id: str = "") -> EventStream:
+        """A fresh stream for one choice; answer_id is that of the answer it is part of."""
         return EventStream(
             self.tokenizer,
             self.reasoning,
@@ -144,5 +144,6 @@ class TextModel:
             request,
             prompt,
             choice,
+            answer_id=answer_id,
             bare_function=self.template.uses_xml_calls,
         )

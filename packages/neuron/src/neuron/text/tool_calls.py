@@ -8,7 +8,7 @@ it with an error that the model can read, which prose would not get. Only a tool
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 from typing import Any
 
 from cortex_core.conversation import Request
@@ -20,11 +20,14 @@ from neuron.text.tool_formats import CallAction, CallParser, MoreArguments, Qwen
 class ToolCallStream:
     """The calls of one choice. Use: `open`, `feed` until `is_open` is False or a marker comes, then `close`.
 
-    num_calls counts calls that ended complete, `num_started` all. `is_full`: parallel calls are off and there is one.
+    answer_id: of the answer they are part of. Their own ids follow from it, so that a neuron that goes on with another
+    one's answer gives the same ones. num_calls counts calls that ended complete, `num_started` all. `is_full`: parallel
+    calls are off and there is one.
     """
 
-    def __init__(self, request: Request, choice: int) -> None:
+    def __init__(self, request: Request, choice: int, answer_id: str) -> None:
         self._choice = choice
+        self._answer_id = answer_id
         self._schemas: dict[str, dict[str, Any] | None] = {tool.name: tool.parameters for tool in request.tools}
         allowed = request.tool_choice.allowed
         self._allowed = None if allowed is None else frozenset(allowed)
@@ -91,6 +94,9 @@ class ToolCallStream:
             return events, ""
         return events, self._before + self._parser.unparsed + closing
 
+    def _call_id(self, index: int) -> str:
+        return hashlib.blake2b(f"{self._answer_id}:{self._choice}:{index}".encode(), digest_size=12).hexdigest()
+
     def _accepts(self, name: str) -> bool:
         return self._allowed is None or name in self._allowed
 
@@ -106,7 +112,7 @@ class ToolCallStream:
             index = self.num_started - 1
             if isinstance(action, StartCall):
                 self._has_call = True
-                events.append(ToolCallStart(self._choice, index + 1, secrets.token_hex(12), action.name))
+                events.append(ToolCallStart(self._choice, index + 1, self._call_id(index + 1), action.name))
                 self.num_started += 1
             elif isinstance(action, MoreArguments):
                 if action.fragment:
