@@ -62,7 +62,13 @@ class Events:
 
 
 def make_group(
-    runtime_dir: Path, events: Events, *, debug: dict[str, Any] | None = None, attempts: int = 5, **settings: Any
+    runtime_dir: Path,
+    events: Events,
+    *,
+    debug: dict[str, Any] | None = None,
+    attempts: int = 5,
+    ping_interval_s: float = 10.0,
+    **settings: Any,
 ) -> EngineGroup:
     settings.setdefault("command", scripted_command)
     return EngineGroup(
@@ -70,6 +76,7 @@ def make_group(
         LaunchSettings(runtime_dir=runtime_dir, **settings),
         on_event=events,
         policy=RestartPolicy(attempts=attempts),
+        ping_interval_s=ping_interval_s,
     )
 
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from neuron.engine import engine as engine_module
 from neuron.engine.errors import DeviceError
 from neuron.protocol import SamplingParams
 
@@ -247,7 +248,8 @@ def test_F5_out_of_memory_shrinks_prefill_and_loses_nobody():
         assert answers.tokens[item.request_id] == answer_alone(item.prompt_ids, 6)
 
 
-def test_out_of_memory_that_never_ends_fails_only_whom_it_concerns():
+def test_out_of_memory_that_never_ends_fails_only_whom_it_concerns(monkeypatch):
+    monkeypatch.setattr(engine_module, "_SET_BACK_S", (0.0, 0.0, 0.0))
     model = ToyModel()
     engine = toy_engine(model)
 
@@ -259,6 +261,43 @@ def test_out_of_memory_that_never_ends_fails_only_whom_it_concerns():
     answers = run(engine, request(0, [1, 2, 3], 4), request(1, [88] * 30, 4))
     assert answers.failures[1].kind == "step"
     assert answers.tokens[0] == answer_alone([1, 2, 3], 4)
+
+
+def test_who_finds_no_memory_is_set_back_and_comes_again(monkeypatch):
+    monkeypatch.setattr(engine_module, "_SET_BACK_S", (0.0, 0.0, 0.0))
+    model = ToyModel()
+    engine = toy_engine(model)
+    attempts = []
+
+    def explode(batch):
+        if (batch.token_ids == 88).any():
+            attempts.append(batch.num_tokens)
+            if len(attempts) < 8:
+                raise MemoryError
+
+    model.on_forward = explode
+    answers = run(engine, request(0, [1, 2, 3], 4), request(1, [88] * 30, 4))
+    assert answers.failures == {}
+    for number, prompt in ((0, [1, 2, 3]), (1, [88] * 30)):
+        assert answers.tokens[number] == answer_alone(prompt, 4)
+    assert engine.check() == [] and engine.stats().free_pages == engine.stats().total_pages
+
+
+def test_who_is_set_back_may_leave(monkeypatch):
+    monkeypatch.setattr(engine_module, "_SET_BACK_S", (3600.0,))
+    model = ToyModel()
+    engine = toy_engine(model)
+
+    def explode(batch):
+        raise MemoryError
+
+    model.on_forward = explode
+    engine.add(request(0, [1, 2, 3], 4))
+    engine.step()
+    assert not engine.has_work and not engine.is_idle, "it waits for memory, and others may work"
+    engine.cancel(0)
+    engine.step()
+    assert engine.is_idle and engine.check() == []
 
 
 def test_nan_logits_end_one_request_and_its_pages_are_not_reused_as_they_are():

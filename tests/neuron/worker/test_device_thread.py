@@ -6,15 +6,18 @@ import socket
 import threading
 
 import pytest
-from neuron.engine.errors import ModelError
+from neuron.engine.errors import ModelError, RequestError
 from neuron.protocol import (
     Cancel,
     EngineConfig,
     EngineFault,
+    GrammarSpec,
     Hello,
     Loaded,
     LoadFailed,
     LoadProgress,
+    Ping,
+    Pong,
     Shutdown,
     StepOutput,
 )
@@ -95,7 +98,9 @@ def answers_of(frames) -> Answers:
 def test_requests_are_answered_and_the_idle_thread_sleeps(start, monkeypatch):
     takes = []
     take = Inbox.take
-    monkeypatch.setattr(Inbox, "take", lambda self, *, wait: takes.append(wait) or take(self, wait=wait))
+    monkeypatch.setattr(
+        Inbox, "take", lambda self, *, wait, timeout_s: takes.append(wait) or take(self, wait=wait, timeout_s=timeout_s)
+    )
     session = start()
     assert session.daemon.receive() == LOADED
     assert session.threads == ["cpu-dev-0"]
@@ -203,3 +208,46 @@ def test_wrong_books_are_rebuilt_when_idle(start):
     session.daemon.send(request(1, [1], 2))
     last = session.daemon.until(finished(1))[-1]
     assert last.stats.free_pages == last.stats.total_pages
+
+
+def test_F12_pings_are_answered_while_the_device_thread_is_stuck(monkeypatch):
+    model = ToyModel()
+    is_stuck, may_go_on = threading.Event(), threading.Event()
+
+    def hang(batch):
+        is_stuck.set()
+        may_go_on.wait()
+
+    model.on_forward = hang
+    session = Session(monkeypatch, lambda config, progress: (toy_engine(model), LOADED))
+    session.daemon.send(CONFIG, request(1, [1, 2], 2))
+    session.daemon.until(lambda frame: isinstance(frame, Loaded))
+    assert is_stuck.wait(20)
+    session.daemon.send(Ping(7), Ping(8))
+    assert [session.daemon.receive(), session.daemon.receive()] == [Pong(7), Pong(8)]
+    may_go_on.set()
+    session.daemon.send(Shutdown())
+    assert session.wait_for_exit() == 0
+
+
+def test_while_a_grammar_compiles_the_daemon_hears_from_the_engine(monkeypatch):
+    may_compile = threading.Event()
+    engine = toy_engine()
+
+    def compile_slowly(*arguments):
+        may_compile.wait()
+        raise RequestError("invalid_grammar", "no such grammar")
+
+    monkeypatch.setattr(engine._compiler, "compile", compile_slowly)
+    monkeypatch.setattr(device_thread, "_SIGN_OF_LIFE_S", 0.01)
+    session = Session(monkeypatch, lambda config, progress: (engine, LOADED))
+    session.daemon.send(CONFIG, request(1, [1, 2], 2, grammar=GrammarSpec("x")))
+    session.daemon.until(lambda frame: isinstance(frame, Loaded))
+    for _ in range(3):
+        frame = session.daemon.receive()
+        assert isinstance(frame, StepOutput) and not frame.updates and not frame.failures and frame.stats.waiting == 1
+    may_compile.set()
+    frames = session.daemon.until(lambda frame: bool(frame.failures))
+    assert frames[-1].failures[0].kind == "invalid_grammar"
+    session.daemon.send(Shutdown())
+    assert session.wait_for_exit() == 0

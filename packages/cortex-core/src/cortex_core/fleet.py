@@ -106,7 +106,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     tensor_parallel: devices that share the model. tensor_split: relative sizes of their parts, in their order, or
     `auto` for the ratio of their free memory; None is equal parts.
-    max_model_len caps the context, kv_cache_mb the KV cache; None lets the neuron decide.
+    max_model_len caps the context, kv_cache_mb the KV cache; None lets the neuron decide. debug: levers that make the
+    engine fail, for tests; refused by a neuron that was not started with `--debug-levers`.
     """
 
     model_id: str
@@ -117,6 +118,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     max_model_len: int | None = None
     kv_cache_mb: int | None = None
     tensor_split: tuple[float, ...] | Literal["auto"] | None = None
+    debug: dict[str, Any] | None = None
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):

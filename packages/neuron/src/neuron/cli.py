@@ -63,7 +63,10 @@ def cli() -> None:
 @click.option("-p", "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 takes a free one.")
 @click.option("--host", help="Address to listen on.")
 @click.option("--model", "models", multiple=True, metavar="ID", help="Load this model at start. Repeatable.")
-def serve(config_path: Path | None, port: int | None, host: str | None, models: tuple[str, ...]) -> None:
+@click.option("--debug-levers", is_flag=True, help="Let loads ask for engines that fail in a chosen way. For tests.")
+def serve(
+    config_path: Path | None, port: int | None, host: str | None, models: tuple[str, ...], debug_levers: bool
+) -> None:
     from neuron.config import load_neuron_config
     from neuron.server import serve as serve_daemon
 
@@ -77,6 +80,8 @@ def serve(config_path: Path | None, port: int | None, host: str | None, models: 
         changes["port"] = port
     if host is not None:
         changes["host"] = host
+    if debug_levers:
+        changes["debug_levers"] = True
     if models:
         changes["default_models"] = (*config.default_models, *(ModelSpec(model_id=model) for model in models))
     raise click.exceptions.Exit(serve_daemon(msgspec.structs.replace(config, **changes), on_ready=_say_ready))

@@ -136,7 +136,10 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """state_dir: where the list of served models is kept; None decides by the environment, empty keeps none."""
+    """state_dir: where the list of served models is kept; None decides by the environment, empty keeps none.
+
+    debug_levers: whether a load may ask for an engine that fails in a chosen way, for tests.
+    """
 
     host: str = "0.0.0.0"  # noqa: S104  (a daemon of a private network, as in the reference)
     port: Port = 13131
@@ -146,6 +149,7 @@ class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     harness: HarnessConfig = HarnessConfig()
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()
+    debug_levers: bool = False
 
     @property
     def has_engine(self) -> bool:

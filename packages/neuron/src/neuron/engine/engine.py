@@ -14,6 +14,7 @@ from neuron.engine.errors import (
     DeviceError,
     EngineError,
     RequestError,
+    ShortOfMemory,
     StepError,
     describe,
     is_device_fault,
@@ -26,6 +27,7 @@ from neuron.engine.runner import ChunkResult, ModelRunner
 from neuron.engine.sampler import Sampled
 from neuron.engine.scheduler import Chunk, Scheduler, StepPlan
 from neuron.engine.sequence import Sequence, Status
+from neuron.engine.step_deadline import StepDeadline
 from neuron.engine.token_bias import TokenBias
 from neuron.protocol import (
     EngineStats,
@@ -36,6 +38,9 @@ from neuron.protocol import (
     StepOutput,
 )
 
+# A sequence whose smallest step finds no memory is tried again after these pauses, in seconds, and fails after the
+# last: what took the memory may be another process that is about to give it back.
+_SET_BACK_S = (1.0, 2.0, 4.0)
 # After an out-of-memory error prefill chunks are halved; after this many good steps they may be twice as long again.
 _STEPS_BEFORE_LONGER_CHUNKS = 256
 
@@ -45,7 +50,8 @@ class Engine:
 
     max_prefill_tokens: the part of a step's token budget that prefill may use, None for all of it. max_model_len, as an
     attribute, is what is served: capped by what the cache holds. `on_wake` tells another thread's waiter that
-    `has_work` may have become true.
+    `has_work` may have become true. prefill_seconds_per_token: what warming up has shown, for the deadline of the
+    first steps.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Engine:
         prefix_cache: bool = True,
         cache_root: str = "",
         epoch: int = 0,
+        prefill_seconds_per_token: float = 0.0,
     ) -> None:
         self._runner = runner
         self._vocab_size = vocab_size
@@ -81,8 +88,12 @@ class Engine:
         )
         self.max_model_len = self._scheduler.max_model_len
         self._prefill_limit = self._scheduler.max_prefill_tokens
+        self._deadline = StepDeadline(
+            seconds_per_token=prefill_seconds_per_token, max_prefill_tokens=self._prefill_limit
+        )
         self._compiler = GrammarCompiler(tokenizer_json, vocab_size)
         self._compiled: deque[tuple[Sequence, GrammarState | RequestError]] = deque()
+        self._set_back: list[tuple[float, Sequence]] = []
         self._num_arrivals = 0
         self._num_steps = 0
         self._good_steps = 0
@@ -156,12 +167,22 @@ class Engine:
                 sequence.grammar = outcome
                 sequence.status = Status.WAITING
 
+    def _take_set_back(self, now: float) -> None:
+        """Let those queue again whose pause is over."""
+        for due, sequence in self._set_back:
+            if due <= now and sequence.status is Status.SET_BACK:
+                sequence.status = Status.WAITING
+        self._set_back = [entry for entry in self._set_back if entry[1].status is Status.SET_BACK]
+
     # ------------------------------------------------------------------ stepping
 
     @property
     def has_work(self) -> bool:
-        """True if `step` would compute or report something now; false while all there is waits for a grammar."""
-        return bool(self._scheduler.has_runnable or self._failures or self._updates or self._compiled or self._is_stale)
+        """True if `step` would compute or report something now; false while all there is waits for a grammar, or for
+        memory."""
+        if self._scheduler.has_runnable or self._failures or self._updates or self._compiled or self._is_stale:
+            return True
+        return bool(self._set_back) and min(due for due, _ in self._set_back) <= time.monotonic()
 
     @property
     def is_idle(self) -> bool:
@@ -174,6 +195,8 @@ class Engine:
         Raises `DeviceError` when the device is lost; every other failure ends the sequences it concerns.
         """
         self._take_compiled()
+        if self._set_back:
+            self._take_set_back(time.monotonic())
         dirty = self._pool.take_dirty()
         if dirty:
             self._runner.zero_pages(dirty)
@@ -192,7 +215,10 @@ class Engine:
         return output
 
     def _attempt(self, plan: StepPlan) -> list[ChunkResult]:
-        """Execute; after a failure again in halves, so that in the end only the chunks that fail alone are lost."""
+        """Execute; after a failure again in halves, so that in the end only the chunks that fail alone are lost.
+
+        Where memory is short, it is freed, prefill becomes shorter, and what does not fit alone comes again later.
+        """
         try:
             return self._runner.execute(plan)
         except Exception as exc:
@@ -215,7 +241,8 @@ class Engine:
         if is_memory and chunk.num_tokens > self._page_size:
             shorter = Chunk(chunk.sequence, chunk.start, max(self._page_size, chunk.num_tokens // 2), samples=False)
             return self._attempt(plan.only([shorter]))
-        return [ChunkResult(chunk, Sampled(-1, error=StepError("step", reason)))]
+        error = ShortOfMemory if is_memory else StepError
+        return [ChunkResult(chunk, Sampled(-1, error=error("step", reason)))]
 
     def _count(self, plan: StepPlan, results: list[ChunkResult], seconds: float) -> None:
         self._num_steps += 1
@@ -226,6 +253,7 @@ class Engine:
         self._prefill_tokens += prefill
         # A mixed step's time is shared out by tokens: both kinds go through the same matrix products.
         share = decodes / tokens if tokens else 0.0
+        self._deadline.learn(prefill, seconds)
         self._decode_seconds += seconds * share
         self._prefill_seconds += seconds * (1.0 - share)
         scheduler = self._scheduler
@@ -240,6 +268,11 @@ class Engine:
         chunk, sampled = result.chunk, result.sampled
         sequence = chunk.sequence
         if sampled is not None and sampled.error is not None:
+            if isinstance(sampled.error, ShortOfMemory) and sequence.num_set_backs < len(_SET_BACK_S):
+                self._set_back.append((time.monotonic() + _SET_BACK_S[sequence.num_set_backs], sequence))
+                sequence.num_set_backs += 1
+                self._scheduler.set_back(sequence)
+                return
             if sampled.error.kind == "nan_logits":
                 self._scheduler.distrust(sequence)
             self._fail(sequence, sampled.error)
@@ -282,7 +315,8 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: EngineError) -> None:
         self._scheduler.finish(sequence)
-        self._failures.append(SequenceFailed(sequence.request_id, error.kind, error.message))
+        health = error.health if isinstance(error, RequestError) else None
+        self._failures.append(SequenceFailed(sequence.request_id, error.kind, error.message, health))
 
     def _end(self, sequence: Sequence, finish: FinishKind) -> None:
         self._scheduler.finish(sequence)
@@ -306,7 +340,12 @@ class Engine:
             decode_seconds=self._decode_seconds,
             prefix_hit_tokens=self._cache.hit_tokens,
             prefix_query_tokens=self._cache.query_tokens,
+            step_deadline_s=self._deadline.seconds,
         )
+
+    def sign_of_life(self) -> StepOutput:
+        """What is sent while sequences are here and nothing can be computed: a grammar compiles."""
+        return StepOutput(self._epoch, self.stats())
 
     def check(self) -> list[str]:
         """Contradictions in the engine's books; empty when all is well."""
@@ -325,3 +364,4 @@ class Engine:
 
     def close(self) -> None:
         self._compiler.close()
+        self._runner.close()

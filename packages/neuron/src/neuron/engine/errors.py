@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from neuron.protocol import LogitsHealth
+
 
 class EngineError(Exception):
     """Base. `kind` is the machine-readable name that travels in `SequenceFailed`, `LoadFailed` or `EngineFault`."""
@@ -13,11 +15,22 @@ class EngineError(Exception):
 
 
 class RequestError(EngineError):
-    """One request cannot be served (bad grammar, too long a prompt, NaN logits); nothing else is affected."""
+    """One request cannot be served (bad grammar, too long a prompt, NaN logits); nothing else is affected.
+
+    health: of the logits, where they are the reason.
+    """
+
+    def __init__(self, kind: str, message: str, *, health: LogitsHealth | None = None) -> None:
+        super().__init__(kind, message)
+        self.health = health
 
 
 class StepError(EngineError):
     """One step failed while the device is fine (out of memory, a shape error): retried smaller or one by one."""
+
+
+class ShortOfMemory(StepError):
+    """The smallest step of one sequence does not fit into the memory that is free now: tried again later."""
 
 
 class ModelError(EngineError):

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
+from neuron.engine.debug import Levers, LoadPhase
 from neuron.engine.engine import Engine
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
 from neuron.engine.follower import Follower
@@ -61,7 +62,7 @@ def load_engine(config: EngineConfig, *, progress: Progress = lambda progress: N
     """
     started = time.perf_counter()
     with _typed_errors():
-        report = _Reporter(progress)
+        report = _Reporter(progress, Levers(config.debug, rank=0, epoch=config.epoch))
         report.phase("starting")
         device = _open_device(config, 0)
         if config.tensor_parallel_size == 1:
@@ -87,7 +88,7 @@ def load_follower(
     `load_engine` does.
     """
     with _typed_errors():
-        report = _Reporter(progress)
+        report = _Reporter(progress, Levers(config.debug, rank=rank, epoch=config.epoch))
         report.phase("starting")
         device = _open_device(config, rank)
         group = _join(config, rank, device)
@@ -163,20 +164,22 @@ def _typed_errors() -> Iterator[None]:
 
 
 class _Reporter:
-    """Passes on progress, but not more often than anybody can see."""
+    """Passes on progress, but not more often than anybody can see; with debug levers, not always."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, levers: Levers) -> None:
         self._progress = progress
+        self.levers = levers
         self._last = 0.0
 
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        self._progress(LoadProgress(name, done, total))  # type: ignore[arg-type]
+    def phase(self, name: LoadPhase) -> None:
+        self._progress(LoadProgress(name, 0, 0))
+        self.levers.enter(name)
 
     def weights(self, done: int, total: int) -> None:
         now = time.monotonic()
         if done >= total or now - self._last >= _PROGRESS_INTERVAL_S:
             self._last = now
-            self.phase("weights", done, total)
+            self._progress(LoadProgress("weights", done, total))
 
 
 @dataclass(slots=True)
@@ -206,7 +209,7 @@ def _load_rank(
     if config.load_format == "dummy":
         load_dummy_weights(model, seed=0)
     else:
-        load_weights(model, path, progress=report.weights)
+        load_weights(model, path, progress=report.levers.slowed(report.weights))
 
     report.phase("kv_cache")
     shape = model.config
@@ -219,7 +222,7 @@ def _load_rank(
 
     def build_runner(num_pages: int) -> ModelRunner:
         return ModelRunner(
-            model,
+            report.levers.around(model),
             PagedKV(layout, num_pages, device),
             make_attention_backend(device),
             vocab_size=shape.vocab_size,
@@ -247,6 +250,7 @@ def _load_rank(
     runner = build_runner(figures.num_pages)
     report.phase("warm_up")
     runner.warm_up(min(config.max_step_tokens, 2 * config.page_size))
+    report.levers.arm()
     if link is not None:
         link.agree(figures)  # all are ready
     architectures = hf_config.get("architectures") or [type(model).__name__]
@@ -270,6 +274,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         prefix_cache=config.prefix_cache,
         cache_root=config.model_id,
         epoch=config.epoch,
+        prefill_seconds_per_token=rank.runner.prefill_seconds_per_token,
     )
     loaded = Loaded(
         epoch=config.epoch,
@@ -282,6 +287,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         kv_bytes_per_token=figures.kv_bytes_per_token,
         weight_bytes=figures.weight_bytes,
         load_seconds=time.perf_counter() - started,
+        step_deadline_s=engine.stats().step_deadline_s,
     )
     logger.info(
         "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -83,6 +84,8 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(vocab_size, device)
+        # What warming up has shown; from then on the engine learns by itself.
+        self.prefill_seconds_per_token = 0.0
 
     def execute(self, plan: StepPlan) -> list[ChunkResult]:
         """Run a plan; one result per chunk, in order. May be repeated: it writes the same cache slots again.
@@ -167,7 +170,11 @@ class ModelRunner:
         sequence.pages.extend([0] * (num_tokens // self.kv.page_size + 1))
         # All ranks warm up with the same plans at the same time: none needs to be told.
         leader, self._leader = self._leader, None
-        self.execute(StepPlan(0, [Chunk(sequence, 0, num_tokens, True)], 0, num_tokens))
+        prefill = StepPlan(0, [Chunk(sequence, 0, num_tokens, True)], 0, num_tokens)
+        self.execute(prefill)
+        started = time.perf_counter()
+        self.execute(prefill)  # nothing is made for the first time any more
+        self.prefill_seconds_per_token = (time.perf_counter() - started) / num_tokens
         self.execute(StepPlan(0, [Chunk(sequence, num_tokens, 1, True)], 1, 1))
         with torch.inference_mode():
             self._sampler.sample(torch.zeros(num_rows, self._vocab_size, device=self._device), [sequence] * num_rows)

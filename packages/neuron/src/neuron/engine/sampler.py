@@ -20,7 +20,7 @@ from neuron.engine.errors import EngineError, RequestError
 from neuron.engine.noise import log_exponential_noise, noise_key
 from neuron.engine.sequence import Sequence
 from neuron.layers.fused import fused_kernel
-from neuron.protocol import Logprobs, SamplingParams
+from neuron.protocol import LogitsHealth, Logprobs, SamplingParams
 
 if TYPE_CHECKING:
     from neuron.kernels.sampling import SampledRows
@@ -333,14 +333,22 @@ def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list
 def _not_finite(row: Tensor) -> RequestError:
     """The error of a row that holds NaN or infinity, with the counts that tell one cause from another."""
     finite = row[torch.isfinite(row)]
-    num_nan = int(torch.isnan(row).sum())
-    num_positive = int(torch.isposinf(row).sum())
-    num_negative = int(torch.isneginf(row).sum())
+    has_finite = bool(finite.numel())
+    health = LogitsHealth(
+        nan=int(torch.isnan(row).sum()),
+        pos_inf=int(torch.isposinf(row).sum()),
+        neg_inf=int(torch.isneginf(row).sum()),
+        finite_min=float(finite.min()) if has_finite else None,
+        finite_max=float(finite.max()) if has_finite else None,
+        finite_mean=float(finite.double().mean()) if has_finite else None,
+    )
     summary = (
-        f"finite values from {float(finite.min()):.4g} to {float(finite.max()):.4g}, mean {float(finite.mean()):.4g}"
-        if finite.numel()
+        f"finite values from {health.finite_min:.4g} to {health.finite_max:.4g}, mean {health.finite_mean:.4g}"
+        if has_finite
         else "no finite value"
     )
     return RequestError(
-        "nan_logits", f"{num_nan} NaN, {num_positive} +inf, {num_negative} -inf of {row.numel()} logits; {summary}"
+        "nan_logits",
+        f"{health.nan} NaN, {health.pos_inf} +inf, {health.neg_inf} -inf of {row.numel()} logits; {summary}",
+        health=health,
     )

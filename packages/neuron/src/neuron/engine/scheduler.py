@@ -145,6 +145,11 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = Status.FINISHED
 
+    def set_back(self, sequence: Sequence) -> None:
+        """Take its pages from a running sequence and let others pass it, until its status is WAITING again."""
+        self._preempt(sequence)
+        sequence.status = Status.SET_BACK
+
     def distrust(self, sequence: Sequence) -> None:
         """Nothing this running sequence computed may be used again: no prefix is found in its pages, and they are
         zeroed before another sequence gets them."""
@@ -224,7 +229,7 @@ class Scheduler:
         position = 0
         while budget > 0 and position < len(self._waiting) and len(self._running) < self.max_running:
             sequence = self._waiting[position]
-            if sequence.status is Status.COMPILING:
+            if sequence.status is not Status.WAITING:
                 position += 1
                 continue
             matched = [] if sequence.wants_prompt_logprobs else self._cache.match(sequence.page_hashes, sequence.tokens)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 class Status(Enum):
     COMPILING = auto()  # its grammar is being compiled; others may pass it in the queue
+    SET_BACK = auto()  # there was no memory for its step; others may pass it in the queue
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
@@ -40,6 +41,7 @@ class Sequence:
         "num_computed",
         "num_pending_until",
         "num_prompt",
+        "num_set_backs",
         "page_hashes",
         "pages",
         "prompt_logprobs",
@@ -66,6 +68,7 @@ class Sequence:
         self.max_tokens = request.max_tokens
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.status = Status.WAITING
+        self.num_set_backs = 0
         self.grammar: GrammarState | None = None
         self.bias: TokenBias | None = None
         self.wants_prompt_logprobs = request.prompt_logprobs

@@ -138,6 +138,8 @@ class ModelManager:
             if self._cuda_unavailable_reason is not None:
                 raise ApiError("overloaded", self._cuda_unavailable_reason, code="cuda_unavailable")
             check_spec(spec, self._devices)
+            if spec.debug and not self._config.debug_levers:
+                raise debug_levers_off()
             check_parallelism(spec, self._devices)
         if model is None:
             model = self._models[model_id] = self._new_model(model_id)
@@ -378,6 +380,7 @@ class ModelManager:
             max_running=engine.max_running,
             prefix_cache=self._config.harness.candle.prefix_cache.enabled,
             num_threads=engine.num_threads,
+            debug=spec.debug or {},
         )
 
     def _on_group_event(self, model: ServedModel, group: EngineGroup, event: GroupEvent) -> None:
@@ -439,6 +442,15 @@ class ModelManager:
             )
         )
         return ServedModel(model_id, admission, output_reserve_tokens=candle.context_limit.output_reserve_tokens)
+
+
+def debug_levers_off() -> ApiError:
+    return ApiError(
+        "permission",
+        "`debug` asks for an engine that fails. This neuron was not started with `--debug-levers`.",
+        code="debug_levers_off",
+        param="debug",
+    )
 
 
 def shutting_down() -> ApiError:

@@ -19,6 +19,7 @@ from neuron.protocol import (
     Generate,
     Loaded,
     LoadProgress,
+    Ping,
     SequenceUpdate,
     StepOutput,
 )
@@ -35,8 +36,13 @@ from neuron.supervisor.errors import (
 from neuron.supervisor.generation import Generation, LiveSequence
 from neuron.supervisor.incarnation import Incarnation, LaunchSettings
 from neuron.supervisor.restart_policy import RestartPolicy
+from neuron.supervisor.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 10.0
+# From asking for stacks to SIGKILL: for them to reach the log, and for a group that was only slow to show it.
+_STACKS_S = 1.0
 
 GroupState = Literal["new", "loading", "loaded", "recovering", "failed", "stopped"]
 
@@ -79,7 +85,8 @@ class EngineGroup:
 
     `start` returns at once; what happens is told to `on_event`. A request outlives its engine: what was in flight when
     a group died goes on in its successor where it was, and what comes meanwhile waits for it. Only where no successor
-    comes up do requests end, with the retryable `engine_restarting`.
+    comes up do requests end, with the retryable `engine_restarting`. `stalled`: while a group is loaded but seems
+    stuck, why; it is about to be killed.
     """
 
     def __init__(
@@ -89,16 +96,20 @@ class EngineGroup:
         *,
         on_event: Callable[[GroupEvent], None],
         policy: RestartPolicy | None = None,
+        ping_interval_s: float = PING_INTERVAL_S,
     ) -> None:
         self.config = config
         self.state: GroupState = "new"
         self.loaded: Loaded | None = None
         self.stats = EngineStats()
         self.num_restarts = 0
+        self.stalled: str | None = None
         self._settings = settings
         self._on_event = on_event
         self._policy = policy or RestartPolicy()
+        self._ping_interval_s = ping_interval_s
         self._incarnation: Incarnation | None = None
+        self._watchdog: Watchdog | None = None
         # Sequences by number that no engine holds now, and by request id those that one holds.
         self._waiting: dict[int, LiveSequence] = {}
         self._in_engine: dict[int, LiveSequence] = {}
@@ -182,7 +193,9 @@ class EngineGroup:
     async def _run(self) -> None:
         while True:
             config = msgspec.structs.replace(self.config, epoch=self.num_restarts)
-            incarnation = Incarnation(config, self._settings, on_progress=self._on_progress, on_step=self._on_step)
+            incarnation = Incarnation(
+                config, self._settings, on_progress=self._on_progress, on_step=self._on_step, on_pong=self._on_pong
+            )
             self._incarnation = incarnation
             try:
                 ending = await self._live_through(incarnation)
@@ -215,6 +228,9 @@ class EngineGroup:
         try:
             loaded = await incarnation.load()
         except EngineLoadError as exc:
+            if exc.kind in ("stalled", "load_timeout"):
+                incarnation.dump_stacks()
+                await asyncio.sleep(_STACKS_S)
             if self.loaded is not None:
                 self._failures = self._policy.failures_after(self._failures, 0.0)
                 self._announce_death(exc.message)
@@ -223,13 +239,39 @@ class EngineGroup:
         self._load_seconds = ready - began
         self.loaded = loaded
         self.state = "loaded"
-        self._on_event(GroupLoaded(loaded))
-        self._submit()
-        reason = await asyncio.shield(incarnation.ended)
+        watchdog = self._watchdog = Watchdog(
+            num_ranks=self.config.tensor_parallel_size,
+            step_deadline_s=loaded.step_deadline_s,
+            holds_work=lambda: bool(self._in_engine),
+            ping=lambda nonce: _ping(incarnation, nonce),
+            ping_interval_s=self._ping_interval_s,
+        )
+        watching = asyncio.create_task(self._watch(incarnation, watchdog))
+        try:
+            self._on_event(GroupLoaded(loaded))
+            self._submit()
+            reason = await asyncio.shield(incarnation.ended)
+        finally:
+            watching.cancel()
+            self._watchdog, self.stalled = None, None
         lived_s = time.monotonic() - ready
         if not self._is_stopping:
             self._on_death(reason, lived_s)
         return _Ending("died", reason, lived_s)
+
+    async def _watch(self, incarnation: Incarnation, watchdog: Watchdog) -> None:
+        """End the incarnation when it is stuck or mute. What its threads were doing is in the log by then."""
+        model_id = self.config.model_id
+        while True:
+            self.stalled = await watchdog.until_problem()
+            logger.error("engine group seems stuck, its stacks follow model=%s reason=%s", model_id, self.stalled)
+            incarnation.dump_stacks()
+            await asyncio.sleep(_STACKS_S)
+            if watchdog.problem() is not None:
+                incarnation.end(self.stalled)
+                return
+            logger.warning("engine group was only slow model=%s reason=%s", model_id, self.stalled)
+            self.stalled = None
 
     def _on_death(self, reason: str, lived_s: float) -> None:
         """What it held goes on in its successor, but for the one that killed it, if that is known."""
@@ -270,8 +312,14 @@ class EngineGroup:
 
     # ------------------------------------------------------------------ steps
 
+    def _on_pong(self, rank: int, nonce: int) -> None:
+        if self._watchdog is not None:
+            self._watchdog.ponged(rank, nonce)
+
     def _on_step(self, step: StepOutput) -> None:
         self.stats = step.stats
+        if self._watchdog is not None:
+            self._watchdog.stepped(step.stats.step_deadline_s)
         in_engine = self._in_engine
         for update in step.updates:
             sequence = in_engine.get(update.request_id)
@@ -311,7 +359,8 @@ class EngineGroup:
         """Hand the engine every sequence whose turn it is."""
         if self.state != "loaded":
             return
-        is_empty = not (self._in_engine or self.stats.running or self.stats.waiting)
+        had_work = bool(self._in_engine)
+        is_empty = not (had_work or self.stats.running or self.stats.waiting)
         for sequence in suspicion.due(self._waiting.values(), self._in_engine.values(), is_engine_empty=is_empty):
             request_id = self._next_request_id
             try:
@@ -322,6 +371,9 @@ class EngineGroup:
             sequence.request_id = request_id
             self._in_engine[request_id] = sequence
             del self._waiting[sequence.number]
+            if not had_work and self._watchdog is not None:
+                self._watchdog.work_began()
+                had_work = True
 
     def _release(self) -> None:
         """After a step while others wait: who has passed the place of the fault makes room for the next suspect."""
@@ -341,3 +393,9 @@ class EngineGroup:
         if self.state != "loaded" or self._incarnation is None:
             raise ChannelClosed
         return self._incarnation.channel
+
+
+def _ping(incarnation: Incarnation, nonce: int) -> None:
+    for channel in incarnation.channels:
+        with suppress(ChannelClosed):  # the end of the group, which is noticed elsewhere
+            channel.send(Ping(nonce))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cortex_core.errors import ApiError, invalid
 
-from neuron.protocol import SequenceFailed
+from neuron.protocol import LogitsHealth, SequenceFailed
 
 
 class EngineLoadError(Exception):
@@ -71,5 +71,15 @@ def sequence_error(failure: SequenceFailed) -> ApiError:
             retry_after=5,
         )
     if failure.kind == "nan_logits":
-        return ApiError("internal", f"The model produced invalid numbers: {failure.message}", code="unhealthy_logits")
+        return ApiError(
+            "internal",
+            f"The model produced invalid numbers: {failure.message}",
+            code="unhealthy_logits",
+            extras={} if failure.health is None else {"logits": _as_dict(failure.health)},
+        )
     return ApiError("internal", "The engine failed on this request.", code="engine_error")
+
+
+def _as_dict(health: LogitsHealth) -> dict[str, float | None]:
+    """With names: on the wire between engine and daemon the struct is an array."""
+    return {name: getattr(health, name) for name in health.__struct_fields__}

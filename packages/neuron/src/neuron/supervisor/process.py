@@ -63,6 +63,15 @@ class EngineProcess:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
+    def dump_stacks(self) -> None:
+        """Have the process write the stacks of its threads to its output, and so to our log.
+
+        Only once it has said hello: before, it has no handler for the signal and dies of it.
+        """
+        if not self.exited.done():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGUSR1)
+
     async def wait(self) -> int:
         """The return code; may be cancelled and called again."""
         return await asyncio.shield(self.exited)

@@ -55,11 +55,12 @@ class Inbox:
         if is_closed:
             callback()
 
-    def take(self, *, wait: bool) -> list[Command]:
-        """All commands that are there. With `wait`, sleeps until there is one, or `wake` or `close` is called."""
+    def take(self, *, wait: bool, timeout_s: float | None = None) -> list[Command]:
+        """All commands that are there. With `wait`, sleeps until there is one, or `wake` or `close` is called, or
+        `timeout_s` has passed."""
         with self._condition:
-            while wait and not (self._commands or self._is_awake or self._is_closed):
-                self._condition.wait()
+            if wait:
+                self._condition.wait_for(lambda: self._commands or self._is_awake or self._is_closed, timeout=timeout_s)
             self._is_awake = False
             commands = list(self._commands)
             self._commands.clear()

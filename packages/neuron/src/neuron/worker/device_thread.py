@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PR_SET_NAME = 15
+# While sequences are here and nothing can be computed, the daemon hears from us this often, or takes us for stuck.
+_SIGN_OF_LIFE_S = 1.0
 
 EXIT_OK = 0
 EXIT_FAULT = 3
@@ -131,12 +133,15 @@ class DeviceThread(threading.Thread):
                 problems = engine.heal()
                 if problems:
                     logger.error("the page books were wrong and have been rebuilt: %s", "; ".join(problems))
-            for command in inbox.take(wait=not engine.has_work):
+            sleep_s = None if engine.is_idle else _SIGN_OF_LIFE_S
+            for command in inbox.take(wait=not engine.has_work, timeout_s=sleep_s):
                 if isinstance(command, Generate):
                     engine.add(command)
                 elif isinstance(command, Cancel):
                     engine.cancel(command.request_id)
             output = engine.step()
+            if output is None and not engine.is_idle:
+                output = engine.sign_of_life()
             if output is not None:
                 is_checked = False
                 outbox.send(encode_frame(output))

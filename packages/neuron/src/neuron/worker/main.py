@@ -25,6 +25,8 @@ from neuron.protocol import (
     FrameError,
     Generate,
     Hello,
+    Ping,
+    Pong,
     Shutdown,
     ToEngine,
     decode_to_engine,
@@ -94,6 +96,8 @@ def serve(connection: socket.socket, *, epoch: int, rank: int) -> int:
                 device.start()
             elif isinstance(command, (Generate, Cancel)):
                 inbox.put(command)
+            elif isinstance(command, Ping):
+                outbox.send(encode_frame(Pong(command.nonce)))
     except (FrameError, OSError) as exc:
         logger.error("the connection to the daemon failed: %s", exc)
         is_protocol_error = isinstance(exc, FrameError)
