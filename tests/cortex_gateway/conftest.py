@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 import pytest
 from cortex_core.catalogue import Catalogue
+from cortex_core.entitlements import EntitlementsSection
 from cortex_core.gateway_config import (
     EvictionSection,
     GatewayConfig,
@@ -54,6 +55,7 @@ def start(stack: AsyncExitStack) -> Start:
         gateway: dict[str, Any] | None = None,
         poll: dict[str, Any] | None = None,
         eviction: dict[str, Any] | None = None,
+        entitlements: dict[str, Any] | None = None,
         grace_s: float = 0.0,
         wait_polled: bool = True,
     ) -> Client:
@@ -62,6 +64,7 @@ def start(stack: AsyncExitStack) -> Start:
             gateway=msgspec.convert({**listeners, **(gateway or {})}, GatewaySection),
             poll=msgspec.convert({"interval_s": 60.0, **(poll or {})}, PollSection),
             eviction=msgspec.convert(eviction or {}, EvictionSection),
+            entitlements=msgspec.convert(entitlements or {}, EntitlementsSection),
             neurons=tuple(NeuronEntry(name=each.name, endpoint=each.url) for each in neurons),
         )
         started = await stack.enter_async_context(running(config, catalogue, grace_s=grace_s))

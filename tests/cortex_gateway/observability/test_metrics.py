@@ -39,12 +39,16 @@ REFERENCE = {
     "cortex_device_vram_free_mb": "gauge",
     "cortex_device_utilization_pct": "gauge",
     "cortex_device_temp_c": "gauge",
+    "cortex_spend_tokens_total": "counter",
+    "cortex_spend_prompt_tokens_total": "counter",
+    "cortex_spend_completion_tokens_total": "counter",
 }
 OWN = {
     "cortex_client_gone_total": "counter",
     "cortex_rejected_requests_total": "counter",
     "cortex_model_loads_total": "counter",
     "cortex_model_load_seconds": "histogram",
+    "cortex_key_refusals_total": "counter",
     "cortex_node_healthy": "gauge",
     "cortex_in_flight": "gauge",
 }
@@ -75,8 +79,13 @@ async def test_after_a_bit_of_everything_each_described_metric_has_samples(neuro
         "tok_s_decode": 10.5,
     }
     profiles = tuple(ModelProfile(id=model, vram_mb=20_000) for model in (MODEL, "other"))
-    client = await start(neuron, catalogue=Catalogue(models=profiles))
+    keys = [{"key_id": "ci", "key": "secret", "models": [MODEL]}]
+    client = await start(neuron, catalogue=Catalogue(models=profiles), entitlements={"keys": keys})
     assert (await client.chat())[0] == 200
+    for model, status in ((MODEL, 200), ("other", 403)):
+        body = {"model": model, "messages": []}
+        async with client.post("/v1/chat/completions", body, headers={"x-api-key": "secret"}) as response:
+            assert response.status == status
     assert (await client.chat(model="nobody"))[0] == 404
     neuron.loads.clear()
     async with client.get("/admin/fleet?refresh=1"):

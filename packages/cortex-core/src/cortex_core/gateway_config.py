@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from cortex_core.config import ConfigError, load_config
+from cortex_core.entitlements import EntitlementsSection, entitlement_faults
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -54,6 +55,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewaySection = GatewaySection()
     poll: PollSection = PollSection()
     eviction: EvictionSection = EvictionSection()
+    entitlements: EntitlementsSection = EntitlementsSection()
     neurons: tuple[NeuronEntry, ...] = ()
     models_config: str = "/etc/cortex/models.toml"
 
@@ -61,9 +63,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load_gateway_config(
     path: Path | str | None, *, environ: Mapping[str, str] | None = None, required: bool = True
 ) -> GatewayConfig:
-    """Read `cortex.toml`; a relative `models_config` is relative to the file, never to the working directory.
+    """Read `cortex.toml`; relative paths in it are relative to the file, never to the working directory.
 
-    Raises `ConfigError`, also for two neurons of one name and for a listener that is no host:port.
+    Raises `ConfigError`, also for two neurons of one name, for a listener that is no host:port, and for keys that
+    contradict themselves or each other.
     """
     config = load_config(GatewayConfig, path, env_prefix="CORTEX_", environ=environ, required=required)
     names = [neuron.name for neuron in config.neurons]
@@ -74,8 +77,13 @@ def load_gateway_config(
         host, _, port = value.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
             faults.append(f"{path}: gateway.{key}: `{value}` is not host:port")
+    faults.extend(f"{path}: {fault}" for fault in entitlement_faults(config.entitlements))
     if faults:
         raise ConfigError(faults)
+    scheme, _, store = config.entitlements.store.partition(":")
+    if scheme == "sqlite" and path is not None and not Path(store).is_absolute():
+        store = f"sqlite:{Path(path).resolve().parent / store}"
+        config = msgspec.structs.replace(config, entitlements=msgspec.structs.replace(config.entitlements, store=store))
     models = Path(config.models_config)
     if not models.is_absolute() and path is not None:
         config = msgspec.structs.replace(config, models_config=str(Path(path).resolve().parent / models))

@@ -28,6 +28,9 @@ from cortex_gateway.fleet.merge import dead_aliases
 from cortex_gateway.fleet.neuron import NeuronClient, open_session
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.identity.facts import price, widest_limit
+from cortex_gateway.identity.identity import Identity
+from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability import access_log
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
 from cortex_gateway.placement.loads import Loads
@@ -47,7 +50,7 @@ log = logging.getLogger(__name__)
 MAX_CONTROL_BODY = 2**20
 CONTROL_BODY_TIMEOUT_S = 30.0
 QUIET_PATHS = frozenset(("/", "/health", "/api/hello"))
-"""Probes: their access lines are written at DEBUG."""
+"""Probes: they need no key, and their access lines are written at DEBUG."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -64,6 +67,13 @@ class Gateway:
         self._inference: dict[str, Surface] = {
             path: surface for surface in (*openai.SURFACES, *anthropic.SURFACES) for path in surface.paths
         }
+        self.identity = Identity(
+            config.entitlements,
+            store_of(config.entitlements),
+            limit_of=lambda model: widest_limit(model, self.fleet.snapshot, self.catalogue),
+            cost_of=lambda model: price(model, self.catalogue),
+            on_refusal=self.metrics.key_refused,
+        )
         self._session: aiohttp.ClientSession | None = None
         self._poller: Poller
         self._loads: Loads
@@ -74,6 +84,8 @@ class Gateway:
     # ------------------------------------------------------------------------------------------ lifespan
 
     async def startup(self) -> None:
+        """Raises `StoreError` where keys and budgets cannot be reached."""
+        await self.identity.start()
         loop = asyncio.get_running_loop()
         config, fleet, catalogue = self.config, self.fleet, self.catalogue
         strategy = config.eviction.strategy
@@ -100,7 +112,7 @@ class Gateway:
             strategy=strategy,
             wait_s=config.gateway.load_wait_s,
         )
-        self.relay = Relay(placement, self._poller, self.metrics, config.gateway)
+        self.relay = Relay(self.identity, placement, self._poller, self.metrics, config.gateway)
         models = ModelRoutes(fleet, catalogue)
         health = HealthRoutes(fleet, lambda: self.relay.is_draining)
         admin = AdminRoutes(fleet, self._poller, self._loads, placement, catalogue=catalogue, strategy=strategy)
@@ -115,6 +127,7 @@ class Gateway:
         await self._poller.stop()
         await self._loads.stop()
         await self._session.close()
+        await self.identity.stop()
         self._session = None
 
     async def drain(self, grace_s: float) -> None:
@@ -184,13 +197,18 @@ class Gateway:
             if scope["method"] == "OPTIONS":
                 await preflight(send_with_ids, headers)
                 return
+            principal = None
+            if scope["path"] not in QUIET_PATHS and not self.identity.is_off:
+                # Admin routes have their own rule: `require_operator`.
+                is_required = not scope["path"].startswith("/admin/")
+                principal = await self.identity.authenticate(headers, is_required=is_required)
             payload = await body.read(headers)
             pending: list[Message] = [{"type": "http.request", "body": payload, "more_body": False}]
 
             async def receive_read() -> Message:
                 return pending.pop() if pending else await receive()
 
-            scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+            scope["state"] = {**scope.get("state", {}), "request_id": request_id, "principal": principal}
             await self._control(scope, receive_read, send_with_ids)
         except ClientGone:
             status = CLIENT_GONE_STATUS
@@ -216,6 +234,13 @@ class Gateway:
             logging.DEBUG if quiet else logging.INFO,
         )
 
+    def _for_operators(self, endpoint: Endpoint) -> Endpoint:
+        async def guarded(request: Request) -> Response:
+            require_operator(request, from_loopback=self.config.entitlements.admin_from_loopback)
+            return await endpoint(request)
+
+        return guarded
+
     def _control_routes(self, models: ModelRoutes, health: HealthRoutes, admin: AdminRoutes) -> Starlette:
         routes = [
             Route("/", health.health, methods=["GET"]),
@@ -230,7 +255,7 @@ class Gateway:
             ("/admin/models/unload", admin.unload, "POST"),
             ("/admin/fleet", admin.fleet, "GET"),
         ):
-            routes.append(Route(path, for_operators(endpoint), methods=[method]))
+            routes.append(Route(path, self._for_operators(endpoint), methods=[method]))
         # Only to answer other methods with 405: a POST never gets here.
         routes.extend(Route(path, refuse_method, methods=["POST"]) for path in self._inference)
         app = Starlette(
@@ -265,14 +290,6 @@ class MetricsApp:
 
 
 # ---------------------------------------------------------------------------------------------- control plane
-
-
-def for_operators(endpoint: Endpoint) -> Endpoint:
-    async def guarded(request: Request) -> Response:
-        require_operator(request)
-        return await endpoint(request)
-
-    return guarded
 
 
 async def refuse_method(request: Request) -> Response:

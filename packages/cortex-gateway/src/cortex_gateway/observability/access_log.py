@@ -13,6 +13,7 @@ _encode = msgspec.json.Encoder().encode
 
 class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Fields that do not apply are left out. Times are milliseconds; `status` 499 is a client that hung up.
+    `key` and `account` are ids, never secrets.
 
     `outcome`: ok, rejected (an error of the gateway's own), upstream_error (an error of the neuron's, passed on),
     upstream_failed (no or no usable answer), timeout, client_gone, shutdown, error (a fault of the gateway).
@@ -35,6 +36,8 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     client: str | None = None
+    key: str | None = None
+    account: str | None = None
     error: str | None = None
 
 

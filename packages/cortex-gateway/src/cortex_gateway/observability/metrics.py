@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from cortex_gateway.fleet.snapshot import FleetSnapshot
 from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.identity.estimate import Usage
+from cortex_gateway.identity.principal import Principal
 
 LONG_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 SHORT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
@@ -21,6 +23,7 @@ MIN_RATE_WINDOW_S = 0.1
 
 _PLACE = ("model", "node")
 _RESIDENT = ("node", "model")
+_KEY = ("account", "key")
 
 
 class _ModelSeries:
@@ -55,7 +58,8 @@ class _ModelSeries:
 class Metrics:
     """Counters and histograms that events move, and gauges read from the fleet snapshot at each scrape.
 
-    Labels hold only models and nodes that a request was routed to, so their number is bounded by the fleet.
+    Labels hold only models and nodes that a request was routed to, and ids of keys that exist, so their number is
+    bounded by the fleet and by whoever makes keys. No label holds a secret.
     """
 
     def __init__(self) -> None:
@@ -112,6 +116,19 @@ class Metrics:
         self.cached_tokens = Counter(
             "cortex_cached_prompt_tokens", "Prompt tokens taken from a prefix cache.", _PLACE, registry=registry
         )
+        self.spend_prompt_tokens = Counter(
+            "cortex_spend_prompt_tokens", "Prompt tokens charged to a key.", _KEY, registry=registry
+        )
+        self.spend_completion_tokens = Counter(
+            "cortex_spend_completion_tokens", "Completion tokens charged to a key.", _KEY, registry=registry
+        )
+        self.spend_tokens = Counter("cortex_spend_tokens", "All tokens charged to a key.", _KEY, registry=registry)
+        self.key_refusals = Counter(
+            "cortex_key_refusals",
+            "Requests refused because of what their key may, by which limit.",
+            (*_KEY, "reason"),
+            registry=registry,
+        )
         self._series: dict[tuple[str, str], _ModelSeries] = {}
 
     def observe_fleet(self, fleet: Fleet) -> None:
@@ -126,6 +143,16 @@ class Metrics:
         if series is None:
             series = self._series[(model, node)] = _ModelSeries(self, model, node)
         return series
+
+    def charged(self, principal: Principal, usage: Usage) -> None:
+        labels = (principal.account_id, principal.key_id)
+        if usage.total:
+            self.spend_prompt_tokens.labels(*labels).inc(usage.prompt)
+            self.spend_completion_tokens.labels(*labels).inc(usage.completion)
+            self.spend_tokens.labels(*labels).inc(usage.total)
+
+    def key_refused(self, principal: Principal, reason: str) -> None:
+        self.key_refusals.labels(principal.account_id, principal.key_id, reason).inc()
 
     def load_finished(self, model: str, node: str, outcome: str, seconds: float) -> None:
         self.loads.labels(model, node, outcome).inc()

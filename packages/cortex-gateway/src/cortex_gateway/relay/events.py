@@ -35,14 +35,16 @@ class EventRelay:
     An event is held until it is whole, so that a stream that breaks in the middle of one can still be ended with
     a well-formed error event. Of a stream whose writes are marked, a write is held until its mark is there; then
     `head` is set, and `batches` is what belongs to everything that was sent, as `hop.resume_body` takes it. The last
-    write has no mark: it is held to the end of the stream.
+    write has no mark: it is held to the end of the stream. Of a stream without marks, `num_events` says how much there
+    was.
     """
 
-    __slots__ = ("_before_last", "_held", "_is_first", "_is_marked", "_last", "_usage", "batches", "head")
+    __slots__ = ("_before_last", "_held", "_is_first", "_is_marked", "_last", "_usage", "batches", "head", "num_events")
 
     def __init__(self) -> None:
         self.head: bytes | None = None
         self.batches = bytearray()
+        self.num_events = 0
         self._held = b""
         self._last = b""
         self._before_last = b""
@@ -85,6 +87,7 @@ class EventRelay:
         if USAGE_MARK in chunk:
             chunk = self._lift_usage(chunk)
         if chunk:
+            self.num_events += chunk.count(b"\n\n")
             self._before_last = self._last
             self._last = chunk
         return chunk

@@ -9,6 +9,9 @@ from typing import Literal
 from cortex_core.errors import ApiError
 
 from cortex_gateway.asgi import Scope
+from cortex_gateway.identity.estimate import Usage as Charge
+from cortex_gateway.identity.identity import Grant
+from cortex_gateway.identity.principal import Principal
 from cortex_gateway.relay.body import ClientGone
 from cortex_gateway.relay.events import Usage
 from cortex_gateway.routes.surface import Surface
@@ -24,12 +27,20 @@ def new_request_id() -> str:
 
 
 class Exchange:
-    """One inference request and its answer. Times are seconds on the loop's clock."""
+    """One inference request and its answer. Times are seconds on the loop's clock.
+
+    principal is the key that asks (None: anonymous), grant what it holds of the key's limits, charged what it was
+    charged with in the end; sent_at is when the request first went to a neuron; generated the tokens of a stream
+    that the client was sent.
+    """
 
     __slots__ = (
+        "charged",
         "client",
         "error",
         "first_byte_at",
+        "generated",
+        "grant",
         "interruption",
         "is_stream",
         "last_byte_at",
@@ -38,10 +49,12 @@ class Exchange:
         "num_attempts",
         "outcome",
         "path",
+        "principal",
         "request_id",
         "resolved",
         "response_started",
         "route",
+        "sent_at",
         "started_at",
         "status",
         "surface",
@@ -61,6 +74,11 @@ class Exchange:
         self.last_byte_at = now
         self.model: str | None = None
         self.resolved: str | None = None
+        self.principal: Principal | None = None
+        self.grant: Grant | None = None
+        self.sent_at: float | None = None
+        self.generated: int | None = None
+        self.charged: Charge | None = None
         self.node: str | None = None
         self.route: str | None = None
         self.num_attempts = 0

@@ -59,8 +59,13 @@ CORS_HEADERS: RawHeaders = [(b"access-control-allow-origin", b"*"), (b"access-co
 """For requests with an `origin`: the API carries no ambient credentials, so any page may read it."""
 
 
-def request_headers(headers: RawHeaders, *, request_id: str, model: str) -> CIMultiDict[str]:
-    """The headers a neuron gets: the client's own without hop-by-hop, credentials and anything of ours."""
+def request_headers(
+    headers: RawHeaders, *, request_id: str, model: str, principal: Iterable[tuple[str, str]] = ()
+) -> CIMultiDict[str]:
+    """The headers a neuron gets: the client's own without hop-by-hop, credentials and anything of ours.
+
+    `principal` names who asks, as the gateway knows it: what a client says of itself under those names is dropped.
+    """
     forwarded: CIMultiDict[str] = CIMultiDict()
     add = forwarded.add
     named_by_connection: frozenset[bytes] = frozenset()
@@ -74,6 +79,8 @@ def request_headers(headers: RawHeaders, *, request_id: str, model: str) -> CIMu
         add(name.decode("latin-1"), value.decode("latin-1"))
     for token in named_by_connection:
         forwarded.popall(token.decode("latin-1"), None)
+    for pair in principal:
+        add(*pair)
     add("x-request-id", request_id)
     add(HOP, "1")
     if model.isprintable():

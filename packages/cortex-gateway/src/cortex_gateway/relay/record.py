@@ -28,6 +28,9 @@ def record(exchange: Exchange, metrics: Metrics, now: float) -> None:
             window = exchange.last_byte_at - exchange.first_byte_at if exchange.first_byte_at is not None else 0.0
             seconds = window if window >= MIN_RATE_WINDOW_S else duration
             series.tokens_per_second.observe(usage.completion_tokens / max(seconds, 1e-6))
+    principal = exchange.principal
+    if principal is not None and exchange.charged is not None:
+        metrics.charged(principal, exchange.charged)
     access_log.write(
         access_log.AccessRecord(
             id=exchange.request_id,
@@ -47,6 +50,8 @@ def record(exchange: Exchange, metrics: Metrics, now: float) -> None:
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
             client=exchange.client,
+            key=principal.key_id if principal is not None else None,
+            account=principal.account_id if principal is not None else None,
             error=exchange.error,
         )
     )

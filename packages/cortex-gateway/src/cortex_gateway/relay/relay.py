@@ -19,9 +19,12 @@ from cortex_core.gateway_config import GatewaySection
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send
 from cortex_gateway.fleet.neuron import describe
 from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.identity.identity import Identity
+from cortex_gateway.identity.principal import limit_headers
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.placement import Lease, Placement
 from cortex_gateway.relay.body import ClientGone, RequestBody
+from cortex_gateway.relay.charge import generated_tokens, used
 from cortex_gateway.relay.envelope import read_envelope
 from cortex_gateway.relay.events import EventRelay, scan_usage
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
@@ -58,7 +61,10 @@ class StaleRoute(Exception):
 class Relay:
     """Carries requests of all surfaces; knows which are in flight."""
 
-    def __init__(self, placement: Placement, poller: Poller, metrics: Metrics, settings: GatewaySection) -> None:
+    def __init__(
+        self, identity: Identity, placement: Placement, poller: Poller, metrics: Metrics, settings: GatewaySection
+    ) -> None:
+        self._identity = identity
         self._placement = placement
         self._poller = poller
         self._metrics = metrics
@@ -98,6 +104,9 @@ class Relay:
             exchange.status, exchange.outcome = CLIENT_GONE_STATUS, "client_gone"
         finally:
             exchange.settle()
+            if exchange.grant is not None:
+                exchange.charged = used(exchange, loop.time())
+                exchange.grant.settle(exchange.charged)
             self._active.discard(exchange)
             if not self._active:
                 self._idle.set()
@@ -121,6 +130,8 @@ class Relay:
                 for name, _ in headers:
                     if name == b"origin":
                         exchange.wants_cors = True
+                if not self._identity.is_off:
+                    exchange.principal = await self._identity.authenticate(headers)
                 payload = await body.read(headers)
                 envelope = read_envelope(payload)
                 exchange.model = envelope.model
@@ -170,6 +181,10 @@ class Relay:
     ) -> None:
         assert exchange.model is not None
         model = exchange.resolved = self._placement.resolve(exchange.model)
+        if exchange.principal is not None:
+            exchange.grant = await self._identity.admit(
+                exchange.principal, exchange.model, model, payload, is_metered=exchange.surface.generates
+            )
         while True:
             lease = self._placement.try_now(model, loop.time())
             if lease is None:
@@ -200,11 +215,18 @@ class Relay:
             series.cold_starts.inc()
         watch = IdleWatch(exchange, lease.neuron.name, self._settings.upstream_idle_timeout_s, self._poller, loop)
         response: aiohttp.ClientResponse | None = None
+        if exchange.sent_at is None:
+            exchange.sent_at = loop.time()
         try:
             response = await lease.neuron.post(
                 exchange.surface.upstream_path,
                 payload,
-                request_headers(headers, request_id=exchange.request_id, model=lease.neuron_model),
+                request_headers(
+                    headers,
+                    request_id=exchange.request_id,
+                    model=lease.neuron_model,
+                    principal=exchange.principal.upstream_headers if exchange.principal is not None else (),
+                ),
             )
             series.duration.observe(loop.time() - exchange.started_at)
             await self._relay_response(exchange, response, send, opening, loop)
@@ -274,6 +296,8 @@ class Relay:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         finally:
             exchange.usage = events.usage()
+            if exchange.grant is not None:
+                exchange.generated = generated_tokens(events)
         exchange.settle()
         await send({"type": "http.response.body", "body": events.flush(), "more_body": False})
 
@@ -377,6 +401,8 @@ class Relay:
         )
         if exchange.wants_cors:
             headers.extend(CORS_HEADERS)
+        if exchange.principal is not None:
+            headers.extend(limit_headers(exchange.principal, exchange.surface.dialect, self._identity.now_ms()))
         return headers
 
     def _answer_headers(self, exchange: Exchange, response: aiohttp.ClientResponse) -> RawHeaders:

@@ -1,4 +1,4 @@
-"""`/admin`: load and unload models, look at the fleet. For operators on this machine only."""
+"""`/admin`: load and unload models, look at the fleet. For admin keys, and for operators on this machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from cortex_gateway.fleet.neuron import NeuronError
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.snapshot import NodeSnapshot
 from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.identity.principal import Principal
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
 from cortex_gateway.placement.evictor import Strategy, plan_room
 from cortex_gateway.placement.loads import Loads, RoomLost
@@ -238,14 +239,26 @@ async def read_request(request: Request) -> ModelRequest:
         raise invalid(f'The body must be {{"model": …, "node"?: …}}: {exc}', code="invalid_body") from None
 
 
-def require_operator(request: Request) -> None:
-    """Admin routes answer the loopback only, and no web page: a browser always tells on whose behalf it posts.
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+"""What a reverse proxy adds. Behind one on this machine the whole world comes from the loopback."""
 
-    Raises `ApiError` 403.
+
+def require_operator(request: Request, *, from_loopback: bool = True) -> None:
+    """Admin routes answer admin keys, and the loopback unless that is turned off.
+
+    The loopback is no proof for what a proxy passes on, nor for a web page: a browser always tells on whose behalf
+    it posts. Raises `ApiError` 403.
     """
+    principal: Principal | None = getattr(request.state, "principal", None)
+    if principal is not None and principal.is_admin:
+        return
     client = request.client.host if request.client is not None else ""
-    if not is_loopback(client):
-        raise ApiError("permission", "Admin routes answer only on the loopback interface.", code="admin_forbidden")
+    if not from_loopback or not is_loopback(client) or any(name in request.headers for name in FORWARDED):
+        raise ApiError(
+            "permission",
+            "Admin routes answer only admin keys" + (" and the loopback interface." if from_loopback else "."),
+            code="admin_forbidden",
+        )
     origin = request.headers.get("origin")
     if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
         raise ApiError("permission", "Admin routes do not answer to web pages.", code="admin_forbidden")

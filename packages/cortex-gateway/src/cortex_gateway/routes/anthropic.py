@@ -31,5 +31,6 @@ SURFACES = (
         ping=PING,
         error_event=error_event,
         can_stream=False,
+        generates=False,
     ),
 )

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from cortex_gateway.fleet.merge import merge_models
 from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.identity.principal import Principal
 
 
 class ModelRoutes:
@@ -25,14 +26,24 @@ class ModelRoutes:
         self._version = -1
 
     async def catalogue(self, request: Request) -> Response:
-        return Response(models_body(self._current(), parse_page(request.query_params)), media_type="application/json")
+        body = models_body(self._visible(request), parse_page(request.query_params))
+        return Response(body, media_type="application/json")
 
     async def retrieve(self, request: Request) -> Response:
         wanted: str = request.path_params["model"]
-        for entry in self._current():
+        for entry in self._visible(request):
             if entry.id == wanted:
                 return Response(model_body(entry), media_type="application/json")
         raise model_not_found(wanted)
+
+    def _visible(self, request: Request) -> list[ModelEntry]:
+        """What the key that asks may use; everything for those without one."""
+        entries = self._current()
+        principal: Principal | None = getattr(request.state, "principal", None)
+        if principal is None or principal.may_use_all:
+            return entries
+        aliases = self._catalogue.aliases
+        return [entry for entry in entries if principal.may_use(entry.id, aliases.get(entry.id, entry.id))]
 
     def _current(self) -> list[ModelEntry]:
         snapshot = self._fleet.snapshot

@@ -14,7 +14,8 @@ Dialect = Literal["openai", "anthropic"]
 class Surface(msgspec.Struct, frozen=True):
     """paths are those the gateway listens on, upstream_path the one it calls on a neuron.
 
-    ping keeps a waiting stream alive; error_event(error, request_id) ends a stream that has begun.
+    ping keeps a waiting stream alive; error_event(error, request_id) ends a stream that has begun. What generates
+    nothing uses no tokens of a key's limits.
     """
 
     name: str
@@ -24,3 +25,4 @@ class Surface(msgspec.Struct, frozen=True):
     ping: bytes
     error_event: Callable[[ApiError, str], bytes]
     can_stream: bool = True
+    generates: bool = True

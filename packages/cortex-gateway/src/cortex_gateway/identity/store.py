@@ -1,0 +1,201 @@
+"""What must outlive a gateway, behind one interface: keys, and the use of their budgets.
+
+Budgets are decided where their state lives (so that several gateways cannot overshoot one together): `reserve` reads
+and writes in one transaction, and the arithmetic of the decision is `decide`, the same for every store. A reservation
+belongs to its gateway's `owner` id and expires unless renewed, so that those of a dead gateway give way by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+from cortex_core.entitlements import KeyEntry
+
+from cortex_gateway.identity.windows import Shortfall, Slots, shortfall
+
+FORGET_HOLDS_AFTER_MS = 86_400_000
+"""A reservation that expired is not counted, but stays so long: its gateway may have been slow, not dead."""
+
+
+class StoreError(Exception):
+    """The store cannot be asked. What it would have decided is refused, retryably."""
+
+
+class KeyExists(Exception):
+    """A key of this id or this secret is there already."""
+
+
+class KeyRecord(msgspec.Struct, frozen=True):
+    """A key as it is kept: `entry.hash` is set, `entry.key` never is. Times are milliseconds since 1970."""
+
+    entry: KeyEntry
+    created_ms: int
+    expires_ms: int | None = None
+    revoked_ms: int | None = None
+
+    def is_valid(self, now_ms: int) -> bool:
+        return self.revoked_ms is None and (self.expires_ms is None or now_ms < self.expires_ms)
+
+
+class Share(NamedTuple):
+    """One budget's part of a reservation or a settlement; amount in the budget's unit."""
+
+    budget: str
+    slots: Slots
+    cap: int
+    amount: int
+
+
+class Hold(NamedTuple):
+    """A reservation over all budgets of a key: all of it or none."""
+
+    hold_id: str
+    key_id: str
+    owner: str
+    expires_ms: int
+    shares: tuple[Share, ...]
+
+
+class Settlement(NamedTuple):
+    """What came of a hold: its shares with the amounts that were used. Settling twice has no effect."""
+
+    hold_id: str
+    key_id: str
+    shares: tuple[Share, ...]
+
+
+class Refused(NamedTuple):
+    budget: str
+    shortfall: Shortfall
+
+
+class BookedUse(NamedTuple):
+    key_id: str
+    budget: str
+    slot: int
+    amount: int
+
+
+class Store(Protocol):
+    """Every method may raise `StoreError`."""
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def version(self) -> int:
+        """Another number whenever a key was added or revoked."""
+        ...
+
+    async def keys(self) -> list[KeyRecord]: ...
+
+    async def add_key(self, record: KeyRecord) -> None:
+        """Raises `KeyExists`."""
+        ...
+
+    async def revoke_key(self, key_id: str, now_ms: int) -> bool:
+        """False if there is no such key, or none that is not revoked already."""
+        ...
+
+    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None: ...
+
+    async def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None: ...
+
+    async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
+        """Keep all of an owner's holds, and forget what expired long ago."""
+        ...
+
+    async def usage(self) -> list[BookedUse]: ...
+
+
+def decide(
+    shares: Iterable[Share], booked: Iterable[tuple[str, int, int]], reserved: Mapping[str, int], now_ms: int
+) -> Refused | None:
+    """None if every share fits its budget. booked are (budget, slot, amount), reserved sums by budget."""
+    by_budget: dict[str, list[tuple[int, int]]] = {}
+    for budget, slot, amount in booked:
+        by_budget.setdefault(budget, []).append((slot, amount))
+    for share in shares:
+        found = shortfall(
+            share.slots,
+            share.cap,
+            by_budget.get(share.budget, ()),
+            reserved.get(share.budget, 0),
+            share.amount,
+            now_ms,
+        )
+        if found is not None:
+            return Refused(share.budget, found)
+    return None
+
+
+class MemoryStore:
+    """Nothing outlives it: keys come from the configuration file, and budgets are refused there.
+
+    It keeps to the whole interface all the same: it is what the other stores are compared with.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[str, KeyRecord] = {}
+        self._version = 0
+        self._holds: dict[str, Hold] = {}
+        self._booked: dict[tuple[str, str, int], int] = {}
+
+    async def open(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def version(self) -> int:
+        return self._version
+
+    async def keys(self) -> list[KeyRecord]:
+        return list(self._keys.values())
+
+    async def add_key(self, record: KeyRecord) -> None:
+        digests = {known.entry.digest for known in self._keys.values()}
+        if record.entry.name in self._keys or record.entry.digest in digests:
+            raise KeyExists(record.entry.name)
+        self._keys[record.entry.name] = record
+        self._version += 1
+
+    async def revoke_key(self, key_id: str, now_ms: int) -> bool:
+        record = self._keys.get(key_id)
+        if record is None or record.revoked_ms is not None:
+            return False
+        self._keys[key_id] = msgspec.structs.replace(record, revoked_ms=now_ms)
+        self._version += 1
+        return True
+
+    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None:
+        booked = [(budget, slot, amount) for (key, budget, slot), amount in self._booked.items() if key == hold.key_id]
+        reserved: dict[str, int] = {}
+        for other in self._holds.values():
+            if other.key_id == hold.key_id and other.expires_ms > now_ms:
+                for share in other.shares:
+                    reserved[share.budget] = reserved.get(share.budget, 0) + share.amount
+        refused = decide(hold.shares, booked, reserved, now_ms)
+        if refused is None:
+            self._holds[hold.hold_id] = hold
+        return refused
+
+    async def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
+        for settlement in settlements:
+            if self._holds.pop(settlement.hold_id, None) is None:
+                continue
+            for share in settlement.shares:
+                place = (settlement.key_id, share.budget, share.slots.at(now_ms))
+                self._booked[place] = self._booked.get(place, 0) + share.amount
+
+    async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
+        for hold in list(self._holds.values()):
+            if hold.owner == owner:
+                self._holds[hold.hold_id] = hold._replace(expires_ms=expires_ms)
+            elif hold.expires_ms < now_ms - FORGET_HOLDS_AFTER_MS:
+                del self._holds[hold.hold_id]
+
+    async def usage(self) -> list[BookedUse]:
+        return [BookedUse(key, budget, slot, amount) for (key, budget, slot), amount in self._booked.items()]

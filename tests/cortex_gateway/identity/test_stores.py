@@ -1,0 +1,307 @@
+"""Every store keeps the same promises: budgets are never overshot, no reservation outlives its request for good."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from cortex_core.entitlements import Budget, KeyEntry, Window
+from cortex_gateway.identity.credentials import hash_text, new_key
+from cortex_gateway.identity.sqlite_store import SqliteStore
+from cortex_gateway.identity.store import (
+    FORGET_HOLDS_AFTER_MS,
+    Hold,
+    KeyExists,
+    KeyRecord,
+    MemoryStore,
+    Refused,
+    Settlement,
+    Share,
+    Store,
+    StoreError,
+)
+from cortex_gateway.identity.windows import Slots
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from .postgres_server import PostgresServer
+
+NOW = 1_700_000_000_000
+TTL = 60_000
+BUDGETS = (
+    (Budget(tokens=100), 100),
+    (Budget(tokens=60, window=Window("fixed", 3600)), 60),
+    (Budget(tokens=40, window=Window("rolling", 600)), 40),
+)
+
+
+def shares(*amounts: int) -> tuple[Share, ...]:
+    return tuple(
+        Share(budget.name, Slots.of(budget.window), cap, amount)
+        for (budget, cap), amount in zip(BUDGETS, amounts, strict=False)
+    )
+
+
+def hold(hold_id: str, *amounts: int, key: str = "ci", owner: str = "gw", expires_ms: int = NOW + TTL) -> Hold:
+    return Hold(hold_id, key, owner, expires_ms, shares(*amounts))
+
+
+def settlement(hold_id: str, *amounts: int, key: str = "ci") -> Settlement:
+    return Settlement(hold_id, key, shares(*amounts))
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    if request.param == "memory":
+        opened: Store = MemoryStore()
+    elif request.param == "sqlite":
+        opened = SqliteStore(tmp_path / "cortex.db")
+    else:
+        server: PostgresServer = request.getfixturevalue("postgres")
+        opened = server.new_store()
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+# ---------------------------------------------------------------------------------------------- budgets
+
+
+async def test_reservations_and_use_together_stay_within_the_cap(store: Store) -> None:
+    assert await store.reserve(hold("a", 60), NOW) is None
+    refused = await store.reserve(hold("b", 41), NOW)
+    assert refused is not None and refused.budget == "tokens/balance"
+    assert refused.shortfall[:4] == (100, 0, 60, 41)
+    assert await store.reserve(hold("c", 40), NOW) is None
+    await store.settle([settlement("a", 25)], NOW)
+    assert await store.reserve(hold("d", 35), NOW) is None
+    refused = await store.reserve(hold("e", 1), NOW)
+    assert refused is not None and (refused.shortfall.used, refused.shortfall.reserved) == (25, 75)
+    assert await store.reserve(hold("other", 100, key="dev"), NOW) is None
+
+
+async def test_all_budgets_are_taken_or_none(store: Store) -> None:
+    refused = await store.reserve(hold("a", 50, 50, 50), NOW)
+    assert refused is not None and refused.budget == "tokens/rolling/600"
+    assert await store.reserve(hold("b", 100), NOW) is None, "nothing of the refused one was kept"
+
+
+async def test_settling_twice_books_once(store: Store) -> None:
+    await store.reserve(hold("a", 60), NOW)
+    for _ in range(2):
+        await store.settle([settlement("a", 30)], NOW)
+    await store.settle([settlement("never-held", 99)], NOW)
+    assert [(used.key_id, used.budget, used.amount) for used in await store.usage()] == [("ci", "tokens/balance", 30)]
+
+
+async def test_use_may_turn_out_larger_than_what_was_reserved_and_is_booked_as_it_was(store: Store) -> None:
+    await store.reserve(hold("a", 10), NOW)
+    await store.settle([settlement("a", 130)], NOW)
+    refused = await store.reserve(hold("b", 1), NOW)
+    assert refused is not None and (refused.shortfall.used, refused.shortfall.wait_ms) == (130, None)
+
+
+async def test_a_reservation_left_by_a_dead_gateway_expires(store: Store) -> None:
+    await store.reserve(hold("dead", 100, owner="dead"), NOW)
+    assert isinstance(await store.reserve(hold("a", 1), NOW + TTL - 1), Refused)
+    assert await store.reserve(hold("b", 100), NOW + TTL) is None
+
+
+async def test_renewed_reservations_live_on_and_only_their_owners(store: Store) -> None:
+    await store.reserve(hold("mine", 50, owner="me"), NOW)
+    await store.reserve(hold("theirs", 50, owner="them"), NOW)
+    await store.renew("me", NOW + 2 * TTL, NOW + TTL // 2)
+    refused = await store.reserve(hold("a", 100, expires_ms=NOW + 9 * TTL), NOW + TTL)
+    assert refused is not None and refused.shortfall.reserved == 50
+    assert await store.reserve(hold("b", 100), NOW + 2 * TTL) is None
+
+
+async def test_a_slow_gateway_still_books_what_an_expired_reservation_used(store: Store) -> None:
+    await store.reserve(hold("slow", 60), NOW)
+    await store.renew("other", NOW, NOW + TTL + 1)
+    await store.settle([settlement("slow", 42)], NOW + TTL + 1)
+    assert [used.amount for used in await store.usage()] == [42]
+    await store.reserve(hold("lost", 50), NOW)
+    await store.renew("other", NOW, NOW + TTL + FORGET_HOLDS_AFTER_MS + 1)
+    await store.settle([settlement("lost", 42)], NOW)
+    assert [used.amount for used in await store.usage()] == [42], "after a day it is forgotten"
+
+
+async def test_windows_roll_and_old_slots_are_forgotten(store: Store) -> None:
+    for step in range(3):
+        then = NOW + step * 700_000
+        assert await store.reserve(hold(f"a{step}", 0, 0, 40, expires_ms=then + TTL), then) is None
+        assert isinstance(await store.reserve(hold(f"b{step}", 0, 0, 1), then), Refused)
+        await store.settle([settlement(f"a{step}", 0, 0, 40)], then)
+        refused = await store.reserve(hold(f"c{step}", 0, 0, 1), then)
+        assert refused is not None and refused.shortfall.wait_ms is not None
+        assert 600_000 <= refused.shortfall.wait_ms <= 610_000
+    if not isinstance(store, MemoryStore):
+        assert len(await store.usage()) == 1
+
+
+async def test_requests_that_race_cannot_overshoot_together(store: Store) -> None:
+    results = await asyncio.gather(*(store.reserve(hold(str(number), 7), NOW) for number in range(40)))
+    assert sum(result is None for result in results) == 100 // 7
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["reserve", "settle", "wait", "die"]), st.integers(0, 60), st.integers(0, 400_000)),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(STEPS)
+def test_sqlite_decides_as_memory_does_and_neither_overshoots(steps: list[tuple[str, int, int]]) -> None:
+    asyncio.run(_compare(steps))
+
+
+async def _compare(steps: list[tuple[str, int, int]]) -> None:
+    sqlite = SqliteStore(":memory:")
+    memory, now = MemoryStore(), NOW
+    async with opened_in_memory(sqlite):
+        held: dict[str, tuple[int, int]] = {}  # amount, until when it counts
+        used: list[tuple[int, int]] = []
+        for number, (what, amount, milliseconds) in enumerate(steps):
+            name = str(number)
+            if what == "wait":
+                now += milliseconds
+            elif what == "reserve":
+                asked = hold(name, amount, amount, amount, expires_ms=now + TTL)
+                first, second = await memory.reserve(asked, now), await sqlite.reserve(asked, now)
+                assert first == second
+                if first is None:
+                    held[name] = (amount, now + TTL)
+            elif held:
+                name = sorted(held)[amount % len(held)]
+                reserved, until = held.pop(name)
+                if what == "settle":
+                    real = min(amount, reserved)
+                    for each in (memory, sqlite):
+                        await each.settle([settlement(name, real, real, real)], now)
+                    # An expired reservation was given away; only what lived is promised to fit.
+                    used.append((now, real if until > now else 0))
+            live = sum(reserved for reserved, until in held.values() if until > now)
+            assert sum(real for _, real in used) + live <= 100
+            assert sum(real for when, real in used if when > now - 600_000) + live <= 40
+        for name in held:
+            for each in (memory, sqlite):
+                await each.settle([settlement(name, 0, 0, 0)], now)
+        everything = hold("last", 0, 0, 0)
+        assert await sqlite.reserve(everything, now) == await memory.reserve(everything, now)
+
+
+@asynccontextmanager
+async def opened_in_memory(store: SqliteStore) -> AsyncIterator[None]:
+    """`:memory:` would be created as a file by `open`."""
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"cortex-store-{os.getpid()}.db"
+    path.unlink(missing_ok=True)
+    store._path = path
+    await store.open()
+    try:
+        yield
+    finally:
+        await store.close()
+        for left in path.parent.glob(path.name + "*"):
+            left.unlink()
+
+
+def _spend(path: str, owner: str, taken: multiprocessing.Queue[int]) -> None:
+    async def spend() -> int:
+        store = SqliteStore(path)
+        await store.open()
+        count = 0
+        for number in range(60):
+            name = f"{owner}-{number}"
+            if await store.reserve(hold(name, 3, owner=owner), NOW) is None:
+                await store.settle([settlement(name, 1 if number % 2 else 3)], NOW)
+                count += 1 if number % 2 else 3
+        await store.close()
+        return count
+
+    taken.put(asyncio.run(spend()))
+
+
+async def test_two_processes_share_one_file_and_cannot_overshoot(tmp_path: Path) -> None:
+    path = str(tmp_path / "cortex.db")
+    context = multiprocessing.get_context("spawn")
+    taken: multiprocessing.Queue[int] = context.Queue()
+    processes = [context.Process(target=_spend, args=(path, owner, taken)) for owner in ("a", "b")]
+    for process in processes:
+        process.start()
+    total = sum([await asyncio.to_thread(taken.get, True, 120) for _ in processes])
+    for process in processes:
+        await asyncio.to_thread(process.join)
+        assert process.exitcode == 0
+    store = SqliteStore(path)
+    await store.open()
+    assert total == sum(used.amount for used in await store.usage())
+    assert 98 <= total <= 100, "spent to the last request that fits"
+    await store.close()
+
+
+# ---------------------------------------------------------------------------------------------- keys
+
+
+def record(name: str, secret: str, created_ms: int = NOW) -> KeyRecord:
+    return KeyRecord(KeyEntry(key_id=name, hash=hash_text(secret), models=("a*",)), created_ms)
+
+
+async def test_keys_are_added_listed_and_revoked(store: Store) -> None:
+    version = await store.version()
+    secret = new_key()
+    await store.add_key(record("ci", secret))
+    assert (after := await store.version()) != version
+    for twin in (record("ci", "another"), record("dev", secret)):
+        with pytest.raises(KeyExists):
+            await store.add_key(twin)
+    await store.add_key(msgspec.structs.replace(record("dev", "x", NOW + 1), expires_ms=NOW + 5))
+    assert [kept.entry.name for kept in await store.keys()] == ["ci", "dev"]
+    assert await store.keys() == [
+        record("ci", secret),
+        msgspec.structs.replace(record("dev", "x", NOW + 1), expires_ms=NOW + 5),
+    ]
+    assert await store.revoke_key("ci", NOW + 2)
+    assert not await store.revoke_key("ci", NOW + 3)
+    assert not await store.revoke_key("nobody", NOW)
+    ci, dev = await store.keys()
+    assert (ci.revoked_ms, ci.is_valid(NOW), dev.is_valid(NOW), dev.is_valid(NOW + 5)) == (NOW + 2, False, True, False)
+    assert await store.version() != after
+
+
+async def test_the_file_is_for_its_owner_only_and_holds_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "cortex.db"
+    store = SqliteStore(path)
+    await store.open()
+    secret = new_key()
+    await store.add_key(record("ci", secret))
+    files = list(tmp_path.iterdir())
+    assert {file.name for file in files} >= {"cortex.db", "cortex.db-wal"}
+    for file in files:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert secret.encode() not in file.read_bytes()
+    await store.close()
+    assert secret.encode() not in path.read_bytes()
+
+
+async def test_a_store_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="No such file"):
+        await SqliteStore(tmp_path / "missing" / "cortex.db").open()
+    noise = tmp_path / "noise.db"
+    noise.write_bytes(b"not a database" * 100)
+    with pytest.raises(StoreError, match="not a database"):
+        await SqliteStore(noise).open()
+    newer = tmp_path / "newer.db"
+    with sqlite3.connect(newer) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match="newer"):
+        await SqliteStore(newer).open()
