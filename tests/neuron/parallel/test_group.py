@@ -31,6 +31,8 @@ def _collectives(rank: int, rendezvous: str) -> None:
         gathered = group.all_gather(x)
         assert gathered.tolist() == [[1, 2, 10, 20], [3, 4, 30, 40], [5, 6, 50, 60]], gathered
         assert group.all_gather(x[:, :1]).tolist() == [[1, 10], [3, 30], [5, 50]]
+        uneven = torch.full((2, 1 + 2 * rank), float(rank))
+        assert group.all_gather(uneven, [1, 3]).tolist() == [[0, 1, 1, 1], [0, 1, 1, 1]]
         assert group.all_reduce(x) is x
         assert x.tolist() == [[11, 22], [33, 44], [55, 66]]
         strided = torch.arange(12.0).view(3, 4)[:, :3]
