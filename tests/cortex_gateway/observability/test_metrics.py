@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 from cortex_core.catalogue import Catalogue, ModelProfile
@@ -13,7 +14,7 @@ from cortex_gateway.observability.metrics import (
 )
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
-from tests.cortex_gateway.gateway_client import MODEL, Client, Start
+from tests.cortex_gateway.gateway_client import MODEL, Client, Start, until
 
 REFERENCE = {
     "cortex_requests_total": "counter",
@@ -51,6 +52,10 @@ OWN = {
     "cortex_key_refusals_total": "counter",
     "cortex_node_healthy": "gauge",
     "cortex_in_flight": "gauge",
+    "cortex_breaker_state": "gauge",
+    "cortex_waiting_requests": "gauge",
+    "cortex_queue_wait_seconds": "histogram",
+    "cortex_affinity_hits_total": "counter",
 }
 
 
@@ -67,7 +72,11 @@ def samples(text: str) -> set[str]:
     return {re.sub(r"_(bucket|count|sum)$", "", name) for name in names}
 
 
-async def test_after_a_bit_of_everything_each_described_metric_has_samples(neuron: FakeNeuron, start: Start) -> None:
+async def test_after_a_bit_of_everything_each_described_metric_has_samples(
+    neuron: FakeNeuron, second: FakeNeuron, start: Start
+) -> None:
+    for each in (neuron, second):
+        each.have("twice")
     neuron.footprints = {MODEL: 20_000, "other": 20_000}
     neuron.loads[MODEL] = {
         "in_flight": 1,
@@ -78,9 +87,12 @@ async def test_after_a_bit_of_everything_each_described_metric_has_samples(neuro
         "rejected_queue_full": 5,
         "tok_s_decode": 10.5,
     }
-    profiles = tuple(ModelProfile(id=model, vram_mb=20_000) for model in (MODEL, "other"))
+    profiles = tuple(
+        ModelProfile(id=model, vram_mb=mb, pinned_on=("alpha",))
+        for model, mb in ((MODEL, 20_000), ("other", 20_000), ("third", 1_000))
+    )
     keys = [{"key_id": "ci", "key": "secret", "models": [MODEL]}]
-    client = await start(neuron, catalogue=Catalogue(models=profiles), entitlements={"keys": keys})
+    client = await start(neuron, second, catalogue=Catalogue(models=profiles), entitlements={"keys": keys})
     assert (await client.chat())[0] == 200
     for model, status in ((MODEL, 200), ("other", 403)):
         body = {"model": model, "messages": []}
@@ -91,10 +103,17 @@ async def test_after_a_bit_of_everything_each_described_metric_has_samples(neuro
     async with client.get("/admin/fleet?refresh=1"):
         pass
     assert (await client.chat(model="other"))[0] == 200
-    neuron.loads["other"] = {"in_flight": 1, "max_in_flight": 3, "max_queue_depth": 4, "anon_max_in_flight": 2}
+    for _ in range(2):
+        assert (await client.chat(model="twice", prompt_cache_key="conversation"))[0] == 200
+    neuron.load_gate.clear()
+    waiting = asyncio.ensure_future(client.chat(model="third"))
+    await until(lambda: client.started.gateway.fleet.snapshot.nodes["alpha"].status("third") == "loading", client)
+    neuron.loads["twice"] = {"in_flight": 1, "max_in_flight": 3, "max_queue_depth": 4, "anon_max_in_flight": 2}
     async with client.get("/admin/fleet?refresh=1"):
         pass
     text = await scrape(client)
+    neuron.load_gate.set()
+    assert (await waiting)[0] == 200
     for name, kind in (REFERENCE | OWN).items():
         assert f"# TYPE {name} {kind}" in text, name
         assert name in samples(text), name
@@ -146,6 +165,6 @@ async def test_the_metrics_listener_serves_nothing_else(start: Start) -> None:
 
 def test_two_gateways_in_one_process_do_not_share_a_registry() -> None:
     first, second = Metrics(), Metrics()
-    first.evicted("m", "alpha")
+    first.evicted("m", "alpha", "room")
     assert b"cortex_evictions_total{" in first.render()
     assert b"cortex_evictions_total{" not in second.render()

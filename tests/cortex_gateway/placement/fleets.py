@@ -13,7 +13,10 @@ from cortex_core.fleet import (
     ModelLoad,
 )
 from cortex_gateway.fleet.activity import Activity
-from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot, Operation
+from cortex_gateway.fleet.breaker import Breakers
+from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot, Operation, Residence
+from cortex_gateway.placement.situation import NO_BREAKERS, Policy, Situation, Strategy
+from cortex_gateway.placement.waiting import Waiting
 from hypothesis import strategies as st
 
 INCOMING = "org/incoming"
@@ -43,6 +46,35 @@ def node(
 
 def fleet(*nodes: NodeSnapshot) -> FleetSnapshot:
     return FleetSnapshot(nodes={each.name: each for each in nodes})
+
+
+def situation(
+    *members: NodeSnapshot,
+    catalogue: Catalogue | None = None,
+    activity: Activity | None = None,
+    strategy: Strategy = "lru",
+    now: float = 100.0,
+    waiting: dict[str, float] | None = None,
+    breakers: Breakers = NO_BREAKERS,
+    **policy: Any,
+) -> Situation:
+    """`waiting`: model -> since when its oldest request waits."""
+    return Situation(
+        snapshot=fleet(*members),
+        catalogue=catalogue or Catalogue(),
+        activity=activity or Activity(),
+        policy=Policy(strategy=strategy, **policy),
+        now=now,
+        waiting=queued(waiting or {}),
+        breakers=breakers,
+    )
+
+
+def queued(since: dict[str, float]) -> Waiting:
+    waiting = Waiting()
+    for model, moment in since.items():
+        waiting.joined(model, moment).__enter__()
+    return waiting
 
 
 NAMES = [INCOMING, *(f"org/m{i}" for i in range(6))]
@@ -81,7 +113,20 @@ def nodes(draw: st.DrawFn, name: str) -> NodeSnapshot:
         for model in NAMES[1:]
         if draw(st.integers(0, 9)) == 0
     }
-    loads = {model: ModelLoad(id=model, in_flight=draw(st.integers(0, 1))) for model in models}
+    loads = {
+        model: ModelLoad(
+            id=model, in_flight=draw(st.integers(0, 1)), idle_s=draw(st.none() | st.floats(0, 100, allow_nan=False))
+        )
+        for model in models
+    }
+    residences = {
+        model: Residence(begun=0.0, since=draw(st.none() | st.floats(0, 120, allow_nan=False))) for model in models
+    }
+    failed = {
+        model: LoadFailure(message="no", code="x", until=draw(st.floats(90, 110, allow_nan=False)))
+        for model in NAMES
+        if draw(st.integers(0, 9)) == 0
+    }
     return node(
         name,
         free_mb=[draw(st.integers(0, 24_000)) for _ in range(num_devices)],
@@ -91,6 +136,26 @@ def nodes(draw: st.DrawFn, name: str) -> NodeSnapshot:
         loads=loads,
         is_draining=draw(st.integers(0, 9)) == 0,
         models=models,
+        residences=residences,
+        load_failures=failed,
+        pins=frozenset(model for model in models if draw(st.integers(0, 5)) == 0),
+    )
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> Situation:
+    """Two nodes with whatever may be on them, work in flight, and requests that wait."""
+    waiting = {
+        model: float(draw(st.integers(0, 100))) for model in sorted(draw(st.sets(st.sampled_from(NAMES), max_size=4)))
+    }
+    return situation(
+        draw(nodes("alpha")),
+        draw(nodes("beta")),
+        catalogue=draw(catalogues()),
+        activity=draw(activities()),
+        strategy=draw(st.sampled_from(["lru", "priority"])),
+        waiting=waiting,
+        min_residence_s=draw(st.none() | st.sampled_from([0.0, 10.0])),
     )
 
 

@@ -8,13 +8,19 @@ from cortex_core.catalogue import Catalogue, ModelProfile
 from cortex_core.fleet import ModelInfo, ModelLoad
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.snapshot import NodeSnapshot
-from cortex_gateway.placement.evictor import Strategy, eviction_order, never_fits, plan_room
+from cortex_gateway.placement import evictor
+from cortex_gateway.placement.evictor import Room, eviction_order, never_fits
+from cortex_gateway.placement.situation import Situation, Strategy
 from hypothesis import given
-from hypothesis import strategies as st
 
-from .fleets import INCOMING, activities, catalogues, node, nodes
+from .fleets import INCOMING, node, situation, situations
 
-STRATEGIES = st.sampled_from(["lru", "priority"])
+
+def plan_room(
+    profile: ModelProfile, snapshot: NodeSnapshot, catalogue: Catalogue, activity: Activity, strategy: Strategy
+) -> Room:
+    drawn = situation(snapshot, catalogue=catalogue, activity=activity, strategy=strategy)
+    return evictor.plan_room(profile, snapshot, drawn)
 
 
 def catalogue(**vram_mb: int) -> Catalogue:
@@ -29,48 +35,53 @@ def used(*pairs: tuple[str, float]) -> Activity:
     return activity
 
 
-@given(nodes("alpha"), catalogues(), activities(), STRATEGIES)
-def test_no_victim_is_ever_busy_of_a_higher_class_or_anything_but_loaded(
-    snapshot: NodeSnapshot, models: Catalogue, activity: Activity, strategy: Strategy
-) -> None:
-    profile = models.profile(INCOMING)
+@given(situations())
+def test_no_victim_is_ever_in_use_pinned_of_a_higher_class_or_anything_but_loaded(drawn: Situation) -> None:
+    profile = drawn.catalogue.profile(INCOMING)
     assert profile is not None
-    room = plan_room(profile, snapshot, models, activity, strategy)
-    assert len(set(room.victims)) == len(room.victims)
-    for victim in (*room.victims, *eviction_order(snapshot, INCOMING, models, activity, strategy)):
-        assert activity.in_flight("alpha", victim) == 0
-        assert snapshot.status(victim) == "loaded"
-        assert models.residency(victim) <= models.residency(INCOMING)
-    if not room.fits:
-        assert not room.victims
+    alpha = drawn.snapshot.nodes["alpha"]
+    for claim in (False, True):
+        room = evictor.plan_room(profile, alpha, drawn, claim=claim)
+        assert len(set(room.victims)) == len(room.victims)
+        for victim in (*room.victims, *eviction_order(alpha, INCOMING, drawn, claim=claim)):
+            assert alpha.status(victim) == "loaded"
+            assert not alpha.is_pinned(victim)
+            assert drawn.catalogue.residency(victim) <= drawn.catalogue.residency(INCOMING)
+            assert claim or (drawn.activity.in_flight("alpha", victim) == 0 and victim not in drawn.waiting)
+            assert claim or drawn.stays_until(alpha, victim) <= drawn.now
+        if not room.fits:
+            assert not room.victims
 
 
-@given(nodes("alpha"), catalogues(), activities(), STRATEGIES)
-def test_plans_are_deterministic_and_do_not_depend_on_the_order_of_the_list(
-    snapshot: NodeSnapshot, models: Catalogue, activity: Activity, strategy: Strategy
-) -> None:
-    profile = models.profile(INCOMING)
+@given(situations())
+def test_a_claim_spares_whom_it_can(drawn: Situation) -> None:
+    alpha = drawn.snapshot.nodes["alpha"]
+    free_to_go = eviction_order(alpha, INCOMING, drawn)
+    assert eviction_order(alpha, INCOMING, drawn, claim=True)[: len(free_to_go)] == free_to_go
+
+
+@given(situations())
+def test_plans_are_deterministic_and_do_not_depend_on_the_order_of_the_list(drawn: Situation) -> None:
+    profile = drawn.catalogue.profile(INCOMING)
     assert profile is not None
-    turned = msgspec.structs.replace(snapshot, models=dict(reversed(snapshot.models.items())))
-    assert plan_room(profile, snapshot, models, activity, strategy) == plan_room(
-        profile, turned, models, activity, strategy
-    )
+    alpha = drawn.snapshot.nodes["alpha"]
+    turned = msgspec.structs.replace(alpha, models=dict(reversed(alpha.models.items())))
+    assert evictor.plan_room(profile, alpha, drawn) == evictor.plan_room(profile, turned, drawn)
 
 
-@given(nodes("alpha"), catalogues(), activities(), STRATEGIES)
-def test_no_victim_is_superfluous(
-    snapshot: NodeSnapshot, models: Catalogue, activity: Activity, strategy: Strategy
-) -> None:
-    profile = models.profile(INCOMING)
+@given(situations())
+def test_no_victim_is_superfluous(drawn: Situation) -> None:
+    profile = drawn.catalogue.profile(INCOMING)
     assert profile is not None
-    room = plan_room(profile, snapshot, models, activity, strategy)
+    alpha = drawn.snapshot.nodes["alpha"]
+    room = evictor.plan_room(profile, alpha, drawn)
     for spared in room.victims:
         # As if no other and not the spared one could go: the rest alone must not have been enough.
         busy = Activity()
-        for model in snapshot.models:
+        for model in alpha.models:
             if model == spared or model not in room.victims:
                 busy.begin("alpha", model, 0.0)
-        assert not plan_room(profile, snapshot, models, busy, strategy).fits
+        assert not evictor.plan_room(profile, alpha, msgspec.structs.replace(drawn, activity=busy)).fits
 
 
 def test_what_fits_displaces_nobody() -> None:

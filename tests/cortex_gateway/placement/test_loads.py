@@ -200,14 +200,14 @@ async def test_a_request_for_a_model_that_is_being_unloaded_waits_and_loads_it_a
     neuron.have(MODEL)
     unloading, proceed = asyncio.Event(), asyncio.Event()
     client = await start(neuron, catalogue=catalogue())
-    original = client.started.gateway._loads._neurons["alpha"].unload
+    original = client.started.gateway.placement.loads._neurons["alpha"].unload
 
     async def slow_unload(model: str, timeout_s: float) -> None:
         unloading.set()
         await proceed.wait()
         await original(model, timeout_s)
 
-    client.started.gateway._loads._neurons["alpha"].unload = slow_unload  # type: ignore[method-assign]
+    client.started.gateway.placement.loads._neurons["alpha"].unload = slow_unload  # type: ignore[method-assign]
     removing = asyncio.ensure_future(client.post("/admin/models/unload", {"model": MODEL}).__aenter__())
     await unloading.wait()
     asking = asyncio.ensure_future(ask(client, MODEL))

@@ -11,12 +11,11 @@ from cortex_core.fleet import Activation, ModelInfo, ModelLoad, Servable
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot, Operation
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import Strategy
 from cortex_gateway.placement.router import decide
+from cortex_gateway.placement.situation import Situation
 from hypothesis import given
-from hypothesis import strategies as st
 
-from .fleets import INCOMING, activities, catalogues, fleet, node, nodes
+from .fleets import INCOMING, fleet, node, situation, situations
 
 IN_CATALOGUE = Catalogue(models=(ModelProfile(id="m", vram_mb=8_000),))
 
@@ -24,29 +23,27 @@ IN_CATALOGUE = Catalogue(models=(ModelProfile(id="m", vram_mb=8_000),))
 def route(
     *members: NodeSnapshot, catalogue: Catalogue = IN_CATALOGUE, activity: Activity | None = None, model: str = "m"
 ) -> Decision:
-    return decide(model, fleet(*members), activity or Activity(), catalogue, "lru")
+    return decide(model, situation(*members, catalogue=catalogue, activity=activity))
 
 
 # ---------------------------------------------------------------------------------------------- properties
 
 
-@given(nodes("alpha"), nodes("beta"), catalogues(), activities(), st.sampled_from(["lru", "priority"]))
-def test_every_decision_can_be_carried_out_and_would_be_made_again(
-    alpha: NodeSnapshot, beta: NodeSnapshot, catalogue: Catalogue, activity: Activity, strategy: Strategy
-) -> None:
-    snapshot = fleet(alpha, beta)
+@given(situations())
+def test_every_decision_can_be_carried_out_and_would_be_made_again(drawn: Situation) -> None:
+    alpha, beta = drawn.snapshot.nodes.values()
+    turned = msgspec.structs.replace(drawn, snapshot=fleet(beta, alpha))
     for model in (INCOMING, "org/m0", "org/m1"):
-        decision = decide(model, snapshot, activity, catalogue, strategy)
-        check_feasible(decision, model, snapshot, catalogue, activity)
-        check_no_second_copy(decision, model, snapshot)
-        assert decide(model, fleet(alpha, beta), activity, catalogue, strategy) == decision
+        decision = decide(model, drawn)
+        check_feasible(decision, model, drawn)
+        check_no_second_copy(decision, model, drawn.snapshot)
+        assert decide(model, drawn) == decision
         if isinstance(decision, Forward | Load):
-            assert decide(model, fleet(beta, alpha), activity, catalogue, strategy) == decision
+            assert decide(model, turned) == decision
 
 
-def check_feasible(
-    decision: Decision, model: str, snapshot: FleetSnapshot, catalogue: Catalogue, activity: Activity
-) -> None:
+def check_feasible(decision: Decision, model: str, drawn: Situation) -> None:
+    snapshot, catalogue = drawn.snapshot, drawn.catalogue
     match decision:
         case Forward():
             chosen = snapshot.nodes[decision.node]
@@ -56,14 +53,18 @@ def check_feasible(
             chosen = snapshot.nodes[decision.node]
             assert chosen.is_routable and not chosen.is_draining
             assert chosen.status(model) not in ("loaded", "loading", "fetching", "unloading")
+            failure = chosen.load_failures.get(model)
+            assert failure is None or failure.until <= drawn.now
             profile = catalogue.profile(model)
             assert profile is None or not profile.pinned_on or decision.node in profile.pinned_on
             for victim in decision.victims:
-                assert activity.in_flight(decision.node, victim) == 0
+                assert drawn.activity.in_flight(decision.node, victim) == 0
+                assert not chosen.is_pinned(victim)
                 assert chosen.status(victim) == "loaded"
                 assert catalogue.residency(victim) <= catalogue.residency(model)
         case Hold():
             assert decision.node in snapshot.nodes
+            assert decision.until is None or decision.until > drawn.now
         case Refuse():
             assert decision.message and decision.code
 
@@ -90,12 +91,12 @@ def test_what_was_sent_since_the_poll_counts() -> None:
     beta = node("beta", having={"m": "loaded"}, loads={"m": ModelLoad(id="m", in_flight=1)})
     activity = Activity()
     chosen = []
-    for _ in range(5):
+    for number in range(5):
         decision = route(alpha, beta, activity=activity)
         assert isinstance(decision, Forward)
-        activity.begin(decision.node, "m", 0.0)
+        activity.begin(decision.node, "m", float(number))
         chosen.append(decision.node)
-    assert chosen == ["alpha", "alpha", "beta", "alpha", "beta"]
+    assert chosen == ["alpha", "beta", "alpha", "beta", "alpha"]
 
 
 def test_ties_are_broken_by_name() -> None:
@@ -156,7 +157,7 @@ def test_room_is_waited_for_while_all_that_could_go_are_busy() -> None:
     activity.begin("alpha", "a", 0.0)
     models = Catalogue(models=(ModelProfile(id="m", vram_mb=8_000), ModelProfile(id="a", vram_mb=20_000)))
     assert route(node(having={"a": "loaded"}, free_mb=[4_000]), catalogue=models, activity=activity) == Hold(
-        node="alpha", reason="busy"
+        node="alpha", reason="busy", until=130.0
     )
 
 
@@ -278,6 +279,6 @@ def test_a_failed_model_outside_the_catalogue_says_why() -> None:
 def test_the_snapshot_is_never_changed_by_a_decision() -> None:
     before = fleet(node(having={"a": "loaded"}))
     copy = msgspec.json.encode(before)
-    decide("m", before, Activity(), IN_CATALOGUE, "lru")
+    decide("m", msgspec.structs.replace(situation(catalogue=IN_CATALOGUE), snapshot=before))
     assert msgspec.json.encode(before) == copy
     assert isinstance(before, FleetSnapshot)

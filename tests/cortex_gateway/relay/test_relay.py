@@ -296,9 +296,10 @@ async def test_an_error_within_the_hold_keeps_its_status(neuron: FakeNeuron, sta
 async def test_an_error_after_the_hold_is_the_streams_last_event(neuron: FakeNeuron, start: Start) -> None:
     neuron.load_gate.clear()
     neuron.load_error = (422, {"error": {"kind": "quant_not_found", "model_id": MODEL}})
-    client = await start(neuron, catalogue=Catalogue(models=(ModelProfile(id=MODEL),)), gateway={"stream_hold_s": 0.0})
-    for path, prefix in ((CHAT, b"data: "), (MESSAGES, b"event: error\ndata: ")):
-        async with client.post(path, body(stream=True)) as response:
+    profiles = tuple(ModelProfile(id=model) for model in (MODEL, "other"))
+    client = await start(neuron, catalogue=Catalogue(models=profiles), gateway={"stream_hold_s": 0.0})
+    for path, model, prefix in ((CHAT, MODEL, b"data: "), (MESSAGES, "other", b"event: error\ndata: ")):
+        async with client.post(path, body(model=model, stream=True)) as response:
             assert response.status == 200
             await response.content.readuntil(b"\n\n")
             neuron.load_gate.set()

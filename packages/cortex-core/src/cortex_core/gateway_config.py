@@ -27,9 +27,11 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body_timeout_s: Seconds = 60.0
     upstream_connect_timeout_s: Seconds = 5.0
     upstream_idle_timeout_s: Seconds = 300.0
-    stream_hold_s: Seconds = 2.0
+    stream_hold_s: Seconds = 1.0
     ping_interval_s: Seconds = 5.0
     load_wait_s: Seconds = 1800.0
+    unstreamed_wait_s: Seconds = 300.0
+    show_loading: bool = False
     drain_grace_s: Seconds = 30.0
 
 
@@ -39,8 +41,31 @@ class PollSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unhealthy_after: Positive = 3
 
 
+class RoutingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Among replicas: a request goes where its prompt is known, unless that node's load outweighs it.
+
+    beta weighs relative load against the matched share of the prompt; 0 follows the prompt whatever the load.
+    """
+
+    affinity: bool = True
+    beta: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+
+
+class BreakerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """After so many failures in a row (0: never) a node gets no requests for a model until the back-off is over."""
+
+    failures: Annotated[int, msgspec.Meta(ge=0)] = 5
+    backoff_s: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    max_backoff_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+
+
 class EvictionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """min_residence_s: None means as long as the model took to load, up to half a minute."""
+
     strategy: Literal["lru", "priority"] = "lru"
+    min_residence_s: Seconds | None = None
+    patience_s: Seconds = 30.0
+    idle_unload_s: Seconds = 0.0
     defrag_after_cycles: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
@@ -54,6 +79,8 @@ class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewaySection = GatewaySection()
     poll: PollSection = PollSection()
+    routing: RoutingSection = RoutingSection()
+    breaker: BreakerSection = BreakerSection()
     eviction: EvictionSection = EvictionSection()
     entitlements: EntitlementsSection = EntitlementsSection()
     neurons: tuple[NeuronEntry, ...] = ()

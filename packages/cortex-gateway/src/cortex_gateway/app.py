@@ -33,8 +33,11 @@ from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability import access_log
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
-from cortex_gateway.placement.loads import Loads
+from cortex_gateway.placement.affinity import Affinity
 from cortex_gateway.placement.placement import Placement
+from cortex_gateway.placement.situation import policy_of
+from cortex_gateway.placement.upkeep import Upkeep
+from cortex_gateway.placement.waiting import Waiting
 from cortex_gateway.relay.body import ClientGone, RequestBody
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, new_request_id
 from cortex_gateway.relay.headers import CORS_HEADERS, identity_headers
@@ -62,8 +65,9 @@ class Gateway:
         self.config = config
         self.catalogue = catalogue if catalogue is not None else Catalogue()
         self.metrics = Metrics()
-        self.fleet = Fleet(config.neurons, Activity())
-        self.metrics.observe_fleet(self.fleet)
+        self.fleet = Fleet(config.neurons, Activity(), config.breaker)
+        self._waiting = Waiting()
+        self.metrics.observe_fleet(self.fleet, self._waiting)
         self._inference: dict[str, Surface] = {
             path: surface for surface in (*openai.SURFACES, *anthropic.SURFACES) for path in surface.paths
         }
@@ -76,7 +80,8 @@ class Gateway:
         )
         self._session: aiohttp.ClientSession | None = None
         self._poller: Poller
-        self._loads: Loads
+        self.placement: Placement
+        self.upkeep: Upkeep
         self.relay: Relay
         self._control: Starlette
         self._checking: asyncio.Task[None]
@@ -88,44 +93,39 @@ class Gateway:
         await self.identity.start()
         loop = asyncio.get_running_loop()
         config, fleet, catalogue = self.config, self.fleet, self.catalogue
-        strategy = config.eviction.strategy
         self._session = open_session(connect_timeout_s=config.gateway.upstream_connect_timeout_s)
         neurons = {entry.name: NeuronClient(self._session, entry.name, entry.endpoint) for entry in config.neurons}
         canonical = {f"{profile.source}:{profile.id}": profile.id for profile in catalogue.models if profile.source}
         self._poller = Poller(fleet, neurons, config.poll, canonical)
-        self._loads = Loads(
+        placement = self.placement = Placement(
             fleet,
             neurons,
             self._poller,
             self.metrics,
             catalogue=catalogue,
-            strategy=strategy,
-            defrag_after_cycles=config.eviction.defrag_after_cycles,
+            policy=policy_of(config.routing, config.eviction),
+            waiting=self._waiting,
+            affinity=Affinity() if config.routing.affinity else None,
+            wait_s=config.gateway.load_wait_s,
             clock=loop.time,
         )
-        placement = Placement(
-            fleet,
-            neurons,
-            self._poller,
-            self._loads,
-            catalogue=catalogue,
-            strategy=strategy,
-            wait_s=config.gateway.load_wait_s,
-        )
+        self.upkeep = Upkeep(fleet, placement.loads, placement.situation)
         self.relay = Relay(self.identity, placement, self._poller, self.metrics, config.gateway)
         models = ModelRoutes(fleet, catalogue)
         health = HealthRoutes(fleet, lambda: self.relay.is_draining)
-        admin = AdminRoutes(fleet, self._poller, self._loads, placement, catalogue=catalogue, strategy=strategy)
+        admin = AdminRoutes(fleet, self._poller, placement.loads, placement, catalogue=catalogue)
         self._control = self._control_routes(models, health, admin)
         self._poller.start()
+        self.upkeep.start()
         self._checking = asyncio.create_task(self._check_aliases())
 
     async def shutdown(self) -> None:
         if self._session is None:
             return
         self._checking.cancel()
+        await self.upkeep.stop()
         await self._poller.stop()
-        await self._loads.stop()
+        await self.placement.loads.stop()
         await self._session.close()
         await self.identity.stop()
         self._session = None
@@ -253,6 +253,8 @@ class Gateway:
         for path, endpoint, method in (
             ("/admin/models/load", admin.load, "POST"),
             ("/admin/models/unload", admin.unload, "POST"),
+            ("/admin/models/pin", admin.pin, "POST"),
+            ("/admin/models/unpin", admin.unpin, "POST"),
             ("/admin/fleet", admin.fleet, "GET"),
         ):
             routes.append(Route(path, self._for_operators(endpoint), methods=[method]))

@@ -5,16 +5,29 @@ Polled figures are seconds old. A node's load is what it last said plus what was
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from cortex_core.fleet import ModelLoad
 
 Key = tuple[str, str]
 """(node, model)"""
 
 
+class Answer(Protocol):
+    """An answer on its way through the gateway. Times are monotonic seconds."""
+
+    @property
+    def first_byte_at(self) -> float | None: ...
+
+    @property
+    def last_byte_at(self) -> float: ...
+
+
 class Activity:
     """Counters of one gateway. Changed only by leases and by the poller; read by the decisions."""
 
     def __init__(self) -> None:
+        self._answers: dict[str, set[Answer]] = {}
         self._in_flight: dict[Key, int] = {}
         self._at_poll: dict[Key, int] = {}
         self._last_used: dict[Key, float] = {}
@@ -31,6 +44,19 @@ class Activity:
             self._in_flight[key] = remaining
         else:
             del self._in_flight[key]
+
+    def listen(self, node: str, answer: Answer) -> None:
+        """The node is writing this answer: its bytes are signs of life, and cost nothing to keep."""
+        self._answers.setdefault(node, set()).add(answer)
+
+    def unlisten(self, node: str, answer: Answer) -> None:
+        self._answers[node].discard(answer)
+
+    def is_heard_since(self, node: str, moment: float) -> bool:
+        """Whether a piece of any answer has arrived from the node since then."""
+        return any(
+            answer.first_byte_at is not None and answer.last_byte_at >= moment for answer in self._answers.get(node, ())
+        )
 
     def in_flight(self, node: str, model: str) -> int:
         return self._in_flight.get((node, model), 0)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import aiohttp
 import msgspec
-from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, UnloadRequest
+from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, PinRequest, UnloadRequest
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -102,6 +102,11 @@ class NeuronClient:
         except NeuronError as error:
             if error.status != 404 or "in flight" in error.message:
                 raise
+
+    async def pin(self, model: str, pinned: bool, timeout_s: float) -> None:
+        """Raises `NeuronError`; an older neuron has no such route and answers 404 or 405."""
+        body = msgspec.json.encode(PinRequest(model_id=model, pinned=pinned))
+        await self._call("POST", "/models/pin", body, timeout_s)
 
     async def _get(self, path: str, type_: type[T], timeout_s: float) -> T:
         answer = await self._call("GET", path, None, timeout_s)

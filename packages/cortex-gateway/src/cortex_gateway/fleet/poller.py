@@ -76,6 +76,17 @@ class Poller:
         async with self._locks[node]:
             return await self._poll(self._neurons[node])
 
+    async def refresh_stale(self, max_age_s: float) -> None:
+        """Poll every healthy node whose last answer is older than that; however many ask, each is polled once."""
+
+        async def refresh(node: str) -> None:
+            async with self._locks[node]:
+                if asyncio.get_running_loop().time() - self.answered_at(node) > max_age_s:
+                    await self._poll(self._neurons[node])
+
+        nodes = [node.name for node in self._fleet.snapshot.nodes.values() if node.health == "healthy"]
+        await asyncio.gather(*(refresh(node) for node in nodes))
+
     async def refresh_all(self) -> None:
         await asyncio.gather(*(self.refresh(name) for name in self._neurons))
 
@@ -107,7 +118,12 @@ class Poller:
             models, health = await asyncio.gather(neuron.models(timeout_s), self._health(neuron))
         except NeuronError as error:
             fleet.apply(
-                PollMissed(node=neuron.name, error=error.message, unhealthy_after=self._settings.unhealthy_after)
+                PollMissed(
+                    node=neuron.name,
+                    error=error.message,
+                    unhealthy_after=self._settings.unhealthy_after,
+                    is_alive=fleet.activity.is_heard_since(neuron.name, started_at),
+                )
             )
             return False
         discovery = node.discovery
@@ -126,7 +142,9 @@ class Poller:
                 discovery=discovery,
             )
         )
-        fleet.activity.forget_absent(neuron.name, frozenset(by_id))
+        present = frozenset(by_id)
+        fleet.activity.forget_absent(neuron.name, present)
+        fleet.breakers.forget_absent(neuron.name, present)
         return True
 
     async def _health(self, neuron: NeuronClient) -> HealthResponse | None:

@@ -28,10 +28,34 @@ class Operation(msgspec.Struct, frozen=True):
     since: float
 
 
+class Residence(msgspec.Struct, frozen=True):
+    """Since when a model is here, as far as this gateway saw it. begun: when it began to load; since: when it was
+    first seen loaded, None until then. Monotonic seconds."""
+
+    begun: float
+    since: float | None = None
+
+    @property
+    def load_s(self) -> float:
+        return 0.0 if self.since is None else self.since - self.begun
+
+
+class LoadFailure(msgspec.Struct, frozen=True):
+    """A load that failed here, not to be repeated before `until`. count: failures in a row."""
+
+    message: str
+    code: str
+    until: float = 0.0
+    count: int = 1
+    lacks_memory: bool = False
+
+
 class NodeSnapshot(msgspec.Struct, frozen=True):
     """One neuron. The mappings are replaced, never changed in place.
 
     `unloaded` remembers what this gateway unloaded here, so that a model outside the catalogue can come back.
+    `pins` are an operator's, on a neuron too old to keep them itself. lifecycle_cycles counts evictions;
+    defrag_since is when so many of them had come together that every model older than that is to be recycled.
     polled_at and operated_at are monotonic seconds: the start of the last answered poll, and the end of the last
     load or unload. A poll that began before an operation ended describes the past and is not applied.
     """
@@ -54,6 +78,11 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     polled_at: float = 0.0
     operated_at: float = 0.0
     lifecycle_cycles: int = 0
+    defragged_cycles: int = 0
+    defrag_since: float | None = None
+    residences: dict[str, Residence] = {}
+    load_failures: dict[str, LoadFailure] = {}
+    pins: frozenset[str] = frozenset()
 
     @property
     def is_routable(self) -> bool:
@@ -72,6 +101,11 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
         if activation.state != "ready" and (activation.in_progress == model or model in activation.pending):
             return "loading"
         return None
+
+    def is_pinned(self, model: str) -> bool:
+        """Whether an operator asked that nothing displaces it here."""
+        info = self.models.get(model)
+        return model in self.pins or (info is not None and info.pinned)
 
     def is_servable(self, model: str) -> bool:
         info = self.models.get(model)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from cortex_core.gateway_config import NeuronEntry
+from cortex_core.gateway_config import BreakerSection, NeuronEntry
 
 from cortex_gateway.fleet.activity import Activity
+from cortex_gateway.fleet.breaker import Breaker, Breakers
 from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex_gateway.fleet.transitions import FleetEvent, reduce
 
 log = logging.getLogger(__name__)
+
+DEFAULT_BREAKER = BreakerSection()
 
 
 class Fleet:
@@ -20,13 +23,16 @@ class Fleet:
     `apply` runs to its end without yielding, so no two events interleave and no reader sees half of one.
     """
 
-    def __init__(self, neurons: tuple[NeuronEntry, ...], activity: Activity) -> None:
+    def __init__(
+        self, neurons: tuple[NeuronEntry, ...], activity: Activity, breaker: BreakerSection = DEFAULT_BREAKER
+    ) -> None:
         self.snapshot = FleetSnapshot(
             nodes={
                 neuron.name: NodeSnapshot(name=neuron.name, endpoint=neuron.endpoint.rstrip("/")) for neuron in neurons
             }
         )
         self.activity = activity
+        self.breakers = Breakers(breaker, self._breaker_changed)
         self._changed: asyncio.Future[None] | None = None
 
     def apply(self, event: FleetEvent) -> None:
@@ -37,6 +43,13 @@ class Fleet:
         self.snapshot = after
         _log_health(before.nodes[event.node], after.nodes[event.node])
         _log_models(before.nodes[event.node], after.nodes[event.node])
+        self.wake()
+
+    def _breaker_changed(self, node: str, model: str, breaker: Breaker) -> None:
+        if breaker.state == "open":
+            log.warning("%s on %s failed %d times in a row: no requests for a while", model, node, breaker.failures)
+        elif breaker.state == "closed":
+            log.info("%s on %s answers again", model, node)
         self.wake()
 
     def wake(self) -> None:

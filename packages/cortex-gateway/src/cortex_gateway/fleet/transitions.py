@@ -5,7 +5,18 @@ from __future__ import annotations
 import msgspec
 from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelLoad
 
-from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot, Operation, OperationKind
+from cortex_gateway.fleet.snapshot import (
+    FleetSnapshot,
+    LoadFailure,
+    NodeSnapshot,
+    Operation,
+    OperationKind,
+    Residence,
+)
+
+FIRST_LOAD_BACKOFF_S = 2.0
+MAX_LOAD_BACKOFF_S = 300.0
+"""How long a node is left alone with a model that failed to load there: twice as long after each failure."""
 
 
 class Polled(msgspec.Struct, frozen=True):
@@ -23,9 +34,12 @@ class Polled(msgspec.Struct, frozen=True):
 
 
 class PollMissed(msgspec.Struct, frozen=True):
+    """No answer to a poll. is_alive: bytes of an answer arrived from the node meanwhile, so it is busy and not dead."""
+
     node: str
     error: str
     unhealthy_after: int = 3
+    is_alive: bool = False
 
 
 class OperationStarted(msgspec.Struct, frozen=True):
@@ -36,16 +50,42 @@ class OperationStarted(msgspec.Struct, frozen=True):
 
 
 class OperationEnded(msgspec.Struct, frozen=True):
-    """`succeeded` writes the outcome into the model list at once; the next poll replaces it by the neuron's word."""
+    """`succeeded` writes the outcome into the model list at once; the next poll replaces it by the neuron's word.
+
+    failure: why a load is not to be repeated at once (`until` and `count` are set here). is_eviction: whether an
+    unload counts towards the next defragmentation.
+    """
 
     node: str
     model: str
     kind: OperationKind
     at: float
     succeeded: bool
+    failure: LoadFailure | None = None
+    is_eviction: bool = True
 
 
-FleetEvent = Polled | PollMissed | OperationStarted | OperationEnded
+class Pinned(msgspec.Struct, frozen=True):
+    """An operator pinned a model or took the pin away. is_kept_here: the neuron is too old to keep it."""
+
+    node: str
+    model: str
+    pinned: bool
+    is_kept_here: bool = False
+
+
+class DefragDue(msgspec.Struct, frozen=True):
+    """From now on, every model that was here at `at` is to be recycled once it is idle."""
+
+    node: str
+    at: float
+
+
+class DefragDone(msgspec.Struct, frozen=True):
+    node: str
+
+
+FleetEvent = Polled | PollMissed | OperationStarted | OperationEnded | Pinned | DefragDue | DefragDone
 
 
 def reduce(snapshot: FleetSnapshot, event: FleetEvent) -> FleetSnapshot:
@@ -57,19 +97,33 @@ def reduce(snapshot: FleetSnapshot, event: FleetEvent) -> FleetSnapshot:
         case Polled():
             after = _polled(node, event)
         case PollMissed():
-            misses = node.misses + 1
-            health = "unhealthy" if node.health == "unhealthy" or misses >= event.unhealthy_after else "suspect"
-            if node.health == "unknown":
-                health = "unhealthy"
-            after = msgspec.structs.replace(node, misses=misses, health=health, last_error=event.error)
+            after = _missed(node, event)
         case OperationStarted():
             operations = {**node.operations, event.model: Operation(kind=event.kind, since=event.at)}
             after = msgspec.structs.replace(node, operations=operations)
         case OperationEnded():
             after = _operation_ended(node, event)
+        case Pinned():
+            after = _pinned(node, event)
+        case DefragDue():
+            after = msgspec.structs.replace(node, defrag_since=event.at, defragged_cycles=node.lifecycle_cycles)
+        case DefragDone():
+            after = msgspec.structs.replace(node, defrag_since=None)
     if after is node:
         return snapshot
     return FleetSnapshot(nodes={**snapshot.nodes, node.name: after}, version=snapshot.version + 1)
+
+
+def _missed(node: NodeSnapshot, event: PollMissed) -> NodeSnapshot:
+    """healthy → suspect, which is still routable → unhealthy. Tokens that flow count as life: they make a node that
+    misses polls suspect and no more."""
+    if event.is_alive and node.is_routable:
+        return msgspec.structs.replace(node, health="suspect", misses=0, last_error=event.error)
+    misses = node.misses + 1
+    is_away = node.health in ("unknown", "unhealthy") or misses >= event.unhealthy_after
+    return msgspec.structs.replace(
+        node, misses=misses, health="unhealthy" if is_away else "suspect", last_error=event.error
+    )
 
 
 def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
@@ -82,6 +136,8 @@ def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
         last_error=None,
         models=event.models,
         unloaded={model: info for model, info in node.unloaded.items() if model not in event.models},
+        residences=_residences(node, event),
+        load_failures=_failures_still_true(node, event),
         polled_at=event.started_at,
     )
     if event.discovery is not None:
@@ -100,20 +156,81 @@ def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
     return after
 
 
+def _residences(node: NodeSnapshot, event: Polled) -> dict[str, Residence]:
+    found = {}
+    for model, info in event.models.items():
+        known = node.residences.get(model)
+        if info.status in ("loading", "fetching"):
+            found[model] = known if known is not None and known.since is None else Residence(begun=event.started_at)
+        elif known is None:
+            found[model] = Residence(begun=event.started_at, since=event.started_at)
+        elif known.since is None:
+            found[model] = msgspec.structs.replace(known, since=event.started_at)
+        else:
+            found[model] = known
+    return found
+
+
+def _failures_still_true(node: NodeSnapshot, event: Polled) -> dict[str, LoadFailure]:
+    """A model that someone else got loaded has not failed."""
+    if not node.load_failures:
+        return node.load_failures
+    return {
+        model: failure
+        for model, failure in node.load_failures.items()
+        if model not in event.models or event.models[model].status == "failed"
+    }
+
+
+def _pinned(node: NodeSnapshot, event: Pinned) -> NodeSnapshot:
+    pins = node.pins - {event.model}
+    if event.is_kept_here and event.pinned:
+        pins |= {event.model}
+    info = node.models.get(event.model)
+    models = node.models
+    if info is not None and not event.is_kept_here:
+        models = {**models, event.model: msgspec.structs.replace(info, pinned=event.pinned)}
+    return msgspec.structs.replace(node, pins=pins, models=models)
+
+
+def _failed(node: NodeSnapshot, event: OperationEnded, failure: LoadFailure) -> NodeSnapshot:
+    before = node.load_failures.get(event.model)
+    count = 1 if before is None else before.count + 1
+    backoff_s = min(FIRST_LOAD_BACKOFF_S * 2.0 ** min(count - 1, 30), MAX_LOAD_BACKOFF_S)
+    failed = msgspec.structs.replace(failure, until=event.at + backoff_s, count=count)
+    return msgspec.structs.replace(node, load_failures={**node.load_failures, event.model: failed})
+
+
 def _operation_ended(node: NodeSnapshot, event: OperationEnded) -> NodeSnapshot:
+    model = event.model
+    operation = node.operations.get(model)
     after = msgspec.structs.replace(
-        node,
-        operations={model: operation for model, operation in node.operations.items() if model != event.model},
-        operated_at=event.at,
+        node, operations={name: other for name, other in node.operations.items() if name != model}, operated_at=event.at
     )
     if not event.succeeded:
-        return after
-    info = node.models.get(event.model)
-    others = {model: other for model, other in node.models.items() if model != event.model}
+        return after if event.failure is None else _failed(after, event, event.failure)
+    info = node.models.get(model)
+    others = {name: other for name, other in node.models.items() if name != model}
+    residences = {name: other for name, other in node.residences.items() if name != model}
     if event.kind == "load":
-        info = info or node.unloaded.get(event.model) or ModelInfo(id=event.model)
+        info = info or node.unloaded.get(model) or ModelInfo(id=model)
         info = msgspec.structs.replace(info, status="loaded", progress=None, error=None)
-        unloaded = {model: other for model, other in node.unloaded.items() if model != event.model}
-        return msgspec.structs.replace(after, models={**others, event.model: info}, unloaded=unloaded)
-    unloaded = node.unloaded if info is None else {**node.unloaded, event.model: info}
-    return msgspec.structs.replace(after, models=others, unloaded=unloaded, lifecycle_cycles=node.lifecycle_cycles + 1)
+        begun = event.at if operation is None else operation.since
+        return msgspec.structs.replace(
+            after,
+            models={**others, model: info},
+            unloaded={name: other for name, other in node.unloaded.items() if name != model},
+            residences={**residences, model: Residence(begun=begun, since=event.at)},
+            load_failures={name: other for name, other in node.load_failures.items() if name != model},
+        )
+    unloaded = node.unloaded
+    if info is not None:
+        unloaded = {**unloaded, model: msgspec.structs.replace(info, pinned=False)}
+    return msgspec.structs.replace(
+        after,
+        models=others,
+        unloaded=unloaded,
+        residences=residences,
+        pins=after.pins - {model},
+        lifecycle_cycles=node.lifecycle_cycles + event.is_eviction,
+    )

@@ -9,8 +9,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from cortex_gateway.fleet.breaker import BreakerState
 from cortex_gateway.fleet.snapshot import FleetSnapshot
 from cortex_gateway.fleet.state import Fleet
+from cortex_gateway.placement.waiting import Waiting
 from cortex_gateway.identity.estimate import Usage
 from cortex_gateway.identity.principal import Principal
 
@@ -91,9 +93,27 @@ class Metrics:
             "cortex_cold_starts", "Requests that waited for a load of their model.", _PLACE, registry=registry
         )
         self.evictions = Counter(
-            "cortex_evictions", "Models unloaded to make room for another.", _PLACE, registry=registry
+            "cortex_evictions", "Models this gateway unloaded, by reason.", (*_PLACE, "reason"), registry=registry
         )
-        self.loads = Counter("cortex_model_loads", "Load calls, by outcome.", (*_PLACE, "outcome"), registry=registry)
+        self.loads = Counter(
+            "cortex_model_loads",
+            "Load calls, by outcome and by what asked for them.",
+            (*_PLACE, "outcome", "reason"),
+            registry=registry,
+        )
+        self.queue_wait = Histogram(
+            "cortex_queue_wait_seconds",
+            "How long requests waited for a node that serves their model, those that had to wait.",
+            ("model",),
+            buckets=LONG_BUCKETS,
+            registry=registry,
+        )
+        self.affinity = Counter(
+            "cortex_affinity_hits",
+            "Requests sent, among several replicas, to one that knows their session or the beginning of their prompt.",
+            (*_PLACE, "kind"),
+            registry=registry,
+        )
         self.load_duration = Histogram(
             "cortex_model_load_seconds", "Successful loads.", _PLACE, buckets=LONG_BUCKETS, registry=registry
         )
@@ -131,9 +151,9 @@ class Metrics:
         )
         self._series: dict[tuple[str, str], _ModelSeries] = {}
 
-    def observe_fleet(self, fleet: Fleet) -> None:
-        """Expose the gauges of a fleet's snapshot as well."""
-        self.registry.register(FleetCollector(fleet))
+    def observe_fleet(self, fleet: Fleet, waiting: Waiting) -> None:
+        """Expose the gauges of a fleet's snapshot, its breakers and the queue as well."""
+        self.registry.register(FleetCollector(fleet, waiting))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
@@ -154,20 +174,21 @@ class Metrics:
     def key_refused(self, principal: Principal, reason: str) -> None:
         self.key_refusals.labels(principal.account_id, principal.key_id, reason).inc()
 
-    def load_finished(self, model: str, node: str, outcome: str, seconds: float) -> None:
-        self.loads.labels(model, node, outcome).inc()
+    def load_finished(self, model: str, node: str, outcome: str, reason: str, seconds: float) -> None:
+        self.loads.labels(model, node, outcome, reason).inc()
         if outcome == "loaded":
             self.load_duration.labels(model, node).observe(seconds)
 
-    def evicted(self, model: str, node: str) -> None:
-        self.evictions.labels(model, node).inc()
+    def evicted(self, model: str, node: str, reason: str) -> None:
+        self.evictions.labels(model, node, reason).inc()
 
 
 class FleetCollector(Collector):
     """The polled gauges. A ceiling of 0 is unknown and not exposed."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, waiting: Waiting) -> None:
         self._fleet = fleet
+        self._waiting = waiting
 
     def collect(self) -> Iterable[Metric]:
         snapshot = self._fleet.snapshot
@@ -183,7 +204,21 @@ class FleetCollector(Collector):
                 in_flight.add_metric([node.name, model], self._fleet.activity.in_flight(node.name, model))
         yield healthy
         yield in_flight
+        breaker_state = GaugeMetricFamily(
+            "cortex_breaker_state", "Circuit breaker: 0 closed, 1 half-open, 2 open.", labels=list(_RESIDENT)
+        )
+        for node in snapshot.nodes.values():
+            for model in node.models:
+                state = self._fleet.breakers.get(node.name, model).state
+                breaker_state.add_metric([node.name, model], _BREAKER_VALUES[state])
+        yield breaker_state
+        waiting = GaugeMetricFamily("cortex_waiting_requests", "Requests that no node serves yet.", labels=["model"])
+        for queue in self._waiting.in_order():
+            waiting.add_metric([queue.model], queue.num_requests)
+        yield waiting
 
+
+_BREAKER_VALUES: dict[BreakerState, float] = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
 
 _LOAD_GAUGES = (
     ("in_flight", "Requests the neuron is running.", False),

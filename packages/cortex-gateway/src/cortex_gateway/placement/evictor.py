@@ -1,21 +1,22 @@
 """Which models make room for another one on a node. Pure.
 
-A model with work in flight is never a victim, nor one of a higher residency class than the incoming model.
-Among the rest, `lru` takes the least recently used first; `priority` empties the lowest residency class first and
-uses recency only within it.
+A model with work in flight is never a victim, nor one that a request waits for, one that an operator pinned, one
+that has only just been loaded, or one of a higher residency class than the incoming model. Among the rest, `lru`
+takes the least recently used first; `priority` empties the lowest residency class first and uses recency only within
+it.
+
+A model whose requests have waited longer than the configured patience lays *claim* to room: then also models that
+are in use or newly loaded are planned for. They get no new requests (see the router), and go when their last one has
+been answered; their turn comes again like everyone's.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
-from cortex_core.catalogue import Catalogue, ModelProfile, may_displace
+from cortex_core.catalogue import ModelProfile, may_displace
 
-from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.snapshot import NodeSnapshot
-
-Strategy = Literal["lru", "priority"]
+from cortex_gateway.placement.situation import Situation
 
 CPU = -1
 """The one "device" of a host without accelerators."""
@@ -26,100 +27,113 @@ class Room(msgspec.Struct, frozen=True):
 
     `victims` have to go first. `devices` are the best ones to load on (None: no accelerators, or nothing is
     known of them). `fits` is False where even all that may go would not make enough room; `fits_later` tells
-    that it would, were nothing in flight. free_mb is what the best devices have free now, 0 = unknown.
+    that it would, were nothing in flight, and `settles_at` when a model that is in the way only because it is new
+    may go. free_mb is what the best devices have free now, 0 = unknown.
     """
 
     fits: bool
     victims: tuple[str, ...] = ()
     devices: tuple[int, ...] | None = None
     fits_later: bool = False
+    settles_at: float | None = None
     free_mb: int = 0
-    capacity_mb: int = 0
 
 
-def plan_room(
-    profile: ModelProfile, node: NodeSnapshot, catalogue: Catalogue, activity: Activity, strategy: Strategy
-) -> Room:
+def plan_room(profile: ModelProfile, node: NodeSnapshot, situation: Situation, *, claim: bool = False) -> Room:
     """Room for `profile` on `node`, with the fewest victims that the strategy's order allows.
 
-    Without an estimate (`vram_mb`) everything fits: the neuron knows better and refuses by itself.
+    claim: plan also with models that are in use or newly loaded. Without an estimate (`vram_mb`) everything fits: the
+    neuron knows better and refuses by itself.
     """
-    free = _free_mb(node, catalogue)
-    capacity = _capacity_mb(node, profile)
+    catalogue = situation.catalogue
+    free = _free_mb(node, situation)
     need = profile.vram_mb
-    if need is None or not free:
-        return Room(fits=True, devices=_pick(free, profile, node), free_mb=_best_sum(free, profile, node))
     free_now = _best_sum(free, profile, node)
-    if free_now >= need:
-        return Room(fits=True, devices=_pick(free, profile, node), free_mb=free_now, capacity_mb=capacity)
+    if need is None or not free or free_now >= need:
+        return Room(fits=True, devices=_pick(free, profile, node), free_mb=free_now)
 
-    order = eviction_order(node, profile.id, catalogue, activity, strategy)
+    def fits_without(models: list[str]) -> bool:
+        return _best_sum(_freed(free, models, node, situation), profile, node) >= need
+
     chosen: list[str] = []
-    for model in order:
+    for model in eviction_order(node, profile.id, situation, claim=claim):
         chosen.append(model)
-        if _best_sum(_freed(free, chosen, node, catalogue), profile, node) >= need:
+        if fits_without(chosen):
             break
     else:
-        resident = [model for model in node.models if may_displace(catalogue, profile.id, model)]
-        later = _best_sum(_freed(free, resident, node, catalogue), profile, node)
+        resident = [
+            model
+            for model in node.models.keys() | node.operations.keys()
+            if may_displace(catalogue, profile.id, model) and not node.is_pinned(model)
+        ]
+        settling = [situation.stays_until(node, model) for model in resident]
         return Room(
             fits=False,
             devices=_pick(free, profile, node),
-            fits_later=later >= need,
+            fits_later=fits_without(sorted(resident)),
+            settles_at=min((until for until in settling if until > situation.now), default=None),
             free_mb=free_now,
-            capacity_mb=capacity,
         )
     # The last one made it fit; earlier ones may turn out not to be needed. Spare the most recently used first.
     for model in reversed(chosen[:-1]):
         rest = [other for other in chosen if other != model]
-        if _best_sum(_freed(free, rest, node, catalogue), profile, node) >= need:
+        if fits_without(rest):
             chosen = rest
-    after = _freed(free, chosen, node, catalogue)
-    return Room(
-        fits=True,
-        victims=tuple(chosen),
-        devices=_pick(after, profile, node),
-        free_mb=free_now,
-        capacity_mb=capacity,
-    )
+    after = _freed(free, chosen, node, situation)
+    return Room(fits=True, victims=tuple(chosen), devices=_pick(after, profile, node), free_mb=free_now)
 
 
-def eviction_order(
-    node: NodeSnapshot, incoming: str, catalogue: Catalogue, activity: Activity, strategy: Strategy
-) -> list[str]:
-    """All models of `node` that may go for `incoming`, the first to go first. Ties are broken by name."""
-    candidates = [
-        model
-        for model in node.models
-        if model != incoming
-        and node.status(model) == "loaded"
-        and may_displace(catalogue, incoming, model)
-        and not activity.is_busy(node.name, model, node.loads.get(model))
-    ]
-    if strategy == "priority":
-        return sorted(
-            candidates,
-            key=lambda model: (catalogue.residency(model), activity.last_used(node.name, model), model),
-        )
-    return sorted(candidates, key=lambda model: (activity.last_used(node.name, model), model))
+def eviction_order(node: NodeSnapshot, incoming: str, situation: Situation, *, claim: bool = False) -> list[str]:
+    """All models of `node` that may go for `incoming`, the first to go first. Ties are broken by name.
+
+    With a claim, models that are in use, waited for or newly loaded come too, after all others.
+    """
+    catalogue = situation.catalogue
+    candidates = []
+    for model in node.models:
+        if model == incoming or node.status(model) != "loaded" or node.is_pinned(model):
+            continue
+        if not may_displace(catalogue, incoming, model):
+            continue
+        is_spared = is_in_use(node, model, situation) or situation.stays_until(node, model) > situation.now
+        if is_spared and not claim:
+            continue
+        residency = catalogue.residency(model) if situation.policy.strategy == "priority" else 0
+        candidates.append((is_spared, residency, situation.last_used(node, model), model))
+    return [model for *_, model in sorted(candidates)]
 
 
-def estimate_mb(model: str, node: NodeSnapshot, catalogue: Catalogue) -> int:
+def is_in_use(node: NodeSnapshot, model: str, situation: Situation) -> bool:
+    """Whether a request is on the model, or about to be sent to it."""
+    return situation.load_of(node, model) > 0 or model in situation.waiting
+
+
+def estimate_mb(model: str, node: NodeSnapshot, situation: Situation) -> int:
     """What a model occupies: the neuron's figure, else the catalogue's (G2), else 0 = unknown."""
     info = node.models.get(model)
     if info is not None and info.vram_used_mb:
         return info.vram_used_mb
-    profile = catalogue.profile(model)
+    profile = situation.catalogue.profile(model)
     return (profile.vram_mb or 0) if profile is not None else 0
 
 
 def never_fits(profile: ModelProfile, node: NodeSnapshot) -> bool:
     """Whether the model is larger than the devices it would get, empty."""
-    capacity = _capacity_mb(node, profile)
+    capacity = capacity_mb(node, profile)
     return profile.vram_mb is not None and 0 < capacity < profile.vram_mb
 
 
-def _free_mb(node: NodeSnapshot, catalogue: Catalogue) -> dict[int, int]:
+def capacity_mb(node: NodeSnapshot, profile: ModelProfile) -> int:
+    """What the devices the model would get hold when they are empty; 0 = unknown."""
+    if node.discovery is None:
+        return 0
+    if not node.discovery.devices:
+        return node.discovery.memory_total_mb
+    total = {device.index: device.vram_total_mb for device in node.discovery.devices}
+    return _best_sum(total, profile, node)
+
+
+def _free_mb(node: NodeSnapshot, situation: Situation) -> dict[int, int]:
     """Free memory per device as polled, less what loads under way may still take. Empty = unknown."""
     if node.devices:
         free = {device.index: device.vram_free_mb for device in node.devices}
@@ -131,23 +145,23 @@ def _free_mb(node: NodeSnapshot, catalogue: Catalogue) -> dict[int, int]:
         model for model in node.models.keys() | node.operations.keys() if node.status(model) in ("fetching", "loading")
     )
     for model in arriving:
-        for index, share in _shares(model, free, node, catalogue):
+        for index, share in _shares(model, free, node, situation):
             free[index] = max(0, free[index] - share)
     return free
 
 
-def _shares(model: str, free: dict[int, int], node: NodeSnapshot, catalogue: Catalogue) -> list[tuple[int, int]]:
+def _shares(model: str, free: dict[int, int], node: NodeSnapshot, situation: Situation) -> list[tuple[int, int]]:
     """(device, MB) of what a model takes: evenly over its devices, or on the first where it does not say."""
     info = node.models.get(model)
     devices = [index for index in (info.devices if info is not None else ()) if index in free] or sorted(free)[:1]
-    share = estimate_mb(model, node, catalogue) // len(devices)
+    share = estimate_mb(model, node, situation) // len(devices)
     return [(index, share) for index in devices]
 
 
-def _freed(free: dict[int, int], models: list[str], node: NodeSnapshot, catalogue: Catalogue) -> dict[int, int]:
+def _freed(free: dict[int, int], models: list[str], node: NodeSnapshot, situation: Situation) -> dict[int, int]:
     after = dict(free)
     for model in models:
-        for index, share in _shares(model, after, node, catalogue):
+        for index, share in _shares(model, after, node, situation):
             after[index] += share
     return after
 
@@ -174,12 +188,3 @@ def _pick(free: dict[int, int], profile: ModelProfile, node: NodeSnapshot) -> tu
     if not free or CPU in free:
         return None
     return tuple(sorted(_ranked(free, profile, node)))
-
-
-def _capacity_mb(node: NodeSnapshot, profile: ModelProfile) -> int:
-    if node.discovery is None:
-        return 0
-    if not node.discovery.devices:
-        return node.discovery.memory_total_mb
-    total = {device.index: device.vram_total_mb for device in node.discovery.devices}
-    return _best_sum(total, profile, node)

@@ -9,26 +9,33 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from typing import Literal
 
-from cortex_core.catalogue import Catalogue
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.fleet.snapshot import LoadFailure, OperationKind
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.fleet.transitions import OperationEnded, OperationStarted
+from cortex_gateway.fleet.transitions import OperationEnded, OperationStarted, Pinned
 from cortex_gateway.observability.metrics import Metrics
-from cortex_gateway.placement.evictor import Strategy, eviction_order
+from cortex_gateway.placement.evictor import eviction_order, is_in_use
+from cortex_gateway.placement.situation import Situation
 
 log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 1800.0
 UNLOAD_TIMEOUT_S = 120.0
+PIN_TIMEOUT_S = 10.0
 MAX_EVICTION_ROUNDS = 3
 """How often a neuron's refusal for lack of memory is answered by evicting one more model."""
 
 Key = tuple[str, str]
+
+LoadReason = Literal["request", "admin", "defrag"]
+UnloadReason = Literal["room", "refused", "idle", "defrag", "admin"]
+"""`room`: the router made room; `refused`: the neuron had refused a load for lack of it."""
 
 
 class RoomLost(Exception):
@@ -45,18 +52,14 @@ class Loads:
         poller: Poller,
         metrics: Metrics,
         *,
-        catalogue: Catalogue,
-        strategy: Strategy,
-        defrag_after_cycles: int,
+        situation: Callable[[], Situation],
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._neurons = neurons
         self._poller = poller
         self._metrics = metrics
-        self._catalogue = catalogue
-        self._strategy: Strategy = strategy
-        self._defrag_after_cycles = defrag_after_cycles
+        self._situation = situation
         self._clock = clock
         self._loads: dict[Key, asyncio.Task[None]] = {}
         self._unloads: dict[Key, asyncio.Task[None]] = {}
@@ -65,7 +68,15 @@ class Loads:
         """The load under way there, to be awaited through `asyncio.shield`. Raises `ApiError`, `RoomLost`."""
         return self._loads.get((node, model))
 
-    def start(self, node: str, model: str, spec: ModelSpec, victims: tuple[str, ...] = ()) -> asyncio.Task[None]:
+    def start(
+        self,
+        node: str,
+        model: str,
+        spec: ModelSpec,
+        victims: tuple[str, ...] = (),
+        *,
+        reason: LoadReason = "request",
+    ) -> asyncio.Task[None]:
         """Start a load, or join the one under way.
 
         The model counts as loading and the victims as unloading before this returns, so that no other request
@@ -75,17 +86,26 @@ class Loads:
         if task is None:
             self._begin(node, model, "load")
             unloads = [self.unload(node, victim, reason="room") for victim in victims]
-            task = asyncio.create_task(self._load(node, model, spec, unloads), name=f"load-{model}-{node}")
+            task = asyncio.create_task(self._load(node, model, spec, unloads, reason), name=f"load-{model}-{node}")
             self._keep(self._loads, (node, model), task)
         return task
 
-    def unload(self, node: str, model: str, *, reason: str) -> asyncio.Task[None]:
+    def unload(self, node: str, model: str, *, reason: UnloadReason) -> asyncio.Task[None]:
         """Start an unload, or join the one under way. The task raises `NeuronError`."""
         task = self._unloads.get((node, model))
         if task is None:
             self._begin(node, model, "unload")
             task = asyncio.create_task(self._unload(node, model, reason), name=f"unload-{model}-{node}")
             self._keep(self._unloads, (node, model), task)
+        return task
+
+    def recycle(self, node: str, model: str, spec: ModelSpec) -> asyncio.Task[None]:
+        """Unload and load again, in one go: requests meanwhile wait for the load. Joins a load under way."""
+        task = self._loads.get((node, model))
+        if task is None:
+            self._begin(node, model, "load")
+            task = asyncio.create_task(self._recycle(node, model, spec), name=f"recycle-{model}-{node}")
+            self._keep(self._loads, (node, model), task)
         return task
 
     async def stop(self) -> None:
@@ -105,14 +125,15 @@ class Loads:
         tasks[key] = task
         task.add_done_callback(forget)
 
-    def _begin(self, node: str, model: str, kind: str) -> None:
-        self._fleet.apply(
-            OperationStarted(node=node, model=model, kind="load" if kind == "load" else "unload", at=self._clock())
-        )
+    def _begin(self, node: str, model: str, kind: OperationKind) -> None:
+        self._fleet.apply(OperationStarted(node=node, model=model, kind=kind, at=self._clock()))
 
-    async def _load(self, node: str, model: str, spec: ModelSpec, unloads: list[asyncio.Task[None]]) -> None:
+    async def _load(
+        self, node: str, model: str, spec: ModelSpec, unloads: list[asyncio.Task[None]], reason: LoadReason
+    ) -> None:
         started_at = self._clock()
         outcome = "failed"
+        failure: LoadFailure | None = None
         try:
             try:
                 await asyncio.gather(*unloads)
@@ -125,13 +146,21 @@ class Loads:
             log.warning(
                 "loading %s on %s failed (status %s, %s): %s", model, node, error.status, error.kind, error.message
             )
-            raise load_failed(model, node, error) from error
+            failed = load_failed(model, node, error)
+            failure = LoadFailure(
+                message=failed.message, code=failed.code or "model_load_failed", lacks_memory=error.lacks_memory
+            )
+            if error.lacks_memory and self._could_come_free(node, model):
+                raise RoomLost from error
+            raise failed from error
         finally:
             loaded = outcome == "loaded"
             if loaded:
                 self._fleet.activity.mark(node, model, self._clock())
-            self._fleet.apply(OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=loaded))
-            self._metrics.load_finished(model, node, outcome, self._clock() - started_at)
+            self._fleet.apply(
+                OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=loaded, failure=failure)
+            )
+            self._metrics.load_finished(model, node, outcome, reason, self._clock() - started_at)
             self._poller.nudge(node)
         log.info("loaded %s on %s in %.1f s", model, node, self._clock() - started_at)
 
@@ -149,15 +178,24 @@ class Loads:
             await self.unload(node, victim, reason="refused")
 
     def _next_victim(self, node: str, model: str) -> str | None:
-        snapshot = self._fleet.snapshot.nodes[node]
-        order = eviction_order(snapshot, model, self._catalogue, self._fleet.activity, self._strategy)
+        situation = self._situation()
+        snapshot = situation.snapshot.nodes[node]
+        order = eviction_order(snapshot, model, situation)
         return order[0] if order else None
 
-    async def _unload(self, node: str, model: str, reason: str) -> None:
+    def _could_come_free(self, node: str, model: str) -> bool:
+        """Whether a model that may make room is only kept by requests that will end."""
+        situation = self._situation()
+        snapshot = situation.snapshot.nodes[node]
+        return any(
+            is_in_use(snapshot, resident, situation)
+            for resident in eviction_order(snapshot, model, situation, claim=True)
+        )
+
+    async def _unload(self, node: str, model: str, reason: UnloadReason) -> None:
         succeeded = False
-        info = self._fleet.snapshot.nodes[node].models.get(model)
         try:
-            await self._neurons[node].unload(info.id if info is not None else model, UNLOAD_TIMEOUT_S)
+            await self._neurons[node].unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
             succeeded = True
         except NeuronError as error:
             log.warning("unloading %s from %s failed: %s", model, node, error.message)
@@ -167,12 +205,51 @@ class Loads:
                 OperationEnded(node=node, model=model, kind="unload", at=self._clock(), succeeded=succeeded)
             )
             self._poller.nudge(node)
-        if reason != "admin":
-            self._metrics.evicted(model, node)
+        self._metrics.evicted(model, node, reason)
         log.info("unloaded %s from %s (%s)", model, node, reason)
-        cycles = self._fleet.snapshot.nodes[node].lifecycle_cycles
-        if self._defrag_after_cycles and cycles % self._defrag_after_cycles == 0:
-            log.warning("node %s has seen %d evictions; consider restarting it to defragment", node, cycles)
+
+    async def _recycle(self, node: str, model: str, spec: ModelSpec) -> None:
+        """One operation, from the outside: the model counts as loading from the first to the last moment."""
+        was_pinned = self._fleet.snapshot.nodes[node].is_pinned(model)
+        try:
+            await self._neurons[node].unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
+        except NeuronError as error:
+            log.info("not recycling %s on %s now: %s", model, node, error.message)
+            self._fleet.apply(OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=False))
+            self._poller.nudge(node)
+            raise RoomLost from error
+        except asyncio.CancelledError:
+            self._fleet.apply(OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=False))
+            raise
+        self._metrics.evicted(model, node, "defrag")
+        now = self._clock()
+        self._fleet.apply(
+            OperationEnded(node=node, model=model, kind="unload", at=now, succeeded=True, is_eviction=False)
+        )
+        self._begin(node, model, "load")
+        await self._load(node, model, spec, [], "defrag")
+        if was_pinned:
+            await self.pin(node, model, pinned=True)
+
+    async def pin(self, node: str, model: str, *, pinned: bool) -> bool:
+        """Pin a model or take the pin away; True if the neuron keeps it, False if it is too old and this gateway does.
+
+        Raises `NeuronError`.
+        """
+        is_kept_here = False
+        try:
+            await self._neurons[node].pin(self._name_on(node, model), pinned, PIN_TIMEOUT_S)
+        except NeuronError as error:
+            if error.status not in (404, 405) or error.kind == "model_not_found":
+                raise
+            is_kept_here = True
+        self._fleet.apply(Pinned(node=node, model=model, pinned=pinned, is_kept_here=is_kept_here))
+        return not is_kept_here
+
+    def _name_on(self, node: str, model: str) -> str:
+        """What the node itself calls the model."""
+        info = self._fleet.snapshot.nodes[node].models.get(model)
+        return info.id if info is not None else model
 
 
 def load_failed(model: str, node: str, error: NeuronError) -> ApiError:

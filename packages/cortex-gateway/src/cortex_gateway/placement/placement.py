@@ -3,40 +3,89 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from cortex_core.catalogue import Catalogue
 from cortex_core.errors import ApiError
+from cortex_core.fleet import LoadProgress
 
-from cortex_gateway.fleet.activity import Activity
+from cortex_gateway.fleet.activity import Answer
 from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import Strategy
+from cortex_gateway.observability.metrics import Metrics
+from cortex_gateway.placement.affinity import UNKNOWN, Affinity, Hints, Shares
+from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse, RouteReason
 from cortex_gateway.placement.loads import Loads, RoomLost
 from cortex_gateway.placement.router import decide
+from cortex_gateway.placement.situation import Policy, Situation
+from cortex_gateway.placement.waiting import Waiting
 
 MAX_CACHED_NAMES = 4096
 RETRY_WAITING_S = 10
+MAX_RETRY_WAITING_S = 60
+"""SDKs give up where they are told to wait longer than two minutes."""
+FRESH_S = 0.5
+"""Before a load, nodes whose last poll is older than this are asked again: another gateway may have begun it."""
+
+OnWait = Callable[[str, RouteReason], None]
+"""Told where a request waits, and why: (node, reason)."""
 
 
 class Lease:
-    """A place for one request: counted in flight while it is held."""
+    """A place for one request: counted in flight while it is held.
 
-    __slots__ = ("_activity", "_fleet", "model", "neuron", "neuron_model", "route")
+    How it went is told to the breaker of its node and model when it ends: by the status of the answer, or as failed
+    where there was none. A client that hung up says nothing about the node.
+    """
+
+    __slots__ = (
+        "_answer",
+        "_clock",
+        "_fleet",
+        "_is_judged",
+        "_is_try",
+        "_status",
+        "model",
+        "neuron",
+        "neuron_model",
+        "route",
+    )
 
     def __init__(
-        self, fleet: Fleet, neuron: NeuronClient, model: str, neuron_model: str, route: str, now: float
+        self, fleet: Fleet, neuron: NeuronClient, model: str, neuron_model: str, route: str, clock: Callable[[], float]
     ) -> None:
         self._fleet = fleet
-        self._activity: Activity = fleet.activity
+        self._clock = clock
         self.neuron = neuron
         self.model = model
         self.neuron_model = neuron_model
         self.route = route
-        self._activity.begin(neuron.name, model, now)
+        self._answer: Answer | None = None
+        self._status: int | None = None
+        self._is_judged = False
+        self._is_try = fleet.breakers.begun(neuron.name, model)
+        fleet.activity.begin(neuron.name, model, clock())
+
+    def answered(self, status: int, answer: Answer) -> None:
+        """The status line came. What follows of the answer counts as a sign of life of the node."""
+        self._status = status
+        self._answer = answer
+        self._fleet.activity.listen(self.neuron.name, answer)
+        if self._is_try and status < 400:
+            self._fleet.breakers.answering(self.neuron.name, self.model)
+
+    def failed(self) -> None:
+        """The node did not answer, or broke off."""
+        if not self._is_judged:
+            self._is_judged = True
+            self._fleet.breakers.failed(self.neuron.name, self.model, self._clock())
+
+    def discard(self) -> None:
+        """The model was not where it was thought to be: nobody's failure."""
+        self._status = None
 
     def __enter__(self) -> Lease:
         return self
@@ -44,9 +93,20 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._activity.end(self.neuron.name, self.model)
-        if self._fleet.has_waiters:
-            self._fleet.wake()
+        fleet, node = self._fleet, self.neuron.name
+        if self._answer is not None:
+            fleet.activity.unlisten(node, self._answer)
+        fleet.activity.end(node, self.model)
+        status = self._status
+        if not self._is_judged and status is not None and status >= 500:
+            self.failed()
+        elif not self._is_judged and status is not None and status != 429 and kind is None:
+            self._is_judged = True
+            fleet.breakers.succeeded(node, self.model)
+        if self._is_try and not self._is_judged:
+            fleet.breakers.abandoned(node, self.model, self._clock())
+        if fleet.has_waiters:
+            fleet.wake()
 
 
 class Placement:
@@ -57,21 +117,28 @@ class Placement:
         fleet: Fleet,
         neurons: Mapping[str, NeuronClient],
         poller: Poller,
-        loads: Loads,
+        metrics: Metrics,
         *,
         catalogue: Catalogue,
-        strategy: Strategy,
+        policy: Policy,
+        waiting: Waiting,
+        affinity: Affinity | None,
         wait_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._neurons = neurons
         self._poller = poller
-        self._loads = loads
+        self._metrics = metrics
         self._catalogue = catalogue
-        self._strategy: Strategy = strategy
+        self._policy = policy
+        self._waiting = waiting
+        self._affinity = affinity
         self._wait_s = wait_s
+        self._clock = clock
         self._resolved: dict[str, str] = {}
         self._resolved_version = -1
+        self.loads = Loads(fleet, neurons, poller, metrics, situation=self.situation, clock=clock)
 
     def resolve(self, name: str) -> str:
         """The concrete model id behind what a client asked for."""
@@ -85,82 +152,183 @@ class Placement:
             resolved = self._resolved[name] = self._catalogue.resolve(name, served)
         return resolved
 
-    def decide(self, model: str) -> Decision:
-        return decide(model, self._fleet.snapshot, self._fleet.activity, self._catalogue, self._strategy)
+    def situation(self) -> Situation:
+        """Everything there is to decide on, now."""
+        return Situation(
+            snapshot=self._fleet.snapshot,
+            catalogue=self._catalogue,
+            activity=self._fleet.activity,
+            policy=self._policy,
+            now=self._clock(),
+            waiting=self._waiting,
+            breakers=self._fleet.breakers,
+        )
 
-    def try_now(self, model: str, now: float) -> Lease | None:
+    def decide(self, model: str, shares: Shares = UNKNOWN) -> Decision:
+        return decide(model, self.situation(), shares)
+
+    def try_now(self, model: str, hints: Hints | None = None) -> Lease | None:
         """A lease if the model is served somewhere at this moment. Raises `ApiError` if it never will be."""
-        decision = self.decide(model)
+        shares = self._shares(model, hints)
+        decision = self.decide(model, UNKNOWN if shares is None else shares)
         if type(decision) is Forward:
-            return self._lease(decision.node, model, "loaded", now)
+            return self._lease(decision, model, decision.reason, hints, shares)
         if type(decision) is Refuse:
             raise refused(decision, model)
         return None
 
-    async def wait(self, model: str) -> Lease:
-        """As `try_now`, but wait for whatever it takes, up to the configured budget.
+    async def wait(
+        self,
+        model: str,
+        hints: Hints | None = None,
+        *,
+        wait_s: float | None = None,
+        on_wait: OnWait | None = None,
+        through_outages: bool = False,
+    ) -> Lease:
+        """As `try_now`, but wait for whatever it takes, up to `wait_s` seconds (the configured budget by default).
 
-        Raises `ApiError`: the refusal, the failure of the load waited for, or 503 with `Retry-After` once the
-        budget is spent (the load goes on).
+        through_outages: wait also where a new request would be told to come back later (a stream that has begun
+        cannot be).
+
+        Raises `ApiError`: the refusal, the failure of the load waited for, or 503 with `Retry-After` and the load's
+        progress once the budget is spent (the load goes on).
         """
-        loop = asyncio.get_running_loop()
-        route = "held"
+        began = self._clock()
+        budget_s = self._wait_s if wait_s is None else wait_s
         try:
-            async with asyncio.timeout(self._wait_s):
-                while True:
-                    decision = self.decide(model)
-                    match decision:
-                        case Forward():
-                            return self._lease(decision.node, model, route, loop.time())
-                        case Refuse():
-                            raise refused(decision, model)
-                        case Load():
-                            route = "cold"
-                            self._loads.start(decision.node, model, decision.spec, decision.victims)
-                            await self._join(decision.node, model)
-                        case Hold():
-                            if self._loads.running(decision.node, model) is not None:
-                                route = "cold"
-                            await self._join(decision.node, model)
+            async with asyncio.timeout(budget_s):
+                with self._waiting.joined(model, began):
+                    return await self._wait(model, hints, on_wait, through_outages=through_outages)
         except TimeoutError:
-            raise self._still_waiting(model) from None
+            raise self._still_waiting(model, budget_s) from None
+        finally:
+            if self._is_known(model):
+                self._metrics.queue_wait.labels(model).observe(self._clock() - began)
+            if self._waiting and model not in self._waiting:
+                self._fleet.wake()  # whoever queued behind this model may go now
 
-    async def _join(self, node: str, model: str) -> None:
-        """Wait for the load under way there, or for any change."""
-        load = self._loads.running(node, model)
-        try:
-            if load is not None:
+    async def _wait(self, model: str, hints: Hints | None, on_wait: OnWait | None, *, through_outages: bool) -> Lease:
+        route: RouteReason = "held"
+        is_fresh = False
+        while True:
+            shares = self._shares(model, hints)
+            decision = self.decide(model, UNKNOWN if shares is None else shares)
+            match decision:
+                case Forward():
+                    return self._lease(decision, model, route, hints, shares)
+                case Refuse():
+                    if not through_outages or decision.retry_after is None:
+                        raise refused(decision, model)
+                    await self._change(self._clock() + decision.retry_after)
+                case Load():
+                    route = "cold"
+                    if on_wait is not None:
+                        on_wait(decision.node, route)
+                    if not is_fresh:
+                        await self._poller.refresh_stale(FRESH_S)
+                        is_fresh = True
+                        continue
+                    self.loads.start(decision.node, model, decision.spec, decision.victims)
+                    await self._join(decision.node, model, None)
+                    is_fresh = False
+                case Hold():
+                    if decision.reason == "loading" or self.loads.running(decision.node, model) is not None:
+                        route = "cold"
+                    if on_wait is not None:
+                        on_wait(decision.node, route)
+                    await self._join(decision.node, model, decision.until)
+
+    async def _join(self, node: str, model: str, until: float | None) -> None:
+        """Wait for the load under way there, or for any change, or until the clock shows `until`."""
+        load = self.loads.running(node, model)
+        if load is not None:
+            try:
                 await asyncio.shield(load)
+            except RoomLost:
+                pass
+            except ApiError:
+                # The failure is known to the router by now: if another node can, it says so.
+                if isinstance(self.decide(model), Refuse):
+                    raise
                 return
-        except RoomLost:
-            pass
+            else:
+                return
         with self._poller.watching(node):
-            await self._fleet.changed()
+            await self._change(until)
+
+    async def _change(self, until: float | None) -> None:
+        """Wait until something changes in the fleet, but no longer than until then."""
+        changed = self._fleet.changed()
+        await asyncio.wait({changed}, timeout=None if until is None else max(0.0, until - self._clock()))
+        changed.cancel()
 
     def neuron_model(self, node: str, model: str) -> str:
         """What the node itself calls the model."""
         info = self._fleet.snapshot.nodes[node].models.get(model)
         return info.id if info is not None else model
 
-    def _lease(self, node: str, model: str, route: str, now: float) -> Lease:
-        return Lease(self._fleet, self._neurons[node], model, self.neuron_model(node, model), route, now)
+    def _is_known(self, model: str) -> bool:
+        return self._catalogue.profile(model) is not None or self._fleet.snapshot.has_model(model)
 
-    def _still_waiting(self, model: str) -> ApiError:
-        extras: dict[str, object] = {"model_id": model}
+    def _shares(self, model: str, hints: Hints | None) -> Shares | None:
+        """Which nodes know the request; None where there is nothing to choose between."""
+        if hints is None or self._affinity is None:
+            return None
+        if sum(1 for node in self._fleet.snapshot.nodes.values() if model in node.models) < 2:
+            return None
+        return self._affinity.shares(model, hints)
+
+    def _lease(
+        self, decision: Forward, model: str, route: RouteReason, hints: Hints | None, shares: Shares | None
+    ) -> Lease:
+        node = decision.node
+        if shares is not None and hints is not None and self._affinity is not None:
+            self._affinity.record(model, hints, node, shares)
+            if decision.reason in ("session", "prefix"):
+                self._metrics.affinity.labels(model, node, decision.reason).inc()
+        return Lease(self._fleet, self._neurons[node], model, self.neuron_model(node, model), route, self._clock)
+
+    # ------------------------------------------------------------------------------------------ what to tell clients
+
+    def progress(self, model: str) -> tuple[str, LoadProgress | None] | None:
+        """Where the model is on its way, and how far: (node, progress), or None if it is not."""
         for node in self._fleet.snapshot.nodes.values():
-            info = node.models.get(model)
-            if info is not None and info.progress is not None:
-                extras |= {
-                    "node": node.name,
-                    "phase": info.progress.phase,
-                    "bytes_done": info.progress.bytes_done,
-                    "bytes_total": info.progress.bytes_total,
-                }
+            if node.status(model) in ("fetching", "loading", "recovering"):
+                info = node.models.get(model)
+                return node.name, info.progress if info is not None else None
+        return None
+
+    def _still_waiting(self, model: str, waited_s: float) -> ApiError:
+        extras: dict[str, object] = {"model_id": model, "waited_s": waited_s}
+        retry_after = RETRY_WAITING_S
+        found = self.progress(model)
+        if found is None:
+            position = [queue.model for queue in self._waiting.in_order()]
+            extras |= {"num_waiting": self._waiting.num_requests(model), "models_waiting": position}
+            return ApiError(
+                "overloaded",
+                f"The model `{model}` waits for room on a node; ask again.",
+                code="model_queued",
+                retry_after=retry_after,
+                extras=extras,
+            )
+        node, progress = found
+        extras["node"] = node
+        if progress is not None:
+            extras |= {
+                "phase": progress.phase,
+                "bytes_done": progress.bytes_done,
+                "bytes_total": progress.bytes_total,
+                "eta_s": progress.eta_s,
+            }
+            if progress.eta_s is not None:
+                retry_after = max(1, min(math.ceil(progress.eta_s), MAX_RETRY_WAITING_S))
         return ApiError(
             "overloaded",
             f"The model `{model}` is still being loaded; ask again.",
             code="model_loading",
-            retry_after=RETRY_WAITING_S,
+            retry_after=retry_after,
             extras=extras,
         )
 
@@ -172,6 +340,6 @@ def refused(decision: Refuse, model: str) -> ApiError:
         code=decision.code,
         param="model" if decision.code == "model_not_found" else None,
         retry_after=decision.retry_after,
-        extras={"model_id": model},
+        extras={"model_id": model, **decision.extras},
         status=decision.status,
     )

@@ -1,34 +1,44 @@
-"""Where a request for a model goes: snapshot + activity + catalogue -> Decision. Pure, and deterministic in ties.
+"""Where a request for a model goes: a situation in, a decision out. Pure, and deterministic in ties.
 
 The order of preference: a node that has the model loaded and can serve it; else wait for one that is loading or
 recovering it (a second copy is never started); else a cold load on the best feasible node, making room if that is
 needed; else a refusal that says whether trying again makes sense.
+
+Models that displace each other take turns. Whose oldest request has waited longest comes first; the requests of one
+model go together; a model that was just loaded stays for a while; and after the configured patience a model that is
+in use gets no new requests until the waiting one has had its turn. So swaps are few and nobody starves.
 """
 
 from __future__ import annotations
 
+import math
+
 import msgspec
-from cortex_core.catalogue import Catalogue, ModelProfile, is_feasible, load_spec
+from cortex_core.catalogue import ModelProfile, is_feasible, load_spec, may_displace
 from cortex_core.fleet import ModelInfo, ModelSpec
 
-from cortex_gateway.fleet.activity import Activity
-from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot
+from cortex_gateway.placement.affinity import UNKNOWN, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import Room, Strategy, never_fits, plan_room
+from cortex_gateway.placement.evictor import Room, capacity_mb, is_in_use, never_fits, plan_room
+from cortex_gateway.placement.replicas import Replica, choose
+from cortex_gateway.placement.situation import Situation
 
 RETRY_NO_NODE_S = 5
 RETRY_UNHEALTHY_S = 3
 RETRY_FAILED_S = 10
+FREE_STEP_MB = 1024
+"""Free memory is compared in steps of this: two gateways that polled at different moments choose the same node."""
 
 
-def decide(
-    model: str, snapshot: FleetSnapshot, activity: Activity, catalogue: Catalogue, strategy: Strategy
-) -> Decision:
-    """Decide for a concrete model id (aliases are resolved before)."""
-    best: NodeSnapshot | None = None
-    best_load = 0
+def decide(model: str, situation: Situation, shares: Shares = UNKNOWN) -> Decision:
+    """Decide for a concrete model id (aliases are resolved before). shares: which nodes know the request's prompt."""
+    snapshot, breakers, now = situation.snapshot, situation.breakers, situation.now
+    replicas: list[Replica] = []
     hold: Hold | None = None
-    routable = []
+    yielding: Hold | None = None
+    broken: float | None = None
+    routable: list[NodeSnapshot] = []
     for node in snapshot.nodes.values():
         if not node.is_routable:
             continue
@@ -37,18 +47,36 @@ def decide(
         if status is None:
             continue
         if status in ("loaded", "reloading") and not node.is_draining:
-            if node.is_servable(model):
-                load = activity.load_of(node.name, model, node.loads.get(model))
-                if best is None or (load, node.name) < (best_load, best.name):
-                    best, best_load = node, load
+            if not node.is_servable(model):
+                continue
+            breaker = breakers.get(node.name, model)
+            if not breaker.admits(now):
+                broken = max(breaker.until, now) if broken is None else min(max(breaker.until, now), broken)
+            elif situation.waiting and has_to_yield(model, node, situation):
+                yielding = yielding or Hold(node=node.name, reason="yielding")
+            else:
+                replicas.append(_replica(model, node, breaker.failures, situation))
         elif status in ("recovering", "poisoned"):
             hold = hold or Hold(node=node.name, reason="recovering")
         elif status in ("loading", "fetching"):
             hold = hold or Hold(node=node.name, reason="loading")
-    if best is not None:
-        return Forward(node=best.name)
-    if hold is not None:
-        return hold
+    if replicas:
+        best, reason = choose(replicas, shares, situation.policy.beta)
+        return Forward(node=best.node, reason=reason)
+    if yielding is not None or hold is not None:
+        return yielding or hold  # type: ignore[return-value]
+    profile = situation.catalogue.profile(model)
+    if broken is not None:
+        # Only here a second copy is started, where the first one keeps failing and another node has room.
+        elsewhere = None if profile is None else _cold_load(profile, routable, situation)
+        if isinstance(elsewhere, Load):
+            return elsewhere
+        return Refuse(
+            kind="overloaded",
+            message=f"The neuron that serves `{model}` keeps failing; it gets a pause.",
+            code="circuit_open",
+            retry_after=max(1, math.ceil(broken - now)),
+        )
     for node in snapshot.nodes.values():
         # It may have the model: a request of the first second must not end in a 404 or in a second copy.
         if node.health == "unknown":
@@ -60,15 +88,203 @@ def decide(
             code="service_unavailable",
             retry_after=RETRY_NO_NODE_S,
         )
-    profile = catalogue.profile(model)
     if profile is None:
-        return _outside_catalogue(model, snapshot)
-    return _cold_load(profile, routable, snapshot, activity, catalogue, strategy)
+        return _outside_catalogue(model, situation)
+    return _cold_load(profile, routable, situation)
 
 
-def _outside_catalogue(model: str, snapshot: FleetSnapshot) -> Decision:
+def _replica(model: str, node: NodeSnapshot, failures: int, situation: Situation) -> Replica:
+    load = node.loads.get(model)
+    return Replica(
+        node=node.name,
+        load=situation.activity.load_of(node.name, model, load) + failures,
+        last_used=situation.activity.last_used(node.name, model),
+        capacity=load.max_in_flight if load is not None else 0,
+        is_suspect=node.health == "suspect",
+    )
+
+
+# ---------------------------------------------------------------------------------------------- taking turns
+
+
+def has_to_yield(model: str, node: NodeSnapshot, situation: Situation) -> bool:
+    """Whether requests for a loaded model are held so that one whose requests lost patience gets its turn here."""
+    for waiter in situation.waiting.in_order():
+        if situation.now - waiter.since < situation.policy.patience_s:
+            return False  # in order: those behind have waited less
+        if waiter.model == model or not _is_to_be_placed(waiter.model, situation):
+            continue
+        target = _best(waiter.model, situation)
+        if target is None or target[0].name != node.name or target[1].fits:
+            continue
+        profile = situation.catalogue.profile(waiter.model)
+        assert profile is not None
+        if model in plan_room(profile, node, situation, claim=True).victims:
+            return True
+    return False
+
+
+def _is_ahead_of(model: str, node: NodeSnapshot, situation: Situation) -> bool:
+    """Whether a model whose requests have waited longer wants to make room on the same node."""
+    since = situation.waiting.since(model)
+    for waiter in situation.waiting.in_order():
+        if waiter.model == model or (since is not None and (waiter.since, waiter.model) > (since, model)):
+            break
+        if not _is_to_be_placed(waiter.model, situation):
+            continue
+        target = _best(waiter.model, situation)
+        if target is not None and target[0].name == node.name and not _fits_now(target[1]):
+            return True
+    return False
+
+
+def _is_to_be_placed(model: str, situation: Situation) -> bool:
+    """Whether it is of the catalogue, and nowhere loaded or on its way."""
+    return situation.catalogue.profile(model) is not None and all(
+        node.status(model) in (None, "unloaded", "failed")
+        for node in situation.snapshot.nodes.values()
+        if node.is_routable
+    )
+
+
+def _best(model: str, situation: Situation) -> tuple[NodeSnapshot, Room] | None:
+    """Where a model of the catalogue would be loaded if it were alone."""
+    profile = situation.catalogue.profile(model)
+    assert profile is not None
+    routable = [node for node in situation.snapshot.nodes.values() if node.is_routable]
+    candidates = _candidates(profile, routable, situation).rooms
+    return min(candidates, key=lambda found: _rank(profile, found[0], found[1], situation), default=None)
+
+
+def _fits_now(room: Room) -> bool:
+    return room.fits and not room.victims
+
+
+# ---------------------------------------------------------------------------------------------- cold loads
+
+
+class _Candidates(msgspec.Struct):
+    """The nodes a profile could be loaded on, each with its room; and the first of those that are out of the race."""
+
+    rooms: list[tuple[NodeSnapshot, Room]] = []
+    unloading: NodeSnapshot | None = None
+    unservable: NodeSnapshot | None = None
+    too_small: NodeSnapshot | None = None
+    failed: tuple[NodeSnapshot, LoadFailure] | None = None
+
+
+def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: Situation) -> _Candidates:
+    found = _Candidates()
+    for node in routable:
+        if node.is_draining or node.discovery is None:
+            continue
+        if profile.pinned_on and node.name not in profile.pinned_on:
+            continue
+        if never_fits(profile, node):
+            if found.too_small is None or capacity_mb(node, profile) > capacity_mb(found.too_small, profile):
+                found.too_small = node
+            continue
+        if not is_feasible(profile, node.name, node.discovery):
+            continue
+        status = node.status(profile.id)
+        failure = node.load_failures.get(profile.id)
+        if status == "unloading":
+            found.unloading = found.unloading or node
+        elif status in ("loaded", "reloading"):
+            found.unservable = found.unservable or node
+        elif failure is not None and failure.until > situation.now:
+            if found.failed is None or failure.until < found.failed[1].until:
+                found.failed = (node, failure)
+        else:
+            found.rooms.append((node, plan_room(profile, node, situation)))
+    return found
+
+
+def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], situation: Situation) -> Decision:
+    found = _candidates(profile, routable, situation)
+    if not found.rooms:
+        if found.unloading is not None:
+            return Hold(node=found.unloading.name, reason="unloading")
+        if found.unservable is not None:
+            return _unservable(profile.id, found.unservable)
+        if found.failed is not None:
+            return _after_failure(profile.id, *found.failed, situation)
+        return _nowhere(profile, situation.snapshot, found.too_small)
+    ranked = sorted(found.rooms, key=lambda candidate: _rank(profile, candidate[0], candidate[1], situation))
+    if situation.waiting:
+        free_of_others = [
+            (node, room) for node, room in ranked if _fits_now(room) or not _is_ahead_of(profile.id, node, situation)
+        ]
+        if not free_of_others:
+            return Hold(node=ranked[0][0].name, reason="queued")
+        ranked = free_of_others
+    node, room = ranked[0]
+    if not room.fits and room.fits_later:
+        return _wait_for_room(profile, node, room, situation)
+    # What still does not fit is the neuron's to refuse: the figures here are estimates, its preflight is not.
+    return _load(profile, node, room)
+
+
+def _wait_for_room(profile: ModelProfile, node: NodeSnapshot, room: Room, situation: Situation) -> Decision:
+    """Room comes when requests end, when a new model has stayed long enough, or by claim when patience is over."""
+    patience_s = situation.policy.patience_s
+    if situation.waited_s(profile.id) >= patience_s:
+        claimed = plan_room(profile, node, situation, claim=True)
+        # What other gateways have in flight, the neuron knows: it lets it end before it unloads.
+        if claimed.fits and not any(situation.activity.in_flight(node.name, victim) for victim in claimed.victims):
+            return _load(profile, node, claimed)
+        return Hold(node=node.name, reason="busy")
+    since = situation.waiting.since(profile.id)
+    claims_at = (situation.now if since is None else since) + patience_s
+    if room.settles_at is None:
+        return Hold(node=node.name, reason="busy", until=claims_at)
+    return Hold(node=node.name, reason="settling", until=min(room.settles_at, claims_at))
+
+
+def _load(profile: ModelProfile, node: NodeSnapshot, room: Room) -> Load:
+    assert node.discovery is not None
+    spec = load_spec(profile, node.discovery)
+    if room.devices is not None and len(room.devices) == profile.min_devices:
+        spec = msgspec.structs.replace(spec, devices=room.devices)
+    return Load(node=node.name, spec=spec, victims=room.victims)
+
+
+def _rank(
+    profile: ModelProfile, node: NodeSnapshot, room: Room, situation: Situation
+) -> tuple[bool, bool, bool, bool, bool, int, int, str]:
+    """Ascending: pinned there, fits as it is, fits after evictions, fits once idle, missed no poll, most free, least
+    busy, name."""
+    return (
+        node.name not in profile.pinned_on,
+        not _fits_now(room),
+        not room.fits,
+        not room.fits_later,
+        node.health == "suspect",
+        -(room.free_mb // FREE_STEP_MB),
+        sum(situation.load_of(node, model) for model in node.models),
+        node.name,
+    )
+
+
+def _after_failure(model: str, node: NodeSnapshot, failure: LoadFailure, situation: Situation) -> Decision:
+    """Every node that could load it has just failed to. Where only memory is lacking that is in use, it comes free."""
+    catalogue = situation.catalogue
+    if failure.lacks_memory and any(
+        is_in_use(node, resident, situation) and may_displace(catalogue, model, resident) for resident in node.models
+    ):
+        return Hold(node=node.name, reason="busy", until=failure.until)
+    return Refuse(
+        kind="overloaded",
+        message=failure.message,
+        code=failure.code,
+        retry_after=max(1, math.ceil(failure.until - situation.now)),
+    )
+
+
+def _outside_catalogue(model: str, situation: Situation) -> Decision:
     """A model only neurons know of: it may be failed, unservable, unloading, unloaded, or on a node that is away."""
-    known = [node for node in snapshot.nodes.values() if node.status(model) is not None or model in node.unloaded]
+    nodes = situation.snapshot.nodes.values()
+    known = [node for node in nodes if node.status(model) is not None or model in node.unloaded]
     if not known:
         return unknown_model(model)
     reachable = [node for node in known if node.is_routable]
@@ -79,8 +295,11 @@ def _outside_catalogue(model: str, snapshot: FleetSnapshot) -> Decision:
         return Hold(node=by_status["unloading"].name, reason="unloading")
     for node in reachable:
         if node.status(model) in (None, "unloaded"):
+            failure = node.load_failures.get(model)
+            if failure is not None and failure.until > situation.now:
+                return _after_failure(model, node, failure, situation)
             info = node.models.get(model) or node.unloaded[model]
-            return Load(node=node.name, spec=_spec_of(info))
+            return Load(node=node.name, spec=spec_of(info))
     if "failed" in by_status:
         node = by_status["failed"]
         failed = node.models.get(model)
@@ -94,8 +313,11 @@ def _outside_catalogue(model: str, snapshot: FleetSnapshot) -> Decision:
     return _unservable(model, reachable[0])
 
 
-def _spec_of(info: ModelInfo) -> ModelSpec:
-    """Load it as it was. The quantisation is not known: a model that needs one belongs into the catalogue (G4)."""
+def spec_of(info: ModelInfo) -> ModelSpec:
+    """Load it as it was (G4). An older neuron does not say how: then a model that needs a quantisation belongs into
+    the catalogue."""
+    if info.spec is not None:
+        return info.spec
     num_devices = len(info.devices)
     return ModelSpec(
         model_id=info.id,
@@ -134,63 +356,6 @@ def _away(model: str) -> Refuse:
     )
 
 
-def _cold_load(
-    profile: ModelProfile,
-    routable: list[NodeSnapshot],
-    snapshot: FleetSnapshot,
-    activity: Activity,
-    catalogue: Catalogue,
-    strategy: Strategy,
-) -> Decision:
-    candidates: list[tuple[NodeSnapshot, Room]] = []
-    unloading: NodeSnapshot | None = None
-    unservable: NodeSnapshot | None = None
-    too_small: NodeSnapshot | None = None
-    for node in routable:
-        if node.is_draining or node.discovery is None or not is_feasible(profile, node.name, node.discovery):
-            continue
-        status = node.status(profile.id)
-        if status == "unloading":
-            unloading = unloading or node
-        elif status in ("loaded", "reloading"):
-            unservable = unservable or node
-        elif never_fits(profile, node):
-            too_small = too_small or node
-        else:
-            candidates.append((node, plan_room(profile, node, catalogue, activity, strategy)))
-    if not candidates:
-        if unloading is not None:
-            return Hold(node=unloading.name, reason="unloading")
-        if unservable is not None:
-            return _unservable(profile.id, unservable)
-        return _nowhere(profile, snapshot, too_small)
-    node, room = min(candidates, key=lambda candidate: _rank(profile, candidate[0], candidate[1], activity))
-    if not room.fits and room.fits_later:
-        return Hold(node=node.name, reason="busy")
-    # What still does not fit is the neuron's to refuse: the figures here are estimates, its preflight is not.
-    assert node.discovery is not None
-    spec = load_spec(profile, node.discovery)
-    if room.devices is not None and len(room.devices) == profile.min_devices:
-        spec = msgspec.structs.replace(spec, devices=room.devices)
-    return Load(node=node.name, spec=spec, victims=room.victims)
-
-
-def _rank(
-    profile: ModelProfile, node: NodeSnapshot, room: Room, activity: Activity
-) -> tuple[bool, bool, bool, bool, int, int, str]:
-    """Ascending: pinned there, fits as it is, fits after evictions, fits once idle, most free, least busy, name."""
-    busy = sum(activity.load_of(node.name, model, node.loads.get(model)) for model in node.models)
-    return (
-        node.name not in profile.pinned_on,
-        not (room.fits and not room.victims),
-        not room.fits,
-        not room.fits_later,
-        -room.free_mb,
-        busy,
-        node.name,
-    )
-
-
 def _nowhere(profile: ModelProfile, snapshot: FleetSnapshot, too_small: NodeSnapshot | None) -> Decision:
     for node in snapshot.nodes.values():
         admitted = not profile.pinned_on or node.name in profile.pinned_on
@@ -200,10 +365,15 @@ def _nowhere(profile: ModelProfile, snapshot: FleetSnapshot, too_small: NodeSnap
         elif (not node.is_routable or node.is_draining) and is_feasible(profile, node.name, node.discovery):
             return _away(profile.id)
     if too_small is not None:
+        largest_mb = capacity_mb(too_small, profile)
         return Refuse(
             kind="overloaded",
-            message=f"The model `{profile.id}` needs {profile.vram_mb} MB, more than any node of this fleet has.",
+            message=(
+                f"The model `{profile.id}` needs {profile.vram_mb} MB on {profile.min_devices} device(s); "
+                f"the most that any node has there is {largest_mb} MB, on {too_small.name}."
+            ),
             code="insufficient_vram",
+            extras={"needed_mb": profile.vram_mb, "largest_mb": largest_mb, "node": too_small.name},
         )
     return Refuse(
         kind="not_found",

@@ -97,6 +97,10 @@ class Exchange:
             self.interruption = reason
             self.task.cancel()
 
+    def waits(self, node: str, route: str) -> None:
+        """The request waits for this node: what its headers say if they go out before a neuron answers."""
+        self.node, self.route = node, route
+
     def settle(self) -> None:
         """From here on nothing interrupts: the last bytes are on their way."""
         self.task = None

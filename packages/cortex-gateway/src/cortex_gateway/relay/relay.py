@@ -42,6 +42,7 @@ from cortex_gateway.relay.headers import (
     request_headers,
     response_headers,
 )
+from cortex_gateway.relay.hints import RequestHints
 from cortex_gateway.relay.idle import IdleWatch
 from cortex_gateway.relay.opening import StreamOpening
 from cortex_gateway.relay.record import record
@@ -185,10 +186,14 @@ class Relay:
             exchange.grant = await self._identity.admit(
                 exchange.principal, exchange.model, model, payload, is_metered=exchange.surface.generates
             )
+        hints = RequestHints(headers, payload)
         while True:
-            lease = self._placement.try_now(model, loop.time())
+            lease = self._placement.try_now(model, hints)
             if lease is None:
-                lease = await self._placement.wait(model)
+                wait_s = self._settings.load_wait_s
+                if not exchange.is_stream:
+                    wait_s = min(wait_s, self._settings.unstreamed_wait_s)
+                lease = await self._placement.wait(model, hints, wait_s=wait_s, on_wait=exchange.waits)
             with lease:
                 exchange.node, exchange.route = lease.neuron.name, lease.route
                 exchange.num_attempts += 1
@@ -196,7 +201,7 @@ class Relay:
                     await self._forward(exchange, lease, payload, headers, send, opening, loop)
                     return
                 except StaleRoute:
-                    pass
+                    lease.discard()
             await self._poller.refresh(lease.neuron.name)
 
     async def _forward(
@@ -228,6 +233,7 @@ class Relay:
                     principal=exchange.principal.upstream_headers if exchange.principal is not None else (),
                 ),
             )
+            lease.answered(response.status, exchange)
             series.duration.observe(loop.time() - exchange.started_at)
             await self._relay_response(exchange, response, send, opening, loop)
         except (aiohttp.ClientError, OSError) as exc:
@@ -235,10 +241,15 @@ class Relay:
                 self._poller.nudge(lease.neuron.name)
             if response is None and exchange.num_attempts < MAX_ATTEMPTS and is_dead_connection(exc):
                 raise StaleRoute from exc
+            lease.failed()
             series.errors.inc()
             log.warning("request %s: node %s: %s", exchange.request_id, lease.neuron.name, describe(exc))
             exchange.outcome = "upstream_failed"
             raise upstream_failed(exc) from exc
+        except asyncio.CancelledError:
+            if isinstance(exchange.interruption, ApiError) and exchange.interruption.code == "upstream_timeout":
+                lease.failed()
+            raise
         finally:
             watch.cancel()
             if response is not None:
@@ -396,8 +407,8 @@ class Relay:
         headers = identity_headers(
             exchange.request_id,
             node=exchange.node,
-            model=exchange.resolved if exchange.node is not None else None,
-            route=exchange.route,
+            model=exchange.resolved,
+            route=exchange.route or ("refused" if exchange.resolved is not None else None),
         )
         if exchange.wants_cors:
             headers.extend(CORS_HEADERS)

@@ -23,9 +23,10 @@ from cortex_gateway.fleet.snapshot import NodeSnapshot
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.principal import Principal
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import Strategy, plan_room
+from cortex_gateway.placement.evictor import plan_room
 from cortex_gateway.placement.loads import Loads, RoomLost
 from cortex_gateway.placement.placement import Placement, refused
+from cortex_gateway.placement.router import spec_of
 
 
 class ModelRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,14 +45,12 @@ class AdminRoutes:
         placement: Placement,
         *,
         catalogue: Catalogue,
-        strategy: Strategy,
     ) -> None:
         self._fleet = fleet
         self._poller = poller
         self._loads = loads
         self._placement = placement
         self._catalogue = catalogue
-        self._strategy: Strategy = strategy
 
     # ------------------------------------------------------------------------------------------ load
 
@@ -119,7 +118,9 @@ class AdminRoutes:
                 case Forward():
                     return decision.node, None
                 case Load():
-                    return decision.node, self._loads.start(decision.node, model, decision.spec, decision.victims)
+                    return decision.node, self._loads.start(
+                        decision.node, model, decision.spec, decision.victims, reason="admin"
+                    )
                 case Hold():
                     running = self._loads.running(decision.node, model)
                     if running is not None:
@@ -149,12 +150,17 @@ class AdminRoutes:
         profile = self._catalogue.profile(model)
         if profile is None or node.discovery is None:
             known = node.unloaded.get(model)
-            return self._loads.start(node.name, model, ModelSpec(model_id=known.id if known is not None else model))
-        room = plan_room(profile, node, self._catalogue, self._fleet.activity, self._strategy)
+            return self._loads.start(
+                node.name,
+                model,
+                spec_of(known) if known is not None else ModelSpec(model_id=model),
+                reason="admin",
+            )
+        room = plan_room(profile, node, self._placement.situation())
         spec = load_spec(profile, node.discovery)
         if room.devices is not None and len(room.devices) == profile.min_devices:
             spec = msgspec.structs.replace(spec, devices=room.devices)
-        return self._loads.start(node.name, model, spec, room.victims)
+        return self._loads.start(node.name, model, spec, room.victims, reason="admin")
 
     # ------------------------------------------------------------------------------------------ unload
 
@@ -177,6 +183,44 @@ class AdminRoutes:
             ) from error
         return json({"model": model, "nodes": having, "status": "unloaded"})
 
+    # ------------------------------------------------------------------------------------------ pins
+
+    async def pin(self, request: Request) -> Response:
+        """From now on nothing displaces the model, and no idle time unloads it: on one node, or wherever it is."""
+        return await self._pin(request, pinned=True)
+
+    async def unpin(self, request: Request) -> Response:
+        return await self._pin(request, pinned=False)
+
+    async def _pin(self, request: Request, *, pinned: bool) -> Response:
+        wanted = await read_request(request)
+        model = self._placement.resolve(wanted.model)
+        nodes = [self._known(wanted.node)] if wanted.node is not None else list(self._fleet.snapshot.nodes.values())
+        having = [node.name for node in nodes if node.status(model) in ("loaded", "recovering", "reloading")]
+        if not having:
+            raise ApiError(
+                "not_found",
+                f"The model `{wanted.model}` is not loaded there: load it first, then pin it.",
+                code="model_not_loaded",
+                param="model",
+            )
+        try:
+            kept = await asyncio.gather(*(self._loads.pin(node, model, pinned=pinned) for node in having))
+        except NeuronError as error:
+            raise ApiError(
+                "internal", f"{model} was not pinned: {error.message}", code="pin_failed", status=502
+            ) from error
+        return json(
+            {
+                "model": model,
+                "nodes": having,
+                "status": "pinned" if pinned else "unpinned",
+                "kept_by": {
+                    node: "neuron" if by_neuron else "gateway" for node, by_neuron in zip(having, kept, strict=True)
+                },
+            }
+        )
+
     # ------------------------------------------------------------------------------------------ fleet
 
     async def fleet(self, request: Request) -> Response:
@@ -185,7 +229,11 @@ class AdminRoutes:
             await self._poller.refresh_all()
         now = asyncio.get_running_loop().time()
         nodes = [self._node(node, now) for node in self._fleet.snapshot.nodes.values()]
-        return json({"nodes": nodes, "in_flight": self._fleet.activity.total_in_flight()})
+        waiting = [
+            {"model": queue.model, "requests": queue.num_requests, "waited_s": round(now - queue.since, 3)}
+            for queue in self._placement.situation().waiting.in_order()
+        ]
+        return json({"nodes": nodes, "in_flight": self._fleet.activity.total_in_flight(), "waiting": waiting})
 
     def _node(self, node: NodeSnapshot, now: float) -> dict[str, Any]:
         models = []
@@ -197,6 +245,8 @@ class AdminRoutes:
                     "status": node.status(model),
                     "in_flight": self._fleet.activity.in_flight(node.name, model),
                     "residency_priority": self._catalogue.residency(model),
+                    "pinned": node.is_pinned(model),
+                    "breaker": self._fleet.breakers.get(node.name, model).state,
                     "vram_used_mb": info.vram_used_mb if info is not None else None,
                     "devices": info.devices if info is not None else (),
                     "progress": info.progress if info is not None else None,

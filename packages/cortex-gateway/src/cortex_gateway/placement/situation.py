@@ -1,0 +1,84 @@
+"""Everything a decision looks at, in one value: it reads no clock and asks nobody."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from cortex_core.catalogue import Catalogue
+from cortex_core.gateway_config import BreakerSection, EvictionSection, RoutingSection
+
+from cortex_gateway.fleet.activity import Activity
+from cortex_gateway.fleet.breaker import Breakers
+from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex_gateway.placement.waiting import Waiting
+
+Strategy = Literal["lru", "priority"]
+
+MAX_DERIVED_RESIDENCE_S = 30.0
+"""A model stays at least as long as it took to load, so that swapping takes half of the time at most; up to this."""
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """The settings that decisions follow, as `cortex.toml` has them."""
+
+    strategy: Strategy = "lru"
+    beta: float = 1.0
+    min_residence_s: float | None = None
+    patience_s: float = 30.0
+    idle_unload_s: float = 0.0
+    defrag_after_cycles: int = 0
+
+
+def policy_of(routing: RoutingSection, eviction: EvictionSection) -> Policy:
+    return Policy(
+        strategy=eviction.strategy,
+        beta=routing.beta,
+        min_residence_s=eviction.min_residence_s,
+        patience_s=eviction.patience_s,
+        idle_unload_s=eviction.idle_unload_s,
+        defrag_after_cycles=eviction.defrag_after_cycles,
+    )
+
+
+NO_BREAKERS = Breakers(BreakerSection(failures=0))
+NOBODY = Waiting()
+
+
+class Situation(msgspec.Struct, frozen=True):
+    """The fleet and its work at `now` (monotonic seconds). The counters in it are read, never changed, by decisions."""
+
+    snapshot: FleetSnapshot
+    catalogue: Catalogue
+    activity: Activity
+    policy: Policy = Policy()
+    now: float = 0.0
+    waiting: Waiting = NOBODY
+    breakers: Breakers = NO_BREAKERS
+
+    def load_of(self, node: NodeSnapshot, model: str) -> int:
+        """Requests running or queued there: polled plus sent since."""
+        return self.activity.load_of(node.name, model, node.loads.get(model))
+
+    def waited_s(self, model: str) -> float:
+        """How long the oldest request for the model has been waiting; 0 if none is."""
+        since = self.waiting.since(model)
+        return 0.0 if since is None else self.now - since
+
+    def last_used(self, node: NodeSnapshot, model: str) -> float:
+        """When the last request was there, of this gateway or, where the neuron says, of any; -inf if unknown."""
+        used = self.activity.last_used(node.name, model)
+        load = node.loads.get(model)
+        if load is not None and load.idle_s is not None:
+            used = max(used, node.polled_at - load.idle_s)
+        return used
+
+    def stays_until(self, node: NodeSnapshot, model: str) -> float:
+        """Until when a model that was just loaded is left where it is."""
+        residence = node.residences.get(model)
+        if residence is None or residence.since is None:
+            return float("-inf")
+        stay_s = self.policy.min_residence_s
+        if stay_s is None:
+            stay_s = min(residence.load_s, MAX_DERIVED_RESIDENCE_S)
+        return residence.since + stay_s

@@ -1,0 +1,118 @@
+"""What a request says of its conversation, read only where there are several nodes to choose between.
+
+Known clients name their session: Claude Code and opencode in headers, Codex and Zed in headers or `prompt_cache_key`,
+Claude Code also inside `metadata.user_id`. Everybody else is recognised by the beginning of the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from cortex_gateway.asgi import RawHeaders
+
+SESSION_HEADERS = (
+    b"x-claude-code-session-id",
+    b"x-session-affinity",
+    b"x-session-id",
+    b"thread-id",
+    b"session-id",
+    b"session_id",
+)
+"""The first of these that is there. `x-client-request-id` is not among them: most clients make a new one each time."""
+
+AGENT_HEADER = b"x-claude-code-agent-id"
+"""Agents of one Claude Code session have prompts of their own."""
+
+MAX_KEY = 256
+
+ATTRIBUTION = b"x-anthropic-billing-header"
+_CACHE_MARK = re.compile(rb',?"cache_control":\{[^{}]*\}')
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    user_id: str | None = None
+
+
+class _Keys(msgspec.Struct, frozen=True):
+    prompt_cache_key: str | None = None
+    metadata: _Metadata | None = None
+
+
+class _Prompt(msgspec.Struct, frozen=True):
+    """In the order in which templates render them: what is common to many requests comes first."""
+
+    tools: msgspec.Raw = msgspec.Raw()
+    system: msgspec.Raw = msgspec.Raw()
+    instructions: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+
+
+_keys = msgspec.json.Decoder(_Keys)
+_prompt = msgspec.json.Decoder(_Prompt)
+_blocks = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class RequestHints:
+    """Of one request; each answer is computed once, when it is asked for."""
+
+    __slots__ = ("_body", "_headers", "_prompt", "_session", "_session_known")
+
+    def __init__(self, headers: RawHeaders, body: bytes) -> None:
+        self._headers = headers
+        self._body = body
+        self._session: str | None = None
+        self._session_known = False
+        self._prompt: bytes | None = None
+
+    def session(self) -> str | None:
+        if not self._session_known:
+            self._session = self._session_of_headers() or self._session_of_body()
+            self._session_known = True
+        return self._session
+
+    def prompt(self) -> bytes:
+        prompt = self._prompt
+        if prompt is None:
+            try:
+                prompt = _stable(_prompt.decode(self._body))
+            except (msgspec.DecodeError, RecursionError):
+                prompt = b""
+            self._prompt = prompt
+        return prompt
+
+    def _session_of_headers(self) -> str | None:
+        found: dict[bytes, bytes] = {}
+        for name, value in self._headers:
+            if name in SESSION_HEADERS or name == AGENT_HEADER:
+                found.setdefault(name, value)
+        for name in SESSION_HEADERS:
+            if value := found.get(name):
+                return f"{value[:MAX_KEY].decode('latin-1')}/{found.get(AGENT_HEADER, b'')[:MAX_KEY].decode('latin-1')}"
+        return None
+
+    def _session_of_body(self) -> str | None:
+        try:
+            keys = _keys.decode(self._body)
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        if keys.prompt_cache_key:
+            return keys.prompt_cache_key[:MAX_KEY]
+        user = keys.metadata.user_id if keys.metadata is not None else None
+        # A session id inside it makes it a session's; without one it is a person, who may have many.
+        return user[: 2 * MAX_KEY] if user and "session" in user else None
+
+
+def _stable(prompt: _Prompt) -> bytes:
+    """The prompt as bytes, without what changes from turn to turn although the text does not: the marks of where to
+    cache, and the attribution block whose hash is new in every request."""
+    system = bytes(prompt.system)
+    if ATTRIBUTION in system[:512] and system.startswith(b"["):
+        blocks = _blocks.decode(system)
+        system = b",".join(bytes(block) for block in blocks if ATTRIBUTION not in bytes(block)[:256])
+    parts = (prompt.tools, system, prompt.instructions, prompt.messages, prompt.input, prompt.prompt)
+    text = b"\n".join(bytes(part) for part in parts)
+    return _CACHE_MARK.sub(b"", text) if b'"cache_control"' in text else text
