@@ -55,7 +55,8 @@ class DemoFleet:
         gateway_port, neuron_port, metrics_port = self._ports
         scratch = Path(self._scratch.name)
         neuron_config = scratch / "neuron.toml"
-        neuron_config.write_text(f"[[default_models]]\nmodel_id = {json.dumps(self.model)}\n")
+        # A demo remembers nothing: a neuron that is served on this host must not find its models later.
+        neuron_config.write_text(f'state_dir = ""\n[[default_models]]\nmodel_id = {json.dumps(self.model)}\n')
         neuron = self._spawn(
             "neuron",
             [
