@@ -13,7 +13,10 @@ from tests.neuron.api.conftest import RunningNeuron, run_neuron
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-INFERENCE = ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"]
+INFERENCE = [
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/input_tokens"),
+    *("/v1/messages", "/v1/messages/count_tokens"),
+]
 ROUTES = [*INFERENCE, "/tokenize", "/detokenize", "/models/load", "/models/unload", "/chat/completions", "/messages"]
 NO_REQUESTS = [
     b"",
@@ -169,7 +172,8 @@ async def test_a_body_that_stalls_is_a_408(checkpoint: Any) -> None:
     [
         ("GET", "/v1/nowhere", 404),
         ("POST", "/v1/messages/nowhere", 404),
-        ("POST", "/v1/responses", 404),
+        ("GET", "/v1/responses", 405),
+        ("GET", "/v1/responses/resp_1", 404),
         ("GET", "/v1/chat/completions", 405),
         ("GET", "/v1/messages", 405),
         ("PUT", "/v1/messages", 405),

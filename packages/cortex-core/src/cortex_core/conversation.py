@@ -6,9 +6,13 @@ names a vendor. `None` always means "the client did not say": the neuron then ta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import msgspec
+
+from cortex_core.errors import ApiError
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -176,3 +180,12 @@ class Request(msgspec.Struct, frozen=True):
     def client_param(self, param: str | None) -> str | None:
         """An error's `param` in the client's own words."""
         return None if param is None else self.param_names.get(param, param)
+
+    @contextmanager
+    def own_words(self) -> Iterator[None]:
+        """An `ApiError` raised inside names the field as the client does."""
+        try:
+            yield
+        except ApiError as error:
+            error.param = self.client_param(error.param)
+            raise

@@ -45,7 +45,7 @@ from cortex_gateway.relay.relay import Relay
 from cortex_gateway.routes import anthropic, openai
 from cortex_gateway.routes.admin import AdminRoutes, require_operator
 from cortex_gateway.routes.health import HealthRoutes
-from cortex_gateway.routes.models import ModelRoutes
+from cortex_gateway.routes.models import ModelRoutes, speaks_anthropic
 from cortex_gateway.routes.surface import Surface
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,8 @@ class Gateway:
         except ClientGone:
             status = CLIENT_GONE_STATUS
         except ApiError as error:
-            dialect = dialect_of_path(scope["path"])
+            is_anthropic = header(headers, b"anthropic-version") is not None
+            dialect = dialect_of_path(scope["path"], has_anthropic_version=is_anthropic)
             answer: RawHeaders = [JSON_CONTENT_TYPE]
             await body.respond(send_with_ids, status_of(error, dialect), answer, error_body(error, dialect, request_id))
         finally:
@@ -313,7 +314,7 @@ async def preflight(send: Send, headers: RawHeaders) -> None:
 
 async def on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    dialect = dialect_of_path(request.url.path)
+    dialect = dialect_of_path(request.url.path, has_anthropic_version=speaks_anthropic(request))
     return Response(
         error_body(error, dialect, request.state.request_id),
         status_code=status_of(error, dialect),

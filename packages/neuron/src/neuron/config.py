@@ -135,6 +135,16 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unload_wait_s: Seconds = 10.0
 
 
+class PromptFilters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is taken out of a prompt before it is rendered; nothing but these ever is. Request log lines name them.
+
+    claude_code_attribution: the line that Claude Code puts first in its system prompt. It changes from request to
+    request, and every cached prefix would be lost with it.
+    """
+
+    claude_code_attribution: bool = True
+
+
 class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """state_dir: where the list of served models is kept; None decides by the environment, empty keeps none.
 
@@ -149,6 +159,7 @@ class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     harness: HarnessConfig = HarnessConfig()
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()
+    prompt_filters: PromptFilters = PromptFilters()
     debug_levers: bool = False
 
     @property

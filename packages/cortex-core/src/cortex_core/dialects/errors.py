@@ -49,6 +49,8 @@ ANTHROPIC_TYPES: dict[ErrorKind, str] = {
     "internal": "api_error",
 }
 
+OPENAI_ROUTES = frozenset(("/chat/completions", "/completions", "/responses", "/responses/input_tokens"))
+
 ANTHROPIC_OVERLOADED_STATUS = 529
 """Anthropic clients handle 529 as overload and 503 as any other server error."""
 
@@ -90,6 +92,8 @@ def anthropic_message(err: ApiError) -> str:
         return f"prompt is too long: {extras['prompt_len']} tokens > {extras['max']} maximum"
     if err.code == "model_not_found" and "model_id" in extras:
         return f"model: {extras['model_id']}"
+    if err.param is not None and err.param not in err.message:
+        return f"{err.param}: {err.message}"  # this envelope has no place for the field but the message
     return err.message
 
 
@@ -111,7 +115,12 @@ def headers_of(err: ApiError) -> dict[str, str]:
     return {} if err.retry_after is None else {"retry-after": str(err.retry_after)}
 
 
-def dialect_of_path(path: str) -> DialectName:
-    """Which dialect an error on this path is to speak. A query is ignored, `/v1` is optional."""
+def dialect_of_path(path: str, *, has_anthropic_version: bool = False) -> DialectName:
+    """Which dialect an answer on this path is to speak. A query is ignored, `/v1` is optional.
+
+    has_anthropic_version: the request has that header. It decides for paths that both dialects share.
+    """
     route = path.partition("?")[0].removeprefix("/v1")
-    return "anthropic" if route == "/messages" or route.startswith("/messages/") else "openai"
+    if route == "/messages" or route.startswith("/messages/"):
+        return "anthropic"
+    return "anthropic" if has_anthropic_version and route not in OPENAI_ROUTES else "openai"

@@ -1,4 +1,5 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`: one superset object that satisfies the clients of both dialects.
+"""`GET /v1/models` and `GET /v1/models/{id}`: one superset object that satisfies the clients of both dialects, and
+Anthropic's own for clients that send its headers.
 
 OpenAI clients read `id, object, created, owned_by`; Anthropic's `id, type, display_name, created_at, lifecycle` and
 a `capabilities` object that is complete wherever it is present; local clients the flat limits; cortex its own
@@ -77,6 +78,42 @@ def models_body(entries: Sequence[ModelEntry], page: Page | None = None) -> byte
             "last_id": shown[-1].id if shown else None,
         }
     )
+
+
+ANTHROPIC_FIELDS = (
+    "id",
+    "type",
+    "display_name",
+    "created_at",
+    "lifecycle",
+    "max_input_tokens",
+    "max_tokens",
+    "capabilities",
+)
+"""What stands in a model of the Anthropic dialect. The superset holds all of it, and more."""
+
+
+def anthropic_model_body(entry: ModelEntry) -> bytes:
+    """One model for a client that says by its headers that it speaks Anthropic's dialect."""
+    return _encode(_anthropic_object(entry))
+
+
+def anthropic_models_body(entries: Sequence[ModelEntry], page: Page | None = None) -> bytes:
+    """The list for such a client. Raises `ApiError` where a cursor names no model."""
+    shown, has_more = _cut(entries, page or Page())
+    return _encode(
+        {
+            "data": [_anthropic_object(entry) for entry in shown],
+            "has_more": has_more,
+            "first_id": shown[0].id if shown else None,
+            "last_id": shown[-1].id if shown else None,
+        }
+    )
+
+
+def _anthropic_object(entry: ModelEntry) -> dict[str, Any]:
+    model = model_object(entry)
+    return {name: model[name] for name in ANTHROPIC_FIELDS if name in model}
 
 
 def _cut(entries: Sequence[ModelEntry], page: Page) -> tuple[Sequence[ModelEntry], bool]:

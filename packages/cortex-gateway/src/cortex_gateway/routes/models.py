@@ -1,11 +1,18 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`, for both dialects at once."""
+"""`GET /v1/models` and `GET /v1/models/{id}`: for all clients at once, and for Anthropic's in their own shape."""
 
 from __future__ import annotations
 
 import time
 
 from cortex_core.catalogue import Catalogue
-from cortex_core.dialects.models import ModelEntry, model_body, models_body, parse_page
+from cortex_core.dialects.models import (
+    ModelEntry,
+    anthropic_model_body,
+    anthropic_models_body,
+    model_body,
+    models_body,
+    parse_page,
+)
 from cortex_core.errors import model_not_found
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,6 +20,11 @@ from starlette.responses import Response
 from cortex_gateway.fleet.merge import merge_models
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.principal import Principal
+
+
+def speaks_anthropic(request: Request) -> bool:
+    """Only that dialect's clients send this header, and all of them do."""
+    return "anthropic-version" in request.headers
 
 
 class ModelRoutes:
@@ -26,14 +38,16 @@ class ModelRoutes:
         self._version = -1
 
     async def catalogue(self, request: Request) -> Response:
-        body = models_body(self._visible(request), parse_page(request.query_params))
+        render = anthropic_models_body if speaks_anthropic(request) else models_body
+        body = render(self._visible(request), parse_page(request.query_params))
         return Response(body, media_type="application/json")
 
     async def retrieve(self, request: Request) -> Response:
         wanted: str = request.path_params["model"]
         for entry in self._visible(request):
             if entry.id == wanted:
-                return Response(model_body(entry), media_type="application/json")
+                render = anthropic_model_body if speaks_anthropic(request) else model_body
+                return Response(render(entry), media_type="application/json")
         raise model_not_found(wanted)
 
     def _visible(self, request: Request) -> list[ModelEntry]:

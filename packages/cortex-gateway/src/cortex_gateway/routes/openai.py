@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
+from cortex_core.dialects import openai_responses
 from cortex_core.dialects.errors import openai_error_body
 from cortex_core.errors import ApiError
 
@@ -17,15 +17,8 @@ def error_event(error: ApiError, request_id: str) -> bytes:
 
 
 def responses_error_event(error: ApiError, request_id: str) -> bytes:
-    """Responses: an `error` event, flat, as that API's stream events are."""
-    event = {
-        "type": "error",
-        "code": error.code or error.kind,
-        "message": error.message,
-        "param": error.param,
-        "sequence_number": 0,
-    }
-    return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
+    """Responses: an `error` event; a response that could fail has not been created yet, or not by the gateway."""
+    return openai_responses.error_event(error)
 
 
 SURFACES = (
@@ -45,7 +38,6 @@ SURFACES = (
         ping=PING,
         error_event=error_event,
     ),
-    # A neuron that serves it answers; one that does not says so itself, in the OpenAI envelope.
     Surface(
         name="responses",
         dialect="openai",
@@ -53,5 +45,15 @@ SURFACES = (
         paths=("/v1/responses", "/responses"),
         ping=PING,
         error_event=responses_error_event,
+    ),
+    Surface(
+        name="responses_input_tokens",
+        dialect="openai",
+        upstream_path="/v1/responses/input_tokens",
+        paths=("/v1/responses/input_tokens", "/responses/input_tokens"),
+        ping=PING,
+        error_event=responses_error_event,
+        can_stream=False,
+        generates=False,
     ),
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 
-from cortex_core.dialects import anthropic_messages, openai_chat, openai_completions
+from cortex_core.dialects import openai_chat, openai_completions, openai_responses
+from cortex_core.dialects.anthropic_messages import MessagesDialect
 from cortex_core.errors import ApiError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
@@ -88,12 +89,15 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _routes(services: Services) -> Iterator[Route]:
-    control, tokens = Control(services), Tokens(services)
+    messages = MessagesDialect(drops_attribution=services.config.prompt_filters.claude_code_attribution)
+    control, tokens = Control(services), Tokens(services, messages)
     dialect_routes: list[tuple[str, str, Handler]] = [
         ("POST", "/chat/completions", Inference(services, openai_chat, route="chat_completion")),
-        ("POST", "/messages", Inference(services, anthropic_messages, route="messages")),
+        ("POST", "/responses", Inference(services, openai_responses, route="responses")),
+        ("POST", "/messages", Inference(services, messages, route="messages")),
         ("POST", "/completions", Inference(services, openai_completions, route="completion")),
         ("POST", "/messages/count_tokens", tokens.count),
+        ("POST", "/responses/input_tokens", tokens.count_input),
         ("POST", "/tokenize", tokens.tokenize),
         ("POST", "/detokenize", tokens.detokenize),
     ]

@@ -11,7 +11,14 @@ from typing import TypeVar
 
 import msgspec
 from cortex_core.dialects.errors import error_body
-from cortex_core.dialects.models import ModelEntry, model_body, models_body, parse_page
+from cortex_core.dialects.models import (
+    ModelEntry,
+    anthropic_model_body,
+    anthropic_models_body,
+    model_body,
+    models_body,
+    parse_page,
+)
 from cortex_core.errors import ApiError, invalid, model_not_found
 from cortex_core.fleet import HealthResponse, ModelInfo, ModelSpec, PinRequest, UnloadRequest
 
@@ -152,10 +159,12 @@ class Control:
 
     async def openai_models(self, exchange: Exchange) -> None:
         entries = [_entry(model) for model in self._services.manager.all() if model.state.phase not in _UNLISTED]
-        await exchange.respond(200, models_body(entries, parse_page(exchange.query)))
+        render = anthropic_models_body if exchange.dialect == "anthropic" else models_body
+        await exchange.respond(200, render(entries, parse_page(exchange.query)))
 
     async def openai_model(self, exchange: Exchange) -> None:
-        await exchange.respond(200, model_body(_entry(self._known(exchange))))
+        render = anthropic_model_body if exchange.dialect == "anthropic" else model_body
+        await exchange.respond(200, render(_entry(self._known(exchange))))
 
     def _known(self, exchange: Exchange) -> ServedModel:
         return self._services.manager.get(str(exchange.params["model_id"]))

@@ -40,8 +40,9 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: ServerSection) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.dialect: DialectName = dialect_of_path(self.path)
         self.headers: RawHeaders = list(scope["headers"])
+        is_anthropic = self.header(b"anthropic-version") is not None
+        self.dialect: DialectName = dialect_of_path(self.path, has_anthropic_version=is_anthropic)
         self.params: dict[str, Any] = {}
         self.has_started = False
         self._is_ending = False

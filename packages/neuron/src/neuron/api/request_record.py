@@ -14,7 +14,10 @@ logger = logging.getLogger("neuron.request")
 
 
 class RequestRecord:
-    """outcome: `ok`, `client_gone`, or an error's code. Times are seconds since arrival."""
+    """outcome: `ok`, `client_gone`, or an error's code. Times are seconds since arrival.
+
+    dropped: names of the filters that took something out of the prompt.
+    """
 
     def __init__(self, metrics: Metrics, *, route: str, request_id: str) -> None:
         self._metrics = metrics
@@ -28,6 +31,7 @@ class RequestRecord:
         self.asked_model = ""
         self.principal: str | None = None
         self.stream = False
+        self.dropped: tuple[str, ...] = ()
         self.num_choices = 1
         self.prompt_tokens = 0
         self.usage: Usage | None = None
@@ -72,7 +76,7 @@ class RequestRecord:
         logger.log(
             logging.INFO if is_fine else logging.WARNING,
             "%s: %s req_id=%s model=%s asked=%s principal=%s stream=%d choices=%d prompt_tokens=%d "
-            "completion_tokens=%d cached_tokens=%d queue_ms=%s ttft_ms=%s total_ms=%.0f finish=%s outcome=%s%s%s",
+            "completion_tokens=%d cached_tokens=%d queue_ms=%s ttft_ms=%s total_ms=%.0f finish=%s outcome=%s%s%s%s",
             self.route,
             "done" if is_fine else "request rejected" if usage is None else "failed",
             self.request_id,
@@ -89,6 +93,7 @@ class RequestRecord:
             total_s * 1000,
             ",".join(self.finish) or "-",
             outcome,
+            f" dropped={','.join(self.dropped)}" if self.dropped else "",
             f" status={status}" if status is not None else "",
             f" detail={_shown(detail, 300)}" if detail else "",
         )

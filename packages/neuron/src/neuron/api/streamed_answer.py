@@ -61,6 +61,7 @@ class StreamedAnswer:
         self._began = self._loop.time()
         self._sent = self._began
         self._projector = dialect.Projector(request, response_id=head.id, created=head.created, model=request.model)
+        self._opening = self._projector.begin(events.prompt_tokens)
         self._head = head
         self._is_marked = exchange.is_hop and request.logprobs is None
         self._marks = b""
@@ -68,7 +69,6 @@ class StreamedAnswer:
     async def resume(self, state: ResumeState) -> None:
         """Rebuild what the client has of the stream, and open it again behind that. Raises `ApiError`."""
         project = self._projector.feed
-        self._projector.begin(self._events.prompt_tokens)
         try:
             for index, batch in enumerate(state.batches):
                 for event in self._events.replay(batch):
@@ -141,7 +141,7 @@ class StreamedAnswer:
         """What one step brought for this stream is one write."""
         if not self._exchange.has_started:
             await self._exchange.start_stream()
-            data = self._projector.begin(self._events.prompt_tokens) + data
+            data = self._opening + data
             if self._is_marked:
                 data = stream_comment(self._head) + data
         if self._is_marked:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from cortex_core.conversation import RawPrompt, Request
-from cortex_core.dialects import anthropic_messages, openai_chat
+from cortex_core.dialects import anthropic_messages, openai_chat, openai_responses
+from cortex_core.dialects.anthropic_messages import MessagesDialect
 from cortex_core.dialects.json_body import Fields, decode_object, missing, wrong_type
 from cortex_core.errors import ApiError, invalid
 
@@ -16,22 +18,33 @@ from neuron.text import TextModel
 
 
 class Tokens:
-    """Handlers of `count_tokens`, `/tokenize` and `/detokenize`. They serve while an engine recovers, too."""
+    """Handlers of the counting routes, `/tokenize` and `/detokenize`. They serve while an engine recovers, too."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, messages: MessagesDialect) -> None:
         self._services = services
+        self._messages = messages
 
     async def count(self, exchange: Exchange) -> None:
         """Anthropic's count: what `/v1/messages` will report as its input."""
+        await self._count(exchange, self._messages.parse_count_tokens, anthropic_messages.count_tokens_body)
+
+    async def count_input(self, exchange: Exchange) -> None:
+        """OpenAI's count: what `/v1/responses` will report as its input."""
+        await self._count(exchange, openai_responses.parse_input_tokens, openai_responses.input_tokens_body)
+
+    async def _count(
+        self, exchange: Exchange, parse: Callable[[bytes], Request], render: Callable[[int], bytes]
+    ) -> None:
         body = await exchange.read_body()
 
         def work() -> int:
-            request = anthropic_messages.parse_count_tokens(body)
-            return self._text(exchange, request.model).count_tokens(request)
+            request = parse(body)
+            with request.own_words():
+                return self._text(exchange, request.model).count_tokens(request)
 
         async with exchange.watched():
             counted = await self._services.off_loop(work, is_long=len(body) >= LONG_BODY_BYTES)
-            await exchange.respond(200, anthropic_messages.count_tokens_body(counted))
+            await exchange.respond(200, render(counted))
 
     async def tokenize(self, exchange: Exchange) -> None:
         """`{model, prompt, add_special_tokens?}` or a chat request: `{count, max_model_len, tokens, token_strs?}`."""

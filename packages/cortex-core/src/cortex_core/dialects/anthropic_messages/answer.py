@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from cortex_core.conversation import Request
+from cortex_core.dialects.carried_thoughts import wrap
 from cortex_core.dialects.errors import anthropic_error_body
 from cortex_core.errors import ApiError
 from cortex_core.events import (
@@ -49,8 +50,14 @@ def count_tokens_body(input_tokens: int) -> bytes:
     return b'{"input_tokens":%d}' % input_tokens
 
 
-def _signature(response_id: str, index: int) -> str:
-    """What a thinking block is signed with: opaque, never empty, and accepted back unverified."""
+def _signature(response_id: str, index: int, omitted: str | None) -> str:
+    """What a thinking block is signed with: opaque, never empty, and accepted back unverified.
+
+    omitted: the thought, where its text is left out of the block. It travels in the signature then, as it does with
+    the original, so that a tool loop whose client omits thoughts does not lose them.
+    """
+    if omitted is not None:
+        return wrap(omitted)
     return base64.b64encode(f"{response_id}:{index}".encode()).decode()
 
 
@@ -87,6 +94,7 @@ class Projector:
         self._index = -1
         self._open: BlockKind | None = None
         self._delta_head = b""  # everything of a delta event of the open block up to its text
+        self._omitted: list[str] = []
         self._wants_arguments = False
         self._finish: Finish | None = None
         self._has_usage = False
@@ -137,6 +145,7 @@ class Projector:
         if self._open != "thinking":
             opening = self._start("thinking", {"thinking": "", "signature": ""}, b"thinking")
         if self._omits_thinking:
+            self._omitted.append(event.text)
             return opening
         return opening + self._delta_head + _encode(event.text) + b"}}\n\n"
 
@@ -158,7 +167,9 @@ class Projector:
             return b""
         signature = b""
         if self._open == "thinking":
-            delta = {"type": "signature_delta", "signature": _signature(self._response_id, self._index)}
+            omitted = "".join(self._omitted) if self._omits_thinking else None
+            self._omitted.clear()
+            delta = {"type": "signature_delta", "signature": _signature(self._response_id, self._index, omitted)}
             signature = _event("content_block_delta", {"index": self._index, "delta": delta})
         self._open = None
         self._wants_arguments = False
@@ -247,8 +258,8 @@ class Collector:
         if kind == "text":
             return {**block, "text": text}
         if kind == "thinking":
-            shown = "" if self._omits_thinking else text
-            return {**block, "thinking": shown, "signature": _signature(self._response_id, index)}
+            shown, omitted = ("", text) if self._omits_thinking else (text, None)
+            return {**block, "thinking": shown, "signature": _signature(self._response_id, index, omitted)}
         return {**block, "input": _tool_input(text)}
 
 

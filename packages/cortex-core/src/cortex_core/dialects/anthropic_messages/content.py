@@ -18,6 +18,7 @@ from cortex_core.conversation import (
     ToolResultPart,
     Turn,
 )
+from cortex_core.dialects.carried_thoughts import unwrap
 from cortex_core.dialects.json_body import (
     Fields,
     encode_compact,
@@ -157,9 +158,10 @@ def _assistant_parts(message: Fields) -> tuple[Part, ...]:
         if kind == "text":
             parts.extend(_text(block))
         elif kind == "thinking":
-            text = block.required_string("thinking", may_be_empty=True)
+            signature = block.string("signature")
+            text = block.required_string("thinking", may_be_empty=True) or unwrap(signature)
             if text:
-                parts.append(ThinkingPart(text, block.string("signature")))
+                parts.append(ThinkingPart(text, signature))
         elif kind == "tool_use":
             parts.append(_tool_call(block))
         elif kind != "redacted_thinking" and kind not in IGNORED_BLOCKS:

@@ -72,6 +72,9 @@ MAX_STOP_SEQUENCES = 64
 MAX_TOKENS_CEILING = 2**31 - 1
 _MAX_TOP_K = 2**31 - 1
 
+ATTRIBUTION_FILTER = "claude_code_attribution"
+"""The name of the one filter, in configuration and logs."""
+
 ATTRIBUTION_PREFIX = "x-anthropic-billing-header:"
 DEFERRED_TOOL_PLACEHOLDER = "DeferredToolPlaceholder"
 
@@ -96,15 +99,17 @@ def parse_count_tokens(body: bytes, *, drops_attribution: bool = True) -> Reques
 
 def _request(fields: Fields, max_tokens: int | None, drops_attribution: bool) -> Request:
     messages = read_messages(fields)
-    tools = tuple(
-        definition
+    declared = [
+        (definition, tool.at("input_schema"))
         for tool in (*fields.objects("tools"), *messages.added_tools)
         if (definition := _tool(tool)) is not None
-    )
+    ]
+    tools = tuple(definition for definition, _ in declared)
     tool_choice, parallel_tool_calls = _tool_choice(fields, tools)
+    system, dropped = _system(fields, drops_attribution)
     return Request(
         model=fields.required_string("model"),
-        turns=(*_system(fields, drops_attribution), *messages.turns),
+        turns=(*system, *messages.turns),
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=parallel_tool_calls,
@@ -114,7 +119,23 @@ def _request(fields: Fields, max_tokens: int | None, drops_attribution: bool) ->
         reasoning=_reasoning(fields, max_tokens),
         stream=fields.boolean("stream"),
         continue_final_turn=_is_prefilled(messages),
+        param_names={
+            **_format_names(fields),
+            **{f"tools[{index}].function.parameters": path for index, (_, path) in enumerate(declared)},
+        },
+        dropped=dropped,
     )
+
+
+def _format_names(fields: Fields) -> dict[str, str]:
+    output_config = fields.object("output_config")
+    if output_config is not None and output_config.has("format"):
+        name = "output_config.format"
+    elif fields.has("output_format"):
+        name = "output_format"
+    else:
+        return {}
+    return {"response_format": name, "response_format.json_schema.schema": f"{name}.schema"}
 
 
 def _clamped(max_tokens: int | None) -> int | None:
@@ -131,13 +152,13 @@ def _is_prefilled(messages: Messages) -> bool:
 # System prompt
 
 
-def _system(fields: Fields, drops_attribution: bool) -> tuple[Turn, ...]:
-    """One turn, its blocks joined by line feeds; none where nothing is said."""
-    texts = text_blocks(fields, "system")
-    if drops_attribution:
-        texts = drop_attribution(texts)
+def _system(fields: Fields, drops_attribution: bool) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """One turn, its blocks joined by line feeds, or none where nothing is said; and the filters that took effect."""
+    given = text_blocks(fields, "system")
+    texts = drop_attribution(given) if drops_attribution else given
     text = "\n".join(texts)
-    return (Turn("system", (TextPart(text),)),) if text else ()
+    turns = (Turn("system", (TextPart(text),)),) if text else ()
+    return turns, (ATTRIBUTION_FILTER,) if texts is not given else ()
 
 
 def drop_attribution(texts: list[str]) -> list[str]:
