@@ -1,0 +1,92 @@
+"""A gateway in front of several neurons, each a real process with the demo model."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from .fleet_process import MODEL, call, eventually
+
+_LISTENING = re.compile(r"listening on (http://\S+)")
+
+
+class Daemon:
+    """One `neuron` or `cortex` process, in a session of its own."""
+
+    def __init__(self, name: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.output: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self._urls: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        url = self._urls.get(timeout=120)
+        if url is None:
+            raise AssertionError(f"{name} ended while starting:\n" + "".join(self.output))
+        self.url = url
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+            if "metrics exporter" not in line and (match := _LISTENING.search(line)):
+                self._urls.put(match[1])
+        self._urls.put(None)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+class FleetOfNeurons:
+    """`neurons[i]` are named n0, n1 … in the gateway, which polls once a second."""
+
+    def __init__(self, folder: Path, *, num_neurons: int = 2, gateway: str = "", neuron: str = "") -> None:
+        self.neurons: list[Daemon] = []
+        for index in range(num_neurons):
+            config = folder / f"neuron-{index}.toml"
+            config.write_text(f'[[default_models]]\nmodel_id = "{MODEL}"\n{neuron}')
+            arguments = ["neuron", "serve", "--config", str(config), "--host", "127.0.0.1", "--port", "0"]
+            state = {"XDG_STATE_HOME": str(folder / f"state-{index}")}
+            self.neurons.append(Daemon(f"n{index}", arguments, state))
+        config = folder / "cortex.toml"
+        entries = "".join(f'[[neurons]]\nname = "{each.name}"\nendpoint = "{each.url}"\n' for each in self.neurons)
+        config.write_text(
+            f'[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\n{gateway}\n'
+            f"[poll]\ninterval_s = 1\n{entries}"
+        )
+        for each in self.neurons:
+            eventually(lambda url=each.url: self.is_loaded(url), within_s=240, what=f"{each.name} has loaded the model")
+        self.gateway = Daemon("gateway", ["cortex_cli", "serve", "--config", str(config)])
+        self.url = self.gateway.url
+
+    @staticmethod
+    def is_loaded(url: str) -> bool:
+        _, _, body = call(url, "GET", "/models")
+        return b'"loaded"' in body
+
+    def stop(self) -> None:
+        for daemon in (self.gateway, *self.neurons):
+            daemon.stop()
