@@ -27,6 +27,7 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body_timeout_s: Seconds = 60.0
     upstream_connect_timeout_s: Seconds = 5.0
     upstream_idle_timeout_s: Seconds = 300.0
+    stream_silence_s: Seconds = 15.0
     stream_hold_s: Seconds = 1.0
     ping_interval_s: Seconds = 5.0
     load_wait_s: Seconds = 1800.0

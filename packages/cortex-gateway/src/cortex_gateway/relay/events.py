@@ -29,6 +29,10 @@ _COUNT = re.compile(
 )
 
 
+class ForeignStream(Exception):
+    """A neuron that was asked to go on with a stream began another one."""
+
+
 class EventRelay:
     """Incremental: `feed` what was read, send what comes back. Any chunking gives the same bytes in total.
 
@@ -69,6 +73,7 @@ class EventRelay:
         return self._is_marked and self._held.startswith(UNFINISHED_MARK)
 
     def feed(self, chunk: bytes) -> bytes:
+        """Raises `ForeignStream` after `rejoin`."""
         if self._held:
             chunk = self._held + chunk
             self._held = b""
@@ -112,12 +117,17 @@ class EventRelay:
             if end < 0:
                 self._held = chunk
                 return b""
-            self.head = chunk[len(STREAM_MARK) : end]
+            head = chunk[len(STREAM_MARK) : end]
+            if self.head not in (None, head):
+                raise ForeignStream
+            self.head = head
             self._is_marked = True
             chunk = chunk[end + 2 :]
         elif STREAM_MARK.startswith(chunk):
             self._held = chunk
             return b""
+        elif self.head is not None:
+            raise ForeignStream
         self._is_first = False
         return chunk
 

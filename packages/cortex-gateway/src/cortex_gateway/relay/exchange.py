@@ -13,7 +13,8 @@ from cortex_gateway.identity.estimate import Usage as Charge
 from cortex_gateway.identity.identity import Grant
 from cortex_gateway.identity.principal import Principal
 from cortex_gateway.relay.body import ClientGone
-from cortex_gateway.relay.events import Usage
+from cortex_gateway.relay.events import EventRelay, Usage
+from cortex_gateway.relay.opening import StreamOpening
 from cortex_gateway.routes.surface import Surface
 
 Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeout", "client_gone", "shutdown", "error"]
@@ -32,6 +33,9 @@ class Exchange:
     principal is the key that asks (None: anonymous), grant what it holds of the key's limits, charged what it was
     charged with in the end; sent_at is when the request first went to a neuron; generated the tokens of a stream
     that the client was sent.
+
+    opening: keeps a client's stream alive while no neuron answers. stream: what has been relayed of a stream, over all
+    the neurons that wrote it; None before the first byte.
     """
 
     __slots__ = (
@@ -47,6 +51,8 @@ class Exchange:
         "model",
         "node",
         "num_attempts",
+        "num_resumes",
+        "opening",
         "outcome",
         "path",
         "principal",
@@ -57,6 +63,7 @@ class Exchange:
         "sent_at",
         "started_at",
         "status",
+        "stream",
         "surface",
         "task",
         "usage",
@@ -82,6 +89,7 @@ class Exchange:
         self.node: str | None = None
         self.route: str | None = None
         self.num_attempts = 0
+        self.num_resumes = 0
         self.is_stream = False
         self.wants_cors = False
         self.status = 0
@@ -89,6 +97,8 @@ class Exchange:
         self.error: str | None = None
         self.usage: Usage | None = None
         self.response_started = False
+        self.opening: StreamOpening | None = None
+        self.stream: EventRelay | None = None
         self.interruption: ApiError | ClientGone | None = None
 
     def interrupt(self, reason: ApiError | ClientGone) -> None:
@@ -96,6 +106,11 @@ class Exchange:
         if self.interruption is None and self.task is not None:
             self.interruption = reason
             self.task.cancel()
+
+    async def answer(self) -> bool:
+        """There is something to send: stop the pings. True if the status line has gone out already."""
+        is_open = self.opening is not None and await self.opening.close()
+        return is_open or self.response_started
 
     def waits(self, node: str, route: str) -> None:
         """The request waits for this node: what its headers say if they go out before a neuron answers."""

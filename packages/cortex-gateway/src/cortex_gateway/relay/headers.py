@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cortex_core.hop import HOP_HEADER, RESOLVED_MODEL_HEADER
 from multidict import CIMultiDict
 
 from cortex_gateway.asgi import RawHeaders
@@ -47,8 +48,6 @@ _DROP_FROM_RESPONSE = HOP_BY_HOP | {
     b"alt-svc",
 }
 
-RESOLVED_MODEL = "x-cortex-resolved-model"
-HOP = "x-cortex-hop"
 EVENT_STREAM_HEADERS: RawHeaders = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -82,9 +81,9 @@ def request_headers(
     for pair in principal:
         add(*pair)
     add("x-request-id", request_id)
-    add(HOP, "1")
+    add(HOP_HEADER, "1")
     if model.isprintable():
-        add(RESOLVED_MODEL, model)
+        add(RESOLVED_MODEL_HEADER, model)
     return forwarded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from cortex_core.errors import ApiError
 
@@ -17,13 +18,22 @@ class IdleWatch:
     """Ends a request whose neuron says nothing for too long: idle time, never total time (F29).
 
     While the neuron has not begun to answer, being polled successfully counts as life: a long answer that is not
-    streamed is silent by nature.
+    streamed is silent by nature. A stream that another neuron could go on with is not given so long: `silence_s`
+    after its last byte, a ping of the neuron included, `cut` is called.
     """
 
-    __slots__ = ("_exchange", "_handle", "_loop", "_node", "_poller", "_since", "_timeout_s")
+    __slots__ = ("_cut", "_exchange", "_handle", "_loop", "_node", "_poller", "_silence_s", "_since", "_timeout_s")
 
     def __init__(
-        self, exchange: Exchange, node: str, timeout_s: float, poller: Poller, loop: asyncio.AbstractEventLoop
+        self,
+        exchange: Exchange,
+        node: str,
+        timeout_s: float,
+        poller: Poller,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        silence_s: float,
+        cut: Callable[[], None],
     ) -> None:
         self._exchange = exchange
         self._node = node
@@ -31,18 +41,32 @@ class IdleWatch:
         self._timeout_s = timeout_s
         self._poller = poller
         self._since = loop.time()
-        self._handle = loop.call_later(timeout_s, self._check) if timeout_s > 0 else None
+        self._silence_s = silence_s
+        self._cut = cut
+        waits = [wait_s for wait_s in (timeout_s, silence_s) if wait_s > 0]
+        self._handle = loop.call_later(min(waits), self._check) if waits else None
 
     def cancel(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
 
     def _check(self) -> None:
-        exchange = self._exchange
+        exchange, now = self._exchange, self._loop.time()
         last = max(self._since, exchange.last_byte_at)
-        if not exchange.response_started:
-            last = max(last, self._poller.answered_at(self._node))
-        remaining = last + self._timeout_s - self._loop.time()
+        waits = []
+        if self._silence_s > 0 and exchange.stream is not None and exchange.stream.is_resumable:
+            waits.append(last + self._silence_s - now)
+            if waits[0] <= 0:
+                log.warning("request %s: node %s fell silent", exchange.request_id, self._node)
+                self._cut()
+                return
+        elif self._silence_s > 0:
+            waits.append(self._silence_s)
+        if self._timeout_s > 0:
+            if not exchange.response_started:
+                last = max(last, self._poller.answered_at(self._node))
+            waits.append(last + self._timeout_s - now)
+        remaining = min(waits)
         if remaining > 0:
             self._handle = self._loop.call_later(remaining, self._check)
             return

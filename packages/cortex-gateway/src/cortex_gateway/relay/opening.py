@@ -16,6 +16,8 @@ from cortex_gateway.asgi import RawHeaders, Send
 class StreamOpening:
     """Starts with the request; `close` ends it when there is something to send.
 
+    `is_open` from the start: the stream has begun, and waits for another neuron to go on with it.
+
     Its task is only ever told to stop, never cancelled: a message cut off halfway would leave the server's
     connection in a state in which nothing more can be sent.
     """
@@ -23,7 +25,14 @@ class StreamOpening:
     __slots__ = ("_answered", "_handle", "_headers", "_interval_s", "_ping", "_send", "_task", "is_open")
 
     def __init__(
-        self, send: Send, *, headers: Callable[[], RawHeaders], ping: bytes, hold_s: float, interval_s: float
+        self,
+        send: Send,
+        *,
+        headers: Callable[[], RawHeaders],
+        ping: bytes,
+        hold_s: float,
+        interval_s: float,
+        is_open: bool = False,
     ) -> None:
         self._send = send
         self._headers = headers
@@ -31,7 +40,7 @@ class StreamOpening:
         self._interval_s = interval_s
         self._answered: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
-        self.is_open = False
+        self.is_open = is_open
         self._handle = asyncio.get_running_loop().call_later(hold_s, self._begin)
 
     async def close(self) -> bool:
@@ -49,8 +58,9 @@ class StreamOpening:
     async def _keep_alive(self, answered: asyncio.Event) -> None:
         if answered.is_set():
             return
-        self.is_open = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers()})
+        if not self.is_open:
+            self.is_open = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers()})
         while not answered.is_set():
             await self._send({"type": "http.response.body", "body": self._ping, "more_body": True})
             try:

@@ -15,6 +15,7 @@ import aiohttp
 from cortex_core.dialects.errors import error_body, headers_of, status_of
 from cortex_core.errors import ApiError
 from cortex_core.gateway_config import GatewaySection
+from cortex_core.hop import RESUME_HEADER, resume_body
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send
 from cortex_gateway.fleet.neuron import describe
@@ -26,7 +27,7 @@ from cortex_gateway.placement.placement import Lease, Placement
 from cortex_gateway.relay.body import ClientGone, RequestBody
 from cortex_gateway.relay.charge import generated_tokens, used
 from cortex_gateway.relay.envelope import read_envelope
-from cortex_gateway.relay.events import EventRelay, scan_usage
+from cortex_gateway.relay.events import EventRelay, ForeignStream, scan_usage
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
 from cortex_gateway.relay.failures import (
     as_api_error,
@@ -53,10 +54,15 @@ log = logging.getLogger(__name__)
 MAX_BUFFERED_ANSWER = 2**20
 MAX_LOGGED_ERROR = 600
 MAX_ATTEMPTS = 2
+MAX_RESUMES = 8
 
 
 class StaleRoute(Exception):
     """The neuron does not have the model after all, or closed the connection unanswered: ask it, and route again."""
+
+
+class BrokenStream(Exception):
+    """The neuron was cut off in the middle of a stream, and another one can go on with it."""
 
 
 class Relay:
@@ -122,7 +128,6 @@ class Relay:
         send: Send,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        opening: StreamOpening | None = None
         watcher: asyncio.Future[Message] | None = None
         try:
             try:
@@ -140,14 +145,14 @@ class Relay:
                 watcher = asyncio.ensure_future(receive())
                 watcher.add_done_callback(partial(_on_disconnect, exchange))
                 if exchange.is_stream:
-                    opening = StreamOpening(
+                    exchange.opening = StreamOpening(
                         send,
                         headers=partial(self._stream_headers, exchange),
                         ping=exchange.surface.ping,
                         hold_s=self._settings.stream_hold_s,
                         interval_s=self._settings.ping_interval_s,
                     )
-                await self._route(exchange, payload, headers, send, opening, loop)
+                await self._route(exchange, payload, headers, send, loop)
             except asyncio.CancelledError:
                 if exchange.interruption is None:
                     raise
@@ -155,7 +160,7 @@ class Relay:
                 raise exchange.interruption from None
         except ApiError as error:
             exchange.settle()
-            await self._fail(exchange, error, body, send, opening)
+            await self._fail(exchange, error, body, send)
         except ClientGone:
             raise
         except Exception as exc:
@@ -164,12 +169,12 @@ class Relay:
             exchange.outcome = "error"
             exchange.error = describe(exc)
             fault = ApiError("internal", "The gateway failed on this request.", code="internal_error")
-            await self._fail(exchange, fault, body, send, opening)
+            await self._fail(exchange, fault, body, send)
         finally:
             if watcher is not None:
                 watcher.cancel()
-            if opening is not None:
-                await opening.close()
+            if exchange.opening is not None:
+                await exchange.opening.close()
 
     async def _route(
         self,
@@ -177,7 +182,6 @@ class Relay:
         payload: bytes,
         headers: RawHeaders,
         send: Send,
-        opening: StreamOpening | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         assert exchange.model is not None
@@ -188,21 +192,44 @@ class Relay:
             )
         hints = RequestHints(headers, payload)
         while True:
-            lease = self._placement.try_now(model, hints)
+            lease = None if exchange.num_resumes else self._placement.try_now(model, hints)
             if lease is None:
                 wait_s = self._settings.load_wait_s
                 if not exchange.is_stream:
                     wait_s = min(wait_s, self._settings.unstreamed_wait_s)
-                lease = await self._placement.wait(model, hints, wait_s=wait_s, on_wait=exchange.waits)
+                lease = await self._placement.wait(
+                    model,
+                    hints,
+                    wait_s=wait_s,
+                    on_wait=exchange.waits,
+                    through_outages=exchange.num_resumes > 0,
+                )
             with lease:
                 exchange.node, exchange.route = lease.neuron.name, lease.route
                 exchange.num_attempts += 1
                 try:
-                    await self._forward(exchange, lease, payload, headers, send, opening, loop)
+                    await self._forward(exchange, lease, payload, headers, send, loop)
                     return
                 except StaleRoute:
                     lease.discard()
+                except BrokenStream:
+                    lease.discard()
+                    await self._hold(exchange, send)
             await self._poller.refresh(lease.neuron.name)
+
+    async def _hold(self, exchange: Exchange, send: Send) -> None:
+        """Keep a client's broken stream alive until another neuron goes on with it."""
+        await exchange.answer()
+        exchange.num_resumes += 1
+        exchange.opening = StreamOpening(
+            send,
+            headers=partial(self._stream_headers, exchange),
+            ping=exchange.surface.ping,
+            hold_s=self._settings.ping_interval_s,
+            interval_s=self._settings.ping_interval_s,
+            is_open=True,
+        )
+        log.warning("request %s: node %s was cut off, another goes on", exchange.request_id, exchange.node)
 
     async def _forward(
         self,
@@ -211,32 +238,46 @@ class Relay:
         payload: bytes,
         headers: RawHeaders,
         send: Send,
-        opening: StreamOpening | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         series = self._metrics.place(lease.model, lease.neuron.name)
         series.requests.inc()
         if lease.route == "cold":
             series.cold_starts.inc()
-        watch = IdleWatch(exchange, lease.neuron.name, self._settings.upstream_idle_timeout_s, self._poller, loop)
         response: aiohttp.ClientResponse | None = None
+
+        def cut() -> None:
+            if response is not None:
+                response.close()
+
+        watch = IdleWatch(
+            exchange,
+            lease.neuron.name,
+            self._settings.upstream_idle_timeout_s,
+            self._poller,
+            loop,
+            silence_s=self._settings.stream_silence_s,
+            cut=cut,
+        )
+        principal = exchange.principal.upstream_headers if exchange.principal is not None else ()
+        request = request_headers(
+            headers, request_id=exchange.request_id, model=lease.neuron_model, principal=principal
+        )
         if exchange.sent_at is None:
             exchange.sent_at = loop.time()
+        stream = exchange.stream
+        if stream is not None and stream.head is not None:
+            payload, request[RESUME_HEADER] = resume_body(stream.head, bytes(stream.batches), payload)
         try:
-            response = await lease.neuron.post(
-                exchange.surface.upstream_path,
-                payload,
-                request_headers(
-                    headers,
-                    request_id=exchange.request_id,
-                    model=lease.neuron_model,
-                    principal=exchange.principal.upstream_headers if exchange.principal is not None else (),
-                ),
-            )
+            response = await lease.neuron.post(exchange.surface.upstream_path, payload, request)
             lease.answered(response.status, exchange)
             series.duration.observe(loop.time() - exchange.started_at)
-            await self._relay_response(exchange, response, send, opening, loop)
+            await self._relay_response(exchange, response, send, loop)
         except (aiohttp.ClientError, OSError) as exc:
+            if exchange.stream is not None and exchange.stream.is_resumable and exchange.num_resumes < MAX_RESUMES:
+                lease.failed()
+                self._poller.nudge(lease.neuron.name)
+                raise BrokenStream from exc
             if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | ConnectionError):
                 self._poller.nudge(lease.neuron.name)
             if response is None and exchange.num_attempts < MAX_ATTEMPTS and is_dead_connection(exc):
@@ -262,13 +303,12 @@ class Relay:
         exchange: Exchange,
         response: aiohttp.ClientResponse,
         send: Send,
-        opening: StreamOpening | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         if response.status >= 400:
-            await self._relay_refusal(exchange, response, send, opening)
+            await self._relay_refusal(exchange, response, send)
             return
-        is_open = opening is not None and await opening.close()
+        is_open = await exchange.answer()
         content_type = response.headers.get("content-type", "")
         if content_type.startswith("text/event-stream"):
             if not is_open:
@@ -292,7 +332,11 @@ class Relay:
         """The hot loop: one read, one write, nothing decoded."""
         exchange.status = 200
         exchange.response_started = True
-        events = EventRelay()
+        events = exchange.stream
+        if events is None:
+            events = exchange.stream = EventRelay()
+        else:
+            events.rejoin()
         feed = events.feed
         readany = response.content.readany
         now = loop.time
@@ -305,12 +349,20 @@ class Relay:
                 if exchange.first_byte_at is None and not data.startswith((b":", b"event: ping")):
                     exchange.first_byte_at = exchange.last_byte_at
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+        except ForeignStream:
+            raise ApiError(
+                "internal", "The neuron did not go on with the stream.", code="upstream_malformed_response"
+            ) from None
         finally:
             exchange.usage = events.usage()
             if exchange.grant is not None:
                 exchange.generated = generated_tokens(events)
+        if events.is_unfinished and exchange.num_resumes < MAX_RESUMES:
+            raise BrokenStream
         exchange.settle()
-        await send({"type": "http.response.body", "body": events.flush(), "more_body": False})
+        last = events.flush()
+        exchange.usage = events.usage()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _relay_whole(
         self, exchange: Exchange, response: aiohttp.ClientResponse, send: Send, loop: asyncio.AbstractEventLoop
@@ -349,20 +401,22 @@ class Relay:
         exchange: Exchange,
         response: aiohttp.ClientResponse,
         send: Send,
-        opening: StreamOpening | None,
     ) -> None:
         """An error of the neuron: its status, headers and body pass if they are in an API's shape."""
         data = await response.content.read(MAX_BUFFERED_ANSWER)
         while len(data) < MAX_BUFFERED_ANSWER and (more := await response.content.read(MAX_BUFFERED_ANSWER)):
             data += more
-        if exchange.num_attempts < MAX_ATTEMPTS and is_stale_route(response.status, data):
-            raise StaleRoute
+        if is_stale_route(response.status, data):
+            if exchange.stream is not None and exchange.num_resumes < MAX_RESUMES:
+                raise BrokenStream
+            if exchange.num_attempts < MAX_ATTEMPTS:
+                raise StaleRoute
         snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
         exchange.outcome = "upstream_error"
         exchange.error = snippet
         log.warning("request %s: node %s answered %d: %s", exchange.request_id, exchange.node, response.status, snippet)
         is_json = response.headers.get("content-type", "").startswith("application/json")
-        is_open = opening is not None and await opening.close()
+        is_open = await exchange.answer()
         if is_open or not is_json:
             raise as_api_error(response.status, data, response.headers.get("retry-after"))
         headers = self._answer_headers(exchange, response)
@@ -373,9 +427,7 @@ class Relay:
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
-    async def _fail(
-        self, exchange: Exchange, error: ApiError, body: RequestBody, send: Send, opening: StreamOpening | None
-    ) -> None:
+    async def _fail(self, exchange: Exchange, error: ApiError, body: RequestBody, send: Send) -> None:
         """Say `error` in the surface's dialect: as a status while that is possible, else as the stream's last event."""
         surface = exchange.surface
         if exchange.outcome == "ok":
@@ -385,8 +437,7 @@ class Relay:
         exchange.error = exchange.error or f"{error.code or error.kind}: {error.message}"
         if exchange.outcome not in ("upstream_error", "upstream_failed"):
             self._metrics.rejections.labels(error.code or error.kind).inc()
-        is_open = opening is not None and await opening.close()
-        if is_open or exchange.response_started:
+        if await exchange.answer():
             exchange.status = status_of(error, surface.dialect)
             final = surface.error_event(error, exchange.request_id)
             if exchange.is_stream:
