@@ -21,6 +21,7 @@ from prometheus_client import disable_created_metrics
 
 from cortex_gateway.app import Gateway, MetricsApp
 from cortex_gateway.asgi import ASGIApp
+from cortex_gateway.identity.store import StoreError
 from cortex_gateway.observability.logs import configure_logging
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ async def running(
 ) -> AsyncIterator[RunningGateway]:
     """A listening gateway in this event loop; leaving the context drains it (`grace_s`: config's by default).
 
-    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound.
+    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound, `StoreError`
+    where keys and budgets cannot be reached.
     """
     gateway = Gateway(config, catalogue)
     with bind(config.gateway.listen) as listener, bind(config.gateway.metrics_listen) as metrics_listener:
@@ -98,6 +100,9 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             runner.run(_serve(config, catalogue, config_path))
+        except StoreError as error:
+            log.error("keys and budgets cannot be reached: %s", error)
+            return 1
         except OSError as error:
             log.error("cannot listen: %s", error)
             return 1

@@ -111,8 +111,13 @@ def status_of(err: ApiError, dialect: DialectName) -> int:
 
 
 def headers_of(err: ApiError) -> dict[str, str]:
-    """`retry-after`, in whole seconds, on errors that are worth a retry."""
-    return {} if err.retry_after is None else {"retry-after": str(err.retry_after)}
+    """`retry-after`, in whole seconds, on errors that are worth a retry.
+
+    SDKs repeat every 429; `x-should-retry` keeps them from it where nothing would change.
+    """
+    if err.retry_after is not None:
+        return {"retry-after": str(err.retry_after)}
+    return {"x-should-retry": "false"} if err.status == 429 else {}
 
 
 def dialect_of_path(path: str, *, has_anthropic_version: bool = False) -> DialectName:

@@ -147,8 +147,12 @@ class Identity:
     async def start(self) -> None:
         """Raises `StoreError`: a gateway that cannot know its keys does not begin."""
         warn_of_plain_keys(self._section.keys)
-        await self._store.open()
-        await self._keyring.start()
+        try:
+            await self._store.open()
+            await self._keyring.start()
+        except StoreError:
+            await self._store.close()
+            raise
         self.bookkeeper.start()
 
     async def stop(self) -> None:

@@ -29,9 +29,7 @@ def used(exchange: Exchange, now: float) -> estimate.Usage:
     grant, sent_at = exchange.grant, exchange.sent_at
     if grant is None or sent_at is None or not exchange.surface.generates:
         return estimate.NOTHING_USED
-    if not exchange.response_started and exchange.outcome != "client_gone":
-        return estimate.NOTHING_USED
-    if exchange.outcome == "upstream_error":
+    if exchange.first_byte_at is None and exchange.outcome not in ("ok", "client_gone"):
         return estimate.NOTHING_USED
     guessed = estimate.unmetered_usage(
         grant.estimate,
