@@ -42,13 +42,14 @@ class PrefixCacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class ContextLimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """output_reserve_tokens: the most KV cache that admission reserves for the output of one choice."""
+    """output_reserve_tokens: the most KV cache that admission reserves for the output of one choice. min_free_floor_mb:
+    what a load leaves free of the host and of each of its devices."""
 
     enabled: bool | None = None
     target_prefill_latency_secs: float | None = None
     bootstrap_prefill_tok_per_sec: float | None = None
     activation_headroom_mb: int | None = None
-    min_free_floor_mb: int | None = None
+    min_free_floor_mb: Count = 512
     output_reserve_tokens: Positive = 8192
 
 
@@ -192,7 +193,7 @@ def without_effect(config: NeuronConfig) -> list[str]:
         f"harness.candle.{table}.{field}"
         for table, section, used in (
             ("prefix_cache", candle.prefix_cache, {"enabled"}),
-            ("context_limit", candle.context_limit, {"output_reserve_tokens"}),
+            ("context_limit", candle.context_limit, {"output_reserve_tokens", "min_free_floor_mb"}),
             ("image", candle.image, set[str]()),
         )
         for field in section.__struct_fields__

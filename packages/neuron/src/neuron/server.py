@@ -31,6 +31,7 @@ from neuron.config import HARNESS, NeuronConfig, without_effect
 from neuron.hardware.monitor import HardwareMonitor
 from neuron.lifecycle.activation import Activator
 from neuron.lifecycle.manager import ModelManager
+from neuron.lifecycle.memory_ledger import MemoryLedger
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
 from neuron.lifecycle.state_file import ServedModels
@@ -68,6 +69,11 @@ class Daemon:
             runtime_dir=self._runtime_dir,
             devices=discovery.devices,
             free_mb=lambda: {device.index: device.vram_free_mb for device in hardware.reading.devices},
+            memory=MemoryLedger(
+                hardware.measure,
+                host_total_bytes=discovery.memory_total_mb * 2**20,
+                floor_bytes=config.harness.candle.context_limit.min_free_floor_mb * 2**20,
+            ),
             cuda_unavailable_reason=discovery.cuda_unavailable_reason,
             command=command,
             served=self._served,

@@ -48,6 +48,16 @@ def memory_free_mb(*, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     return min(available, max(0, limit - used))
 
 
+def anonymous_bytes(pid: int, *, proc: Path = Path("/proc")) -> int:
+    """Memory that would be free if the process were not: neither files it maps nor what it has yet to touch; 0 when
+    it is gone."""
+    try:
+        lines = (proc / str(pid) / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
 def _meminfo_mb(path: Path, key: str) -> int:
     try:
         for line in path.read_text(encoding="ascii").splitlines():

@@ -73,6 +73,11 @@ class HardwareMonitor:
                 self._was_failing = True
         self.reading = HardwareReading(devices=devices, memory_free_mb=memory_free_mb())
 
+    def measure(self) -> HardwareReading:
+        """A fresh reading; blocks in the driver."""
+        self.poll()
+        return self.reading
+
     def start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hardware-monitor", daemon=True)

@@ -9,7 +9,7 @@ import msgspec
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 
-from neuron.lifecycle.preflight import INDEX_FILE, check_config, check_layout, refusal, weight_files
+from neuron.lifecycle.preflight import INDEX_FILE, check_config, check_layout, classify, refusal, weight_files
 
 
 def check_folder(spec: ModelSpec, path: Path) -> int:
@@ -30,6 +30,13 @@ def check_folder(spec: ModelSpec, path: Path) -> int:
         raise refusal(
             "repo_fetch_failed", f"`{path}` cannot be read: {exc}", model_id=spec.model_id, cause=str(exc)
         ) from exc
+
+
+def weight_paths(path: Path) -> list[Path]:
+    """The weight files of a folder that `check_folder` has passed. Raises `OSError`, `ApiError` 422."""
+    layout = classify(file.name for file in path.iterdir() if file.is_file())
+    index = read_json(path / INDEX_FILE) if layout.is_sharded else None
+    return [path / name for name in weight_files(layout, index if isinstance(index, dict) else None)]
 
 
 def is_complete(spec: ModelSpec, path: Path) -> bool:

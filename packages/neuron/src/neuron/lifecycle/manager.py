@@ -21,6 +21,7 @@ from neuron.lifecycle.admission import Admission, AdmissionLimits
 from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 from neuron.lifecycle.download import FetchCancelled
+from neuron.lifecycle.memory_ledger import MemoryLedger
 from neuron.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares, num_ranks
 from neuron.lifecycle.preflight import check_spec, refusal
 from neuron.lifecycle.progress import ProgressClock, Watchers, load_deadline_s
@@ -51,7 +52,8 @@ class ModelManager:
 
     runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
     the argument list of a worker process. free_mb: free memory by device index, as last read. served: the list of what
-    is served, on disk. on_loaded is called once per load (not per recovery).
+    is served, on disk. memory decides whether a load fits; without it the engine finds out. on_loaded is called once
+    per load (not per recovery).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ModelManager:
         runtime_dir: Path,
         devices: tuple[DeviceInfo, ...] = (),
         free_mb: Callable[[], Mapping[int, int]] = dict,
+        memory: MemoryLedger | None = None,
         cuda_unavailable_reason: str | None = None,
         command: WorkerCommand = worker_command,
         served: ServedModels | None = None,
@@ -72,6 +75,8 @@ class ModelManager:
         self._sources = sources
         self._devices = devices
         self._free_mb = free_mb
+        self._memory = memory
+        self._fitting = asyncio.Lock()
         self._cuda_unavailable_reason = cuda_unavailable_reason
         self._models: dict[str, ServedModel] = {}
         self._clocks: defaultdict[str, ProgressClock] = defaultdict(ProgressClock)
@@ -138,9 +143,9 @@ class ModelManager:
             if self._cuda_unavailable_reason is not None:
                 raise ApiError("overloaded", self._cuda_unavailable_reason, code="cuda_unavailable")
             check_spec(spec, self._devices)
+            check_parallelism(spec, self._devices)
             if spec.debug and not self._config.debug_levers:
                 raise debug_levers_off()
-            check_parallelism(spec, self._devices)
         if model is None:
             model = self._models[model_id] = self._new_model(model_id)
         await self._order(model, machine.LoadRequested(spec), model.load_waiters)
@@ -306,6 +311,7 @@ class ModelManager:
                 lambda: self._sources.fetch(spec, on_progress=on_progress, cancelled=cancelled),
                 name=f"fetch {model.id}",
             )
+            await self._fit(model, spec, path)
             event = machine.Fetched(path)
         except ApiError as exc:
             logger.warning("fetch failed model=%s code=%s reason=%s", model.id, exc.code, exc.message)
@@ -321,6 +327,18 @@ class ModelManager:
 
     def _progressed(self, model: ServedModel, progress: LoadProgress) -> None:
         self._post(model, machine.Progressed(self._clocks[model.id].feed(progress, time.monotonic())))
+
+    async def _fit(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
+        """Refuse a load that memory has no room for, before anything is started. One at a time: what fits is promised
+        before the next one looks. Raises `ApiError`."""
+        ledger = self._memory
+        if ledger is None:
+            return
+        async with self._fitting:
+            model.fit = None
+            config = self._engine_config(model.id, spec, path)
+            promises = [promise for other in self._models.values() if (promise := other.promise()) is not None]
+            model.fit = await run_in_daemon_thread(lambda: ledger.fit(config, promises), name=f"fit {model.id}")
 
     async def _retry_later(self, model: ServedModel, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -342,7 +360,8 @@ class ModelManager:
             error = ApiError("internal", f"The tokenizer of `{model.id}` cannot be used: {exc}", code="load_failed")
             self._post(model, machine.EngineFailed(error))
             return
-        config = self._engine_config(model.id, spec, path, text)
+        config = self._engine_config(model.id, spec, path) if model.fit is None else model.fit.config
+        config = msgspec.structs.replace(config, tokenizer_json=text.tokenizer_json)
         model.text = text
         model.devices = config.devices
         launch = msgspec.structs.replace(
@@ -359,14 +378,13 @@ class ModelManager:
         model.group = group
         group.start()
 
-    def _engine_config(self, model_id: str, spec: ModelSpec, path: Path, text: TextModel) -> EngineConfig:
+    def _engine_config(self, model_id: str, spec: ModelSpec, path: Path) -> EngineConfig:
         engine = self._config.engine
         kv_cache_mb = spec.kv_cache_mb or engine.kv_cache_mb
         devices = choose_devices(spec, self._devices)
         return EngineConfig(
             model_id=model_id,
             path=str(path),
-            tokenizer_json=text.tokenizer_json,
             devices=devices,
             tensor_parallel_size=num_ranks(spec),
             shares=choose_shares(spec, devices, self._free_mb()),

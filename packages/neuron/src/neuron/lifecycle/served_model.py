@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ContextLimit, ModelInfo, ModelLoad, Servable
@@ -13,7 +14,9 @@ from cortex_core.fleet import ContextLimit, ModelInfo, ModelLoad, Servable
 from neuron.config import HARNESS
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.capacity import KVCapacity, KVNeed, OutputEstimate
+from neuron.lifecycle.fitting import Fit
 from neuron.lifecycle.machine import ABSENT, ModelState
+from neuron.lifecycle.memory_ledger import Promise
 from neuron.protocol import EngineStats, Loaded
 from neuron.supervisor.engine_group import EngineGroup
 from neuron.text import TextModel
@@ -29,6 +32,7 @@ class ServedModel:
         self.state: ModelState = ABSENT
         self.admission = admission
         self.outputs = OutputEstimate(ceiling=output_reserve_tokens)
+        self.fit: Fit | None = None
         self.devices: tuple[int, ...] = ()
         self.text: TextModel | None = None
         self.group: EngineGroup | None = None
@@ -60,6 +64,19 @@ class ServedModel:
         if capacity is None:
             return KVNeed(0, 0)
         return capacity.need(prompts, num_choices=num_choices, expected_output=self.outputs.num_tokens)
+
+    def promise(self) -> Promise | None:
+        """The memory it has, or may yet take; None where it has not been estimated."""
+        if self.fit is None or self.state.phase == "failed":
+            return None
+        stages: dict[str, Literal["here", "leaving"]] = {"loaded": "here", "unloading": "leaving"}
+        return Promise(
+            self.id,
+            self.fit.bytes_on,
+            stages.get(self.state.phase, "coming"),
+            pids=() if self.group is None else tuple(self.group.pids),
+            in_flight=self.admission.in_flight,
+        )
 
     @property
     def max_model_len(self) -> int:

@@ -1,0 +1,115 @@
+"""What of this host's memory is free for another model, and what the models that are here were promised of it.
+
+A free byte may be promised: a CPU's cache is taken page by page as answers come, and a load takes its weights in
+minutes. So what is available is what is free now, less what others may still take.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from neuron.hardware.host import anonymous_bytes
+from neuron.hardware.monitor import HardwareReading
+from neuron.lifecycle.checkpoint_folder import read_json, weight_paths
+from neuron.lifecycle.estimate import ModelShape, NotEstimable, stored_tensors
+from neuron.lifecycle.fitting import DeviceMemory, Fit, Resident, fit
+from neuron.lifecycle.preflight import refusal
+from neuron.protocol import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+_MIB = 2**20
+
+
+class Promise(msgspec.Struct, frozen=True):
+    """Memory that a model was promised, bytes by device (None is the host), and how far it has got with it."""
+
+    model_id: str
+    bytes_on: dict[int | None, int]
+    stage: Literal["coming", "here", "leaving"]
+    pids: tuple[int, ...] = ()
+    in_flight: int = 0
+
+
+class MemoryLedger:
+    """measure takes a fresh reading and may block. host_total_bytes: memory there is; floor_bytes: left free of the host
+    and of every device."""
+
+    def __init__(self, measure: Callable[[], HardwareReading], *, host_total_bytes: int, floor_bytes: int) -> None:
+        self._measure = measure
+        self._host_total_bytes = host_total_bytes
+        self._floor_bytes = floor_bytes
+
+    def fit(self, config: EngineConfig, promises: Sequence[Promise]) -> Fit | None:
+        """The load of `config` with the context that fits beside what others were promised; None where its checkpoint
+        cannot be estimated, which is left to the engine.
+
+        Blocks (driver, files). Raises `ApiError`: 422 with the numbers and what would help, a damaged checkpoint.
+        """
+        path = Path(config.path)
+        try:
+            shape = ModelShape.from_hf(read_json(path / "config.json"))
+            tensors = stored_tensors(weight_paths(path))
+        except NotEstimable as exc:
+            logger.warning("memory not estimated model=%s reason=%s", config.model_id, exc)
+            return None
+        except OSError as exc:
+            raise refusal("repo_fetch_failed", f"`{path}` cannot be read: {exc}", model_id=config.model_id) from exc
+        memory = self.memory(promises)
+        read = {each.index for each in memory if each.total}
+        if not read.issuperset(config.devices or (None,)):
+            logger.warning("memory not estimated model=%s reason=free memory cannot be read", config.model_id)
+            return None
+        found = fit(
+            config,
+            shape,
+            tensors,
+            memory,
+            floor_bytes=self._floor_bytes,
+            residents=[
+                Resident(promise.model_id, promise.bytes_on, promise.in_flight)
+                for promise in promises
+                if promise.stage == "here"
+            ],
+        )
+        logger.info(
+            "memory fits model=%s context=%d of=%d needs_mb=%s available_mb=%s",
+            config.model_id,
+            found.context_tokens,
+            found.full_context_tokens,
+            ",".join(f"{_name(index)}:{count // _MIB}" for index, count in found.bytes_on.items()),
+            ",".join(f"{_name(each.index)}:{each.available // _MIB}" for each in memory),
+        )
+        return found
+
+    def memory(self, promises: Sequence[Promise]) -> list[DeviceMemory]:
+        """What is available now, of the host and of every device; a total of 0 is unknown."""
+        reading = self._measure()
+        host_open = host_pending = 0
+        for promise in promises:
+            if None in promise.bytes_on:
+                taken = sum(anonymous_bytes(pid) for pid in promise.pids)
+                left = max(0, promise.bytes_on[None] - taken)
+                host_open += 0 if promise.stage == "leaving" else left
+                host_pending += left if promise.stage == "coming" else taken if promise.stage == "leaving" else 0
+        free = reading.memory_free_mb * _MIB
+        total = self._host_total_bytes if free else 0  # 0: the system does not say
+        found = [DeviceMemory(None, max(0, free - host_open), total, host_pending)]
+        for device in reading.devices:
+            moving = {"coming": 0, "here": 0, "leaving": 0}
+            for promise in promises:
+                moving[promise.stage] += promise.bytes_on.get(device.index, 0)
+            # A model that is here has taken all it was promised; of one that comes, nobody knows how much.
+            available = max(0, device.vram_free_mb * _MIB - moving["coming"])
+            total = (device.vram_free_mb + device.vram_used_mb) * _MIB
+            found.append(DeviceMemory(device.index, available, total, moving["coming"] + moving["leaving"]))
+        return found
+
+
+def _name(index: int | None) -> str:
+    return "host" if index is None else str(index)

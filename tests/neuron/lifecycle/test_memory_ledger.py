@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cortex_core.fleet import DeviceHealth
+from neuron.hardware.host import anonymous_bytes
+from neuron.hardware.monitor import HardwareReading
+from neuron.lifecycle.fitting import DeviceMemory
+from neuron.lifecycle.memory_ledger import MemoryLedger, Promise
+from neuron.protocol import EngineConfig
+
+from tests.neuron.engine.checkpoints import write_qwen3
+
+MIB, GIB = 2**20, 2**30
+
+
+def ledger(*, free_mb: int = 10_000, devices: tuple[DeviceHealth, ...] = ()) -> MemoryLedger:
+    reading = HardwareReading(devices=devices, memory_free_mb=free_mb)
+    return MemoryLedger(lambda: reading, host_total_bytes=16 * GIB, floor_bytes=512 * MIB)
+
+
+def host_of(memory: list[DeviceMemory]) -> DeviceMemory:
+    return memory[0]
+
+
+def test_a_process_counts_with_what_it_has_written(tmp_path: Path) -> None:
+    program = "import sys; block = bytearray(64 << 20); print('ready', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        assert 64 * MIB <= anonymous_bytes(process.pid) < 200 * MIB
+        process.stdin.close()
+    assert anonymous_bytes(process.pid) == 0
+
+
+def test_what_was_promised_and_not_taken_yet_is_not_available() -> None:
+    mine = os.getpid()
+    taken = anonymous_bytes(mine)
+    here = Promise("a", {None: taken + 3 * GIB}, "here", pids=(mine,))
+    memory = host_of(ledger().memory([here]))
+    assert memory.available == pytest.approx(10_000 * MIB - 3 * GIB, abs=64 * MIB) and memory.pending == 0
+    assert memory.total == 16 * GIB
+
+
+def test_loads_and_unloads_that_are_going_on_are_pending() -> None:
+    coming = Promise("a", {None: 3 * GIB}, "coming")
+    memory = host_of(ledger().memory([coming]))
+    assert (memory.available, memory.pending) == (10_000 * MIB - 3 * GIB, 3 * GIB)
+    mine = os.getpid()
+    leaving = Promise("a", {None: 3 * GIB}, "leaving", pids=(mine,))
+    memory = host_of(ledger().memory([leaving]))
+    assert memory.available == 10_000 * MIB
+    assert memory.pending == pytest.approx(anonymous_bytes(mine), abs=64 * MIB)
+
+
+def test_a_device_that_a_load_is_filling_has_nothing_for_others() -> None:
+    devices = (DeviceHealth(0, vram_used_mb=1000, vram_free_mb=79_000), DeviceHealth(1, vram_free_mb=80_000))
+    promises = [Promise("a", {0: 78_000 * MIB}, "coming"), Promise("b", {1: 70_000 * MIB}, "here")]
+    _, first, second = ledger(devices=devices).memory(promises)
+    assert (first.index, first.available, first.pending) == (0, 1000 * MIB, 78_000 * MIB)
+    assert (second.index, second.available, second.pending) == (1, 80_000 * MIB, 0)  # it has taken what it was promised
+
+
+def test_a_host_that_does_not_tell_its_memory_leaves_it_to_the_engine(tmp_path: Path) -> None:
+    path = write_qwen3(tmp_path / "model")
+    config = EngineConfig(model_id="tiny", path=str(path))
+    assert ledger(free_mb=0).fit(config, []) is None
+    assert ledger().fit(EngineConfig(model_id="tiny", path=str(path), devices=(3,)), []) is None
+    found = ledger().fit(config, [])
+    assert found is not None and found.context_tokens == 512
+
+
+def test_a_model_nobody_can_estimate_is_left_to_the_engine(tmp_path: Path) -> None:
+    path = write_qwen3(tmp_path / "model")
+    (path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert ledger().fit(EngineConfig(model_id="tiny", path=str(path)), []) is None
