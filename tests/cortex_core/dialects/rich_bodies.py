@@ -84,7 +84,7 @@ RICH_RESPONSES: dict[str, Any] = {
         {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "x"},
         {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "r"}]},
         {"type": "custom_tool_call_output", "call_id": "d", "output": "r"},
-        {"type": "configuration_update", "reasoning": {"effort": "low"}, "text": {"format": {"type": "text"}}},
+        {"type": "configuration_update", "reasoning": {"effort": "low"}},
         {"type": "additional_tools", "role": "developer", "tools": [{"type": "function", "name": "h"}]},
     ],
     "tools": [

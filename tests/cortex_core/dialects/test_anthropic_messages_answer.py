@@ -11,7 +11,7 @@ import anthropic
 import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
-from cortex_core.conversation import Reasoning, Request
+from cortex_core.conversation import Reasoning, Request, ThinkingPart
 from cortex_core.dialects import anthropic_messages
 from cortex_core.errors import ApiError
 from cortex_core.events import (
@@ -300,6 +300,36 @@ def test_omitted_thinking_is_an_empty_signed_block() -> None:
     block = body_of(omitted, events)["content"][0]
     assert block["thinking"] == ""
     assert block["signature"]
+
+
+def test_an_omitted_thought_comes_back_by_its_signature() -> None:
+    events: list[Event] = [
+        ReasoningDelta(0, "h"),
+        ReasoningDelta(0, "m é"),
+        TextDelta(0, "a"),
+        Finish(0, "stop"),
+        USAGE,
+    ]
+    omitted = request(REASONINGS[1])
+    block = body_of(omitted, events)["content"][0]
+    streamed = [e["delta"] for e in events_of(omitted, events) if e["type"] == "content_block_delta"]
+    assert streamed[0] == {"type": "signature_delta", "signature": block["signature"]}
+    history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [block]}]
+    again = anthropic_messages.parse(json.dumps({"model": "m", "max_tokens": 9, "messages": history}).encode())
+    assert again.turns[1].parts == (ThinkingPart("hm é", block["signature"]),)
+    foreign = [{**block, "signature": "EqQBCgIYAhIM…"}]
+    history[1]["content"] = foreign
+    again = anthropic_messages.parse(json.dumps({"model": "m", "max_tokens": 9, "messages": history}).encode())
+    assert again.turns[1].parts == ()
+
+
+def test_each_omitted_thought_has_its_own_signature() -> None:
+    events: list[Event] = [ReasoningDelta(0, "a"), TextDelta(0, "x"), ReasoningDelta(0, "b"), Finish(0, "stop"), USAGE]
+    omitted = request(REASONINGS[1])
+    whole = [block.get("signature") for block in body_of(omitted, events)["content"]]
+    deltas = [event["delta"].get("signature") for event in events_of(omitted, events) if "delta" in event]
+    assert [signature for signature in deltas if signature] == [whole[0], whole[2]]
+    assert whole[0] != whole[2]
 
 
 def test_nothing_generated_is_no_block() -> None:

@@ -116,6 +116,30 @@ def test_the_attribution_line_is_dropped_from_the_head_alone(system: Any, rest: 
     assert head == (Turn("user", (TextPart("hi"),)) if rest is None else Turn("system", (TextPart(rest),)))
 
 
+def test_what_the_filter_took_is_said() -> None:
+    assert parse(system=ATTRIBUTION).dropped == (anthropic_messages.ATTRIBUTION_FILTER,)
+    assert parse(system="You are").dropped == parse().dropped == ()
+    body = json.dumps({"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]})
+    body = body[:-1] + f', "system": {json.dumps(ATTRIBUTION)}}}'
+    for wanted, dialect in (
+        ((), anthropic_messages.MessagesDialect(drops_attribution=False)),
+        ((anthropic_messages.ATTRIBUTION_FILTER,), anthropic_messages.MessagesDialect()),
+    ):
+        asked = dialect.parse(body.encode())
+        assert asked.dropped == wanted
+        assert dialect.parse_count_tokens(body.encode()).turns == asked.turns
+
+
+def test_errors_of_the_engine_speak_of_this_dialects_fields() -> None:
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    asked = parse(tools=[search, WEATHER], output_config={"format": {"type": "json_schema", "schema": {}}})
+    assert asked.client_param("tools[0].function.parameters") == "tools[1].input_schema"
+    assert asked.client_param("response_format.json_schema.schema") == "output_config.format.schema"
+    older = parse(output_format={"type": "json_schema", "schema": {}})
+    assert older.client_param("response_format.json_schema.schema") == "output_format.schema"
+    assert asked.client_param("messages") == "messages"
+
+
 def test_the_attribution_line_can_be_kept() -> None:
     body = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}], "system": ATTRIBUTION}
     kept = anthropic_messages.parse(json.dumps(body).encode(), drops_attribution=False)

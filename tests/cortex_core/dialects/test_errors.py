@@ -120,6 +120,32 @@ def test_the_anthropic_sdk_raises_its_class(
     assert caught.value.body["error"]["type"] == error_type  # type: ignore[attr-defined]
 
 
+def test_the_anthropic_message_names_the_field_for_want_of_another_place() -> None:
+    def said(error: ApiError) -> str:
+        return str(json.loads(anthropic_error_body(error, None))["error"]["message"])
+
+    assert said(invalid("cannot see images", param="messages")) == "messages: cannot see images"
+    assert said(invalid("max_tokens: must be at least 0", param="max_tokens")) == "max_tokens: must be at least 0"
+    assert said(invalid("no")) == "no"
+
+
+@pytest.mark.parametrize(
+    ("path", "has_version", "dialect"),
+    [
+        ("/v1/messages?beta=true", False, "anthropic"),
+        ("/messages/count_tokens", False, "anthropic"),
+        ("/v1/models", False, "openai"),
+        ("/v1/models", True, "anthropic"),
+        ("/v1/models/org/name", True, "anthropic"),
+        ("/v1/files", True, "anthropic"),
+        ("/v1/responses", True, "openai"),
+        ("/chat/completions", True, "openai"),
+    ],
+)
+def test_the_header_decides_where_the_path_does_not(path: str, has_version: bool, dialect: str) -> None:
+    assert dialect_of_path(path, has_anthropic_version=has_version) == dialect
+
+
 def test_the_sentences_that_agents_match_on() -> None:
     too_long = prompt_too_long(213462, 200000)
     message = json.loads(anthropic_error_body(too_long, None))["error"]["message"]

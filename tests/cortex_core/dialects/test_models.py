@@ -10,7 +10,15 @@ import anthropic
 import openai
 import pytest
 from anthropic.types import ModelInfo
-from cortex_core.dialects.models import ModelEntry, Page, model_body, models_body, parse_page
+from cortex_core.dialects.models import (
+    ModelEntry,
+    Page,
+    anthropic_model_body,
+    anthropic_models_body,
+    model_body,
+    models_body,
+    parse_page,
+)
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ContextLimit, ModelCost, ModelLocation
 from openai.types import Model
@@ -120,3 +128,16 @@ def test_both_official_clients_list_and_retrieve(openai_client: Any, anthropic_c
     assert [model.id for model in other.models.list()] == ["org/name", "m"]
     other = anthropic_client(200, "application/json", model_body(FULL))
     assert other.models.retrieve("org/name").max_input_tokens == 24576
+
+
+def test_anthropics_own_shape_has_its_fields_and_no_others(anthropic_client: Any) -> None:
+    listed = anthropic_models_body([FULL, BARE], Page(limit=1))
+    value = json.loads(listed)
+    assert set(value) == {"data", "has_more", "first_id", "last_id"} and value["has_more"]
+    declared = set(ModelInfo.model_fields)
+    assert set(value["data"][0]) <= declared
+    assert {"max_tokens", "max_input_tokens", "capabilities"} <= set(value["data"][0])
+    one = json.loads(anthropic_model_body(BARE))
+    assert set(one) <= declared and "max_tokens" not in one
+    other: anthropic.Anthropic = anthropic_client(200, "application/json", anthropic_models_body([FULL, BARE]))
+    assert [model.id for model in other.models.list()] == ["org/name", "m"]
