@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,10 @@ from cortex_cli.exits import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNREACHABLE, CliE
 
 
 class Gateway:
-    """One gateway (or neuron) at `endpoint`. Raises `CliError` for whatever goes wrong."""
+    """One gateway (or neuron) at `endpoint`. Raises `CliError` for whatever goes wrong.
+
+    `CORTEX_API_KEY` is sent where it is set; there is no option for it, since command lines are seen by everyone.
+    """
 
     def __init__(self, endpoint: str, *, timeout_s: float = 600.0) -> None:
         parts = urlsplit(endpoint if "//" in endpoint else f"http://{endpoint}")
@@ -58,6 +62,8 @@ class Gateway:
     ) -> Iterator[http.client.HTTPResponse]:
         connection = self._connection_type(self._host, self._port, timeout=self._timeout_s)
         headers = {"accept": accept}
+        if key := os.environ.get("CORTEX_API_KEY"):
+            headers["authorization"] = f"Bearer {key}"
         payload = None
         if body is not None:
             payload = json.dumps(body).encode()

@@ -14,6 +14,7 @@ _COMMANDS = {
     "chat": "cortex_cli.commands.chat:chat",
     "config": "cortex_cli.commands.config:config",
     "demo": "cortex_cli.commands.demo:demo",
+    "keys": "cortex_cli.commands.keys:keys",
     "load": "cortex_cli.commands.load:load",
     "models": "cortex_cli.commands.models:models",
     "serve": "cortex_cli.commands.serve:serve",

@@ -7,19 +7,11 @@ from pathlib import Path
 import click
 
 from cortex_cli.exits import CliError
+from cortex_cli.options import config_option
 
 
 @click.command(help="Run the gateway.")
-@click.option(
-    "-c",
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("cortex.toml"),
-    show_default=True,
-    envvar="CORTEX_CONFIG",
-    help="Configuration file.",
-)
+@config_option
 def serve(config_path: Path) -> None:
     from cortex_core.config import ConfigError
     from cortex_core.gateway_config import load_gateway_config

@@ -12,9 +12,9 @@ from prometheus_client.registry import Collector
 from cortex_gateway.fleet.breaker import BreakerState
 from cortex_gateway.fleet.snapshot import FleetSnapshot
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.placement.waiting import Waiting
 from cortex_gateway.identity.estimate import Usage
 from cortex_gateway.identity.principal import Principal
+from cortex_gateway.placement.waiting import Waiting
 
 LONG_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 SHORT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
