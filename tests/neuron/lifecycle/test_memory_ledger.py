@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceHealth
 from neuron.hardware.host import anonymous_bytes
 from neuron.hardware.monitor import HardwareReading
@@ -13,7 +14,7 @@ from neuron.lifecycle.fitting import DeviceMemory
 from neuron.lifecycle.memory_ledger import MemoryLedger, Promise
 from neuron.protocol import EngineConfig
 
-from tests.neuron.engine.checkpoints import write_qwen3
+from tests.neuron.engine.checkpoints import SHAPE, write_qwen3
 
 MIB, GIB = 2**20, 2**30
 
@@ -72,6 +73,18 @@ def test_a_host_that_does_not_tell_its_memory_leaves_it_to_the_engine(tmp_path: 
     assert ledger().fit(EngineConfig(model_id="tiny", path=str(path), devices=(3,)), []) is None
     found = ledger().fit(config, [])
     assert found is not None and found.context_tokens == 512
+
+
+def test_a_download_that_this_host_could_never_load_is_refused() -> None:
+    config = EngineConfig(model_id="tiny", path="")
+    desk = ledger(free_mb=100)  # there may be more when it is here
+    desk.check_size(config, SHAPE, 4 * GIB)
+    with pytest.raises(ApiError) as caught:
+        desk.check_size(config, SHAPE, 9 * GIB)  # twice that as float32
+    assert caught.value.code == "insufficient_memory" and caught.value.extras["free_mb"] == 16 * 1024
+    assert "16384 MiB are all it has" in caught.value.message
+    desk.check_size(config, {"model_type": "qwen3"}, 900 * GIB)
+    ledger(free_mb=0).check_size(config, SHAPE, 900 * GIB)
 
 
 def test_a_model_nobody_can_estimate_is_left_to_the_engine(tmp_path: Path) -> None:

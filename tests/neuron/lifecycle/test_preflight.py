@@ -62,6 +62,8 @@ def test_what_can_be_served_passes() -> None:
         ({}, ["README.md"], "empty_repo", {"model_id": "acme/model"}),
         ({}, GGUF, "gguf_unsupported", {"gguf_quants": GGUF[1:]}),
         ({"tensor_parallel": 2}, GGUF, "tp_requires_safetensors", {"tp_size": 2, "gguf_quants": GGUF[1:]}),
+        ({"tensor_split": (3, 1)}, GGUF, "tp_requires_safetensors", {"tp_size": 2}),
+        ({"tensor_parallel": 2}, ["model_index.json"], "tp_requires_safetensors", {"tp_size": 2, "gguf_quants": []}),
         (
             {"quant": "q5_k_m"},
             GGUF,

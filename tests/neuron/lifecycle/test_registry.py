@@ -75,6 +75,24 @@ def test_only_needed_files_are_fetched_with_progress_by_bytes(registry: MockRegi
     assert [step.bytes_done for step in progress] == sorted(step.bytes_done for step in progress)
 
 
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_fetched(
+    registry: MockRegistry, tmp_path: Path
+) -> None:
+    seen: list[tuple[object, int]] = []
+
+    def refuse(config: object, num_bytes: int) -> None:
+        seen.append((config, num_bytes))
+        raise ApiError("invalid_request", "too large", code="insufficient_memory", status=422)
+
+    with pytest.raises(ApiError) as caught:
+        sources(registry, tmp_path).fetch(
+            SPEC, on_progress=lambda progress: None, cancelled=threading.Event(), before_weights=refuse
+        )
+    assert caught.value.code == "insufficient_memory"
+    assert seen == [({"model_type": "qwen3"}, sum(map(len, WEIGHTS.values())))]
+    assert not set(WEIGHTS) & set(registry.fetched())
+
+
 def test_what_is_there_is_not_fetched_again(registry: MockRegistry, tmp_path: Path) -> None:
     first = fetch(sources(registry, tmp_path))
     registry.requests.clear()

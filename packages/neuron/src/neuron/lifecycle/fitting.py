@@ -202,7 +202,8 @@ class _Problem:
         numbers = (
             f"`{config.model_id}` does not fit: it needs {_mb_up(worst.required(least))} MiB of "
             f"{'the host' if index is None else f'device {index}'} ({weights_mb} MiB of weights, the rest for a cache "
-            f"of {case.least_tokens} tokens, activations and the engine), and {available_mb} MiB are available."
+            f"of {case.least_tokens} tokens, activations and the engine), and {available_mb} MiB are "
+            + ("all it has." if worst.memory.available >= worst.memory.total else "available.")
         )
         facts = {
             "model_id": config.model_id,

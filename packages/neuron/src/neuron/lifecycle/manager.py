@@ -22,8 +22,8 @@ from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 from neuron.lifecycle.download import FetchCancelled
 from neuron.lifecycle.memory_ledger import MemoryLedger
-from neuron.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares, num_ranks
-from neuron.lifecycle.preflight import check_spec, refusal
+from neuron.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares
+from neuron.lifecycle.preflight import check_spec, num_ranks, refusal
 from neuron.lifecycle.progress import ProgressClock, Watchers, load_deadline_s
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
@@ -308,7 +308,12 @@ class ModelManager:
         event: machine.Event
         try:
             path = await run_in_daemon_thread(
-                lambda: self._sources.fetch(spec, on_progress=on_progress, cancelled=cancelled),
+                lambda: self._sources.fetch(
+                    spec,
+                    on_progress=on_progress,
+                    cancelled=cancelled,
+                    before_weights=lambda hf_config, size: self._check_size(model.id, spec, hf_config, size),
+                ),
                 name=f"fetch {model.id}",
             )
             await self._fit(model, spec, path)
@@ -327,6 +332,11 @@ class ModelManager:
 
     def _progressed(self, model: ServedModel, progress: LoadProgress) -> None:
         self._post(model, machine.Progressed(self._clocks[model.id].feed(progress, time.monotonic())))
+
+    def _check_size(self, model_id: str, spec: ModelSpec, hf_config: Mapping[str, Any], num_bytes: int) -> None:
+        """Refuse a download that this host could never load. Blocks. Raises `ApiError`."""
+        if self._memory is not None:
+            self._memory.check_size(self._engine_config(model_id, spec, Path()), hf_config, num_bytes)
 
     async def _fit(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
         """Refuse a load that memory has no room for, before anything is started. One at a time: what fits is promised

@@ -7,16 +7,16 @@ minutes. So what is available is what is free now, less what others may still ta
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from neuron.hardware.host import anonymous_bytes
 from neuron.hardware.monitor import HardwareReading
 from neuron.lifecycle.checkpoint_folder import read_json, weight_paths
-from neuron.lifecycle.estimate import ModelShape, NotEstimable, stored_tensors
+from neuron.lifecycle.estimate import ModelShape, NotEstimable, stored_tensors, tensors_of_size
 from neuron.lifecycle.fitting import DeviceMemory, Fit, Resident, fit
 from neuron.lifecycle.preflight import refusal
 from neuron.protocol import EngineConfig
@@ -37,8 +37,8 @@ class Promise(msgspec.Struct, frozen=True):
 
 
 class MemoryLedger:
-    """measure takes a fresh reading and may block. host_total_bytes: memory there is; floor_bytes: left free of the host
-    and of every device."""
+    """measure takes a fresh reading and may block. host_total_bytes: memory there is. floor_bytes: left free of the
+    host and of every device."""
 
     def __init__(self, measure: Callable[[], HardwareReading], *, host_total_bytes: int, floor_bytes: int) -> None:
         self._measure = measure
@@ -61,9 +61,7 @@ class MemoryLedger:
         except OSError as exc:
             raise refusal("repo_fetch_failed", f"`{path}` cannot be read: {exc}", model_id=config.model_id) from exc
         memory = self.memory(promises)
-        read = {each.index for each in memory if each.total}
-        if not read.issuperset(config.devices or (None,)):
-            logger.warning("memory not estimated model=%s reason=free memory cannot be read", config.model_id)
+        if not _is_known(config, memory):
             return None
         found = fit(
             config,
@@ -87,6 +85,17 @@ class MemoryLedger:
         )
         return found
 
+    def check_size(self, config: EngineConfig, hf_config: Mapping[str, Any], num_bytes: int) -> None:
+        """Whether weights of so many bytes, of which nothing else is known yet, could ever be loaded on this host, if
+        there were nothing else. Blocks. Raises `ApiError` 422."""
+        try:
+            shape = ModelShape.from_hf(hf_config)
+        except NotEstimable:
+            return
+        empty = [msgspec.structs.replace(each, available=each.total) for each in self.memory(())]
+        if _is_known(config, empty):
+            fit(config, shape, tensors_of_size(num_bytes, shape), empty, floor_bytes=self._floor_bytes)
+
     def memory(self, promises: Sequence[Promise]) -> list[DeviceMemory]:
         """What is available now, of the host and of every device; a total of 0 is unknown."""
         reading = self._measure()
@@ -109,6 +118,14 @@ class MemoryLedger:
             total = (device.vram_free_mb + device.vram_used_mb) * _MIB
             found.append(DeviceMemory(device.index, available, total, moving["coming"] + moving["leaving"]))
         return found
+
+
+def _is_known(config: EngineConfig, memory: Sequence[DeviceMemory]) -> bool:
+    """Whether there is a reading of every device that the load is to use."""
+    if {each.index for each in memory if each.total}.issuperset(config.devices or (None,)):
+        return True
+    logger.warning("memory not estimated model=%s reason=free memory cannot be read", config.model_id)
+    return False
 
 
 def _name(index: int | None) -> str:

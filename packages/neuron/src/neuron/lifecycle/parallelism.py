@@ -9,19 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
-from neuron.lifecycle.preflight import refusal
+from neuron.lifecycle.preflight import num_ranks, refusal
 
 # Free memory that differs by less than this between devices is no reason for unequal parts.
 _ALIKE = 0.9
 # Ratios given as fractions are kept to this precision.
 _PRECISION = 1000
-
-
-def num_ranks(spec: ModelSpec) -> int:
-    """Processes of the group: as asked for, or as many as the split names."""
-    if spec.tensor_parallel is not None:
-        return spec.tensor_parallel
-    return len(spec.tensor_split) if isinstance(spec.tensor_split, tuple) else 1
 
 
 def check_parallelism(spec: ModelSpec, devices: Sequence[DeviceInfo]) -> None:

@@ -89,6 +89,13 @@ def weight_files(layout: Layout, index: Mapping[str, Any] | None) -> tuple[str, 
     return (SINGLE_FILE,) if SINGLE_FILE in layout.safetensors else layout.safetensors
 
 
+def num_ranks(spec: ModelSpec) -> int:
+    """Processes of the group: as asked for, or as many as the split names."""
+    if spec.tensor_parallel is not None:
+        return spec.tensor_parallel
+    return len(spec.tensor_split) if isinstance(spec.tensor_split, tuple) else 1
+
+
 def check_spec(spec: ModelSpec, devices: Sequence[DeviceInfo]) -> None:
     """What the request alone rules out. Raises `ApiError` 422."""
     if spec.devices is not None:
@@ -109,7 +116,7 @@ def check_layout(spec: ModelSpec, names: Iterable[str]) -> Layout:
     """Whether what the repository holds can be served as asked. Raises `ApiError` 422."""
     names = list(names)
     layout = classify(names)
-    tensor_parallel = spec.tensor_parallel or 1
+    tensor_parallel = num_ranks(spec)
     if layout.kind == "empty":
         found = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".onnx")))
         hint = f" It holds {found[0]}, but only safetensors weights are read." if found else ""

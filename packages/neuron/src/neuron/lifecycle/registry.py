@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from neuron.lifecycle.preflight import (
 logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[LoadProgress], None]
+SizeCheck = Callable[[Mapping[str, Any], int], None]
 
 CONNECTIONS = 4
 """Files that are fetched at a time: one connection rarely fills a fast line."""
@@ -63,10 +64,19 @@ class Registry:
         self._cache_dir = cache_dir
 
     def fetch(
-        self, spec: ModelSpec, model: ModelId, *, on_progress: ProgressCallback, cancelled: threading.Event
+        self,
+        spec: ModelSpec,
+        model: ModelId,
+        *,
+        on_progress: ProgressCallback,
+        cancelled: threading.Event,
+        before_weights: SizeCheck = lambda config, num_bytes: None,
     ) -> Path:
-        """The snapshot folder of `model`, complete. Raises `ApiError` (retryable where the cause may pass) and
-        `FetchCancelled`."""
+        """The snapshot folder of `model`, complete.
+
+        before_weights gets config.json and the size of the weights before any of them is fetched, and may refuse.
+        Raises `ApiError` (retryable where the cause may pass) and `FetchCancelled`.
+        """
         from huggingface_hub import HfApi
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -87,7 +97,7 @@ class Registry:
         if info.sha is None:
             raise refusal("repo_fetch_failed", f"The registry names no revision of `{model}`.", model_id=spec.model_id)
         try:
-            return self._download(spec, model, info.sha, files, layout, on_progress, cancelled)
+            return self._download(spec, model, info.sha, files, layout, on_progress, cancelled, before_weights)
         except (ApiError, FetchCancelled):
             raise
         except Exception as exc:
@@ -102,6 +112,7 @@ class Registry:
         layout: Layout,
         on_progress: ProgressCallback,
         cancelled: threading.Event,
+        before_weights: SizeCheck,
     ) -> Path:
         failed = threading.Event()
         meter = _Meter(on_progress)
@@ -115,10 +126,12 @@ class Registry:
             on_bytes=meter.add,
         )
         config = downloader.get(files["config.json"])
-        check_config(spec, read_json(config))  # before anything large is touched
+        hf_config = read_json(config)
+        check_config(spec, hf_config)  # before anything large is touched
         index = read_json(downloader.get(files[INDEX_FILE])) if layout.is_sharded else None
         small = sorted(name for name in files if is_small_file(name))
         weights = weight_files(layout, index if isinstance(index, dict) else None)
+        before_weights(hf_config, _size([files[name] for name in weights]))
         wanted = [files[name] for name in (*small, *weights)]
         missing = [file for file in wanted if not downloader.is_here(file)]
         total, left = _size(wanted), _size(missing)

@@ -161,11 +161,16 @@ class ServedModel:
             rejected_kv_timeout=rejected["kv_timeout"],
             rejected_kv_unservable=rejected["kv_unservable"],
             kv_budget_mb=0 if capacity is None else capacity.megabytes(capacity.num_pages),
-            kv_available_mb=0 if capacity is None else capacity.megabytes(admission.available_pages),
+            kv_available_mb=0 if capacity is None else capacity.megabytes(self._free_pages()),
             tok_s_prefill=_rate(stats.prefill_tokens, stats.prefill_seconds),
             tok_s_decode=_rate(stats.decode_tokens, stats.decode_seconds),
             idle_s=admission.idle_s,
         )
+
+    def _free_pages(self) -> int:
+        """Pages that are neither promised to a request nor held by one in the engine."""
+        promised = self.admission.available_pages
+        return min(promised, self.stats.free_pages) if self.stats.total_pages else promised
 
     def _servable(self) -> Servable | None:
         """What the smallest of requests would be told; None while that is not known. A cache that is full of answers

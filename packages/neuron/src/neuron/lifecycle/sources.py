@@ -14,7 +14,7 @@ from cortex_core.fleet import ModelSpec
 from neuron.config import CandleConfig
 from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.model_id import DEFAULT_SCHEME, FILE_SCHEME, ModelId, ModelIdError, parse_model_id
-from neuron.lifecycle.registry import ProgressCallback, Registry
+from neuron.lifecycle.registry import ProgressCallback, Registry, SizeCheck
 
 DEMO_MODEL = "cortex/demo"
 
@@ -55,8 +55,18 @@ class Sources:
         model = self.parse(text)
         return str(model) if model.scheme == FILE_SCHEME else model.repo
 
-    def fetch(self, spec: ModelSpec, *, on_progress: ProgressCallback, cancelled: threading.Event) -> Path:
-        """The folder of a checked, complete checkpoint. Raises `ApiError` and `download.FetchCancelled`."""
+    def fetch(
+        self,
+        spec: ModelSpec,
+        *,
+        on_progress: ProgressCallback,
+        cancelled: threading.Event,
+        before_weights: SizeCheck = lambda config, num_bytes: None,
+    ) -> Path:
+        """The folder of a checked, complete checkpoint; before_weights may refuse before weights are downloaded.
+
+        Raises `ApiError` and `download.FetchCancelled`.
+        """
         model = self.parse(spec.model_id)
         if spec.model_id == DEMO_MODEL:
             path = demo_model_path()
@@ -66,7 +76,9 @@ class Sources:
             path = Path(model.path).expanduser().absolute()
             check_folder(spec, path)
             return path
-        return self._registries[model.scheme].fetch(spec, model, on_progress=on_progress, cancelled=cancelled)
+        return self._registries[model.scheme].fetch(
+            spec, model, on_progress=on_progress, cancelled=cancelled, before_weights=before_weights
+        )
 
 
 def demo_model_path() -> Path:
