@@ -69,3 +69,13 @@ def test_exit_codes(fleet: FleetProcess, tmp_path: Path) -> None:
     broken.write_text('[gateway]\nlisten = "127.0.0.1:1"\n')
     assert cortex("config", "check", str(broken)).returncode == 0
     assert cortex("--version").stdout.startswith("cortex, version ")
+
+
+def test_bench_measures_a_running_fleet(fleet: FleetProcess) -> None:
+    arguments = ("bench", MODEL, "-e", fleet.url, "-n", "6", "-c", "3", "--max-tokens", "8", "--ignore-eos", "--json")
+    done = cortex(*arguments)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["completed"], report["failed"], report["output_tokens"]) == (6, 0, 48)
+    assert 0 < report["first_token_s"]["p50"] <= report["latency_s"]["max"] <= report["duration_s"]
+    assert cortex("bench", "no/such-model", "-e", fleet.url, "-n", "1").returncode == 1

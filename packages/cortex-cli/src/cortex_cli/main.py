@@ -11,6 +11,7 @@ import click
 from cortex_cli.exits import EXIT_INTERRUPTED, CliError
 
 _COMMANDS = {
+    "bench": "cortex_cli.commands.bench:bench",
     "chat": "cortex_cli.commands.chat:chat",
     "config": "cortex_cli.commands.config:config",
     "demo": "cortex_cli.commands.demo:demo",
