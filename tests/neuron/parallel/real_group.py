@@ -31,7 +31,7 @@ class RealGroup:
             LaunchSettings(runtime_dir=folder),
             on_progress=self.progress.append,
             on_step=self._on_step,
-            on_pong=lambda rank, nonce: self.pongs.append((rank, nonce)),
+            on_pong=self._on_pong,
         )
 
     async def __aenter__(self) -> RealGroup:
@@ -57,7 +57,7 @@ class RealGroup:
         return number
 
     async def until(self, condition: Any) -> None:
-        """Wait until a step has made the condition true. Fails when the group ends first."""
+        """Wait until a step or a pong has made the condition true. Fails when the group ends first."""
         async with asyncio.timeout(DEADLINE_S):
             while not condition():
                 self._changed.clear()
@@ -79,6 +79,10 @@ class RealGroup:
 
     def tokens(self, number: int) -> list[int]:
         return [token for update in self.updates[number] for token in update.token_ids]
+
+    def _on_pong(self, rank: int, nonce: int) -> None:
+        self.pongs.append((rank, nonce))
+        self._changed.set()
 
     def _on_step(self, step: StepOutput) -> None:
         assert not step.failures, step.failures

@@ -245,3 +245,20 @@ def test_dummy_weights_depend_on_the_seed_alone() -> None:
         else:
             assert 0.01 < a.std() < 0.03
             assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("shares", [(), (1, 2)])
+def test_dummy_weights_of_ranks_are_parts_of_those_of_one(shares: tuple[int, ...]) -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    whole = model_of(**sizes)
+    load_dummy_weights(whole, seed=3)
+    for rank in range(2):
+        part = model_of(parallel=ParallelGroup(rank, 2, shares=shares), **sizes)
+        load_dummy_weights(part, seed=3)
+        for (name, ours, fused), (_, theirs, _) in zip(
+            part.checkpoint_modules(), whole.checkpoint_modules(), strict=True
+        ):
+            for own, all_of_it in zip(ours.placements(fused), theirs.placements(fused), strict=True):
+                if not any(piece.start == piece.stop for piece in own.source):
+                    expected = getattr(theirs, all_of_it.parameter)[all_of_it.target][own.source]
+                    assert torch.equal(getattr(ours, own.parameter)[own.target], expected), name

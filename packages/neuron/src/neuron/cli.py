@@ -101,6 +101,53 @@ def discover(as_json: bool) -> None:
         click.echo(_describe(found))
 
 
+@cli.command(
+    "tp-smoke",
+    help="Try tensor parallelism: real rank processes on a tiny random model, compared with one rank. Exit code 1 if "
+    "anything is wrong.",
+)
+@click.option("--devices", metavar="LIST", help="CUDA indexes, one for each rank: 0,1")
+@click.option("--cpu", is_flag=True, help="On the CPU, with --ranks processes.")
+@click.option("--ranks", type=click.IntRange(2, 64), help="Number of ranks on the CPU (default 2).")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=1), default=180.0, help="Seconds for each of the two groups."
+)
+@click.option("--json", "as_json", is_flag=True, help="As one JSON document.")
+def tp_smoke(devices: str | None, cpu: bool, ranks: int | None, timeout_s: float, as_json: bool) -> None:
+    import asyncio
+
+    from neuron.supervisor.smoke import run_smoke
+
+    if cpu == (devices is not None) or (ranks is not None and not cpu):
+        raise click.UsageError("Give either --devices, or --cpu with --ranks.")
+    indexes = _device_list(devices) if devices is not None else ()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    report = asyncio.run(run_smoke(num_ranks=len(indexes) or ranks or 2, devices=indexes, timeout_s=timeout_s))
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+    else:
+        for rank in report.ranks:
+            click.echo(f"rank {rank.rank}  pid {rank.pid}  {rank.device}  {', '.join(rank.checks) or 'nothing'}")
+        if report.ok:
+            click.echo(f"greedy answers equal those of one rank ({sum(map(len, report.answers))} tokens)")
+            click.echo(f"loaded in {report.load_seconds:.1f} s, {report.step_ms:.1f} ms a step")
+        placed = ",".join(map(str, report.devices)) or "cpu"
+        click.echo(f"status={'ok' if report.ok else 'failed'} tp_size={report.tp_size} devices={placed}")
+    if report.problem is not None:
+        click.echo(f"error: {report.problem}", err=True)
+    raise click.exceptions.Exit(0 if report.ok else 1)
+
+
+def _device_list(text: str) -> tuple[int, ...]:
+    try:
+        indexes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"`{text}` is no list of device indexes", param_hint="--devices") from None
+    if len(indexes) < 2 or len(set(indexes)) != len(indexes) or min(indexes) < 0:
+        raise click.BadParameter("tensor parallelism needs at least two different devices", param_hint="--devices")
+    return indexes
+
+
 def _describe(found: DiscoveryResponse) -> str:
     lines = [
         f"host      {found.hostname} ({found.os} {found.kernel})",

@@ -107,6 +107,11 @@ class Incarnation:
         return [process.pid for process in self._processes]
 
     @property
+    def exit_codes(self) -> list[int | None]:
+        """Of the processes by rank; None while one runs."""
+        return [process.exited.result() if process.exited.done() else None for process in self._processes]
+
+    @property
     def channel(self) -> EngineChannel:
         """The connection of rank 0. Raises `ChannelClosed` before it said hello or after it has gone."""
         channel = self._channels.get(0)
