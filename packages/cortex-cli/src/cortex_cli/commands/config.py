@@ -1,4 +1,4 @@
-"""`cortex config check`: would these files be accepted?"""
+"""`cortex config check`: would these files be accepted? `cortex config schema`: what would be?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cortex_cli.exits import EXIT_FAILED
+from cortex_cli.exits import EXIT_FAILED, CliError
 from cortex_cli.options import json_option
 
 
@@ -74,3 +74,36 @@ def _check_file(path: Path, kind: str, checked: list[str], faults: list[str]) ->
             load_neuron_config(path)
     except ConfigError as exc:
         faults.extend(exc.faults)
+
+
+@config.command(
+    help="Print the JSON Schema of cortex.toml, models.toml or neuron.toml, made from the types that `config check` "
+    "and the daemons read them with. For editors: put `#:schema FILE` into the first line of the TOML."
+)
+@click.argument("kind", type=click.Choice(["cortex", "models", "neuron"]), default="cortex")
+def schema(kind: str) -> None:
+    import msgspec
+
+    described = msgspec.json.schema(_type_of(kind))
+    named = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"{kind}.toml",
+        **described,
+    }
+    click.echo(json.dumps(named, indent=2, sort_keys=True))
+
+
+def _type_of(kind: str) -> type:
+    if kind == "cortex":
+        from cortex_core.gateway_config import GatewayConfig
+
+        return GatewayConfig
+    if kind == "models":
+        from cortex_core.catalogue import Catalogue
+
+        return Catalogue
+    try:
+        from neuron.config import NeuronConfig
+    except ImportError:
+        raise CliError("helexa-neuron is not installed here, so its schema is not known") from None
+    return NeuronConfig
