@@ -9,7 +9,14 @@ import msgspec
 import pytest
 from cortex_core.conversation import RawPrompt, Reasoning, Request
 from cortex_core.dialects import anthropic_messages, openai_chat
-from cortex_core.dialects.openai_chat_client import StreamReader, error_of, write_request
+from cortex_core.dialects.openai_chat_client import (
+    AnswerReader,
+    StreamReader,
+    error_of,
+    read_count,
+    write_count_request,
+    write_request,
+)
 from cortex_core.errors import ApiError
 from cortex_core.events import (
     Event,
@@ -274,7 +281,8 @@ def test_any_bytes_end_in_one_terminal_event(noise: bytes, pieces: list[bytes]) 
             b'{"error": "too long", "code": "prompt_too_long"}',
             ("invalid_request", "too long", "prompt_too_long", None),
         ),
-        (422, b'{"detail": "x"}', ("invalid_request", "The upstream server answered 422", None, None)),
+        (422, b'{"detail": "x"}', ("invalid_request", "x", None, None)),
+        (422, b'{"detail": [{"loc": 1}]}', ("invalid_request", "The upstream server answered 422", None, None)),
         (503, b"<html>", ("overloaded", "The upstream server answered 503", None, None)),
         (418, b"\xff", ("internal", "The upstream server answered 418", None, None)),
         (500, b'{"error": {"code": 7}}', ("internal", "The upstream server answered 500", None, None)),
@@ -285,3 +293,79 @@ def test_upstream_errors(status: int, body: bytes, expected: tuple[Any, ...]) ->
     assert isinstance(error, ApiError)
     assert (error.kind, error.message, error.code, error.param) == expected
     assert error.retry_after == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "no", "code": "context_length_exceeded", "prompt_len": 5000, "max": 4096},
+        {"message": "no", "type": "exceed_context_size_error", "n_prompt_tokens": 5000, "n_ctx": 4096},
+        {"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (…)"},
+        {
+            "message": "This model's maximum context length is 4096 tokens. However, your messages resulted in 5000 tokens"
+        },
+        {"message": "request (5000 tokens) exceeds the available context size (4096 tokens), try increasing it"},
+        {"message": "prompt is too long: 5000 tokens > 4096 maximum"},
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_said_in_one_way(error: dict[str, Any]) -> None:
+    found = error_of(400, json.dumps({"error": error}).encode())
+    assert (found.code, found.status) == ("context_length_exceeded", 400)
+    assert found.extras == {"prompt_len": 5000, "max": 4096}
+
+
+def test_numbers_of_another_error_are_not_read_as_a_length() -> None:
+    found = error_of(400, b'{"error": {"message": "n: at most 4096 choices, you requested 5000 tokens"}}')
+    assert (found.code, found.extras) == (None, {})
+
+
+@given(event_streams(num_choices=2, top_logprobs=None))
+def test_an_answer_in_one_piece_says_what_its_stream_says(events: list[Event]) -> None:
+    seen = openai_chat.parse(json.dumps({**RICH_CHAT, "n": 2, "stream": False}).encode())
+    collector = openai_chat.Collector(seen, **IDENTITY)
+    for event in events:
+        collector.feed(event)
+    reader = AnswerReader()
+    assert reader.feed(collector.body()) == []
+    projected = openai_chat.Collector(seen, **IDENTITY)
+    for event in reader.end():
+        projected.feed(event)
+    assert json.loads(projected.body()) == json.loads(collector.body())
+    assert reader.end() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"{", "cannot be read"),
+        (b"[]", "cannot be read"),
+        (b"{}", "ended before"),
+        (b'{"choices": [{"index": 0, "message": {"content": "a"}}]}', "ended before"),
+        (b'{"error": {"message": "out of memory"}}', "out of memory"),
+    ],
+)
+def test_an_answer_that_is_none_ends_in_one_failure(answer: bytes, message: str) -> None:
+    reader = AnswerReader()
+    reader.feed(answer[:3])
+    reader.feed(answer[3:])
+    last = reader.end()[-1]
+    assert isinstance(last, Failure) and message in last.error.message
+
+
+def test_tokens_are_counted_of_the_prompt_that_would_be_sent() -> None:
+    asked = anthropic_messages.parse(json.dumps(RICH_MESSAGES).encode())
+    sent = json.loads(write_request(asked, model="m"))
+    counted = json.loads(write_count_request(asked, model="m"))
+    for name in ("model", "messages", "tools", "chat_template_kwargs"):
+        assert counted.get(name) == sent.get(name), name
+    assert counted["add_generation_prompt"] is not asked.continue_final_turn
+    with pytest.raises(ValueError, match="raw prompt"):
+        write_count_request(Request("m", prompts=(RawPrompt("a"),)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "count"),
+    [(b'{"count": 7, "tokens": [1]}', 7), (b'{"tokens": []}', None), (b'{"count": -1}', None), (b"\xff", None)],
+)
+def test_what_a_server_counted(answer: bytes, count: int | None) -> None:
+    assert read_count(answer) == count

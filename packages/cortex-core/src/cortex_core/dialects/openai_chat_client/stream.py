@@ -1,8 +1,4 @@
-"""The reverse of `openai_chat`: write a request, read a stream.
-
-For talking to a server that speaks OpenAI chat completions and nothing else. With it, translation between dialects
-is composition: one dialect's parser, `write_request`, `StreamReader`, the first dialect's projector.
-"""
+"""Read a chat completion, streamed or whole, as events."""
 
 from __future__ import annotations
 
@@ -12,18 +8,8 @@ from typing import Any
 
 import msgspec
 
-from cortex_core.conversation import (
-    ImagePart,
-    Request,
-    ResponseFormat,
-    TextPart,
-    ThinkingPart,
-    ToolCallPart,
-    ToolChoice,
-    ToolResultPart,
-    Turn,
-)
-from cortex_core.errors import ApiError, ErrorKind
+from cortex_core.dialects.openai_chat_client.errors import error_of
+from cortex_core.errors import ApiError
 from cortex_core.events import (
     Event,
     Failure,
@@ -43,156 +29,6 @@ from cortex_core.sse import SseDecoder, SseError, SseEvent
 _decode = msgspec.json.Decoder().decode
 
 _CALL_PREFIX = "call_"
-
-# ---------------------------------------------------------------- requests
-
-
-def write_request(request: Request, *, model: str | None = None) -> bytes:
-    """The request as a streamed chat completion body that asks for usage. model: the name the server knows.
-
-    What the official API has no field for goes into the extensions that local servers share (`top_k`,
-    `chat_template_kwargs`, `continue_final_message`, …). Raises `ValueError` for a raw prompt: it is no chat.
-    """
-    if not request.turns:
-        raise ValueError("a raw prompt cannot be written as a chat completion")
-    body: dict[str, Any] = {
-        "model": model or request.model,
-        "messages": [message for turn in request.turns for message in _messages(turn)],
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    body |= _tool_fields(request)
-    body |= _sampling_fields(request)
-    body |= _reasoning_fields(request)
-    if request.response_format is not None:
-        body["response_format"] = _response_format(request.response_format)
-    if request.continue_final_turn:
-        body |= {"continue_final_message": True, "add_generation_prompt": False}
-    return json.dumps(body, ensure_ascii=False).encode()
-
-
-def _messages(turn: Turn) -> list[dict[str, Any]]:
-    if turn.role == "tool":
-        return [_tool_message(part) for part in turn.parts if isinstance(part, ToolResultPart)]
-    if turn.role == "assistant":
-        return [_assistant_message(turn)]
-    parts = tuple(part for part in turn.parts if isinstance(part, (TextPart, ImagePart)))
-    return [{"role": turn.role, "content": _content(parts)}]
-
-
-def _content(parts: tuple[TextPart | ImagePart, ...]) -> str | list[dict[str, Any]]:
-    """A string wherever it can be one: not every server reads parts."""
-    if not parts:
-        return ""
-    if len(parts) == 1 and isinstance(parts[0], TextPart):
-        return parts[0].text
-    return [_part(part) for part in parts]
-
-
-def _part(part: TextPart | ImagePart) -> dict[str, Any]:
-    if isinstance(part, TextPart):
-        return {"type": "text", "text": part.text}
-    url = part.url or f"data:{part.media_type or 'image/png'};base64,{part.data}"
-    return {"type": "image_url", "image_url": {"url": url} | ({"detail": part.detail} if part.detail else {})}
-
-
-def _tool_message(part: ToolResultPart) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "tool", "tool_call_id": part.call_id, "content": _content(part.content)}
-    if part.name is not None:
-        message["name"] = part.name
-    return message
-
-
-def _assistant_message(turn: Turn) -> dict[str, Any]:
-    texts = tuple(part for part in turn.parts if isinstance(part, TextPart))
-    reasoning = "".join(part.text for part in turn.parts if isinstance(part, ThinkingPart))
-    calls = [part for part in turn.parts if isinstance(part, ToolCallPart)]
-    message: dict[str, Any] = {"role": "assistant", "content": None if calls and not texts else _content(texts)}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in calls
-        ]
-    return message
-
-
-def _tool_fields(request: Request) -> dict[str, Any]:
-    if not request.tools:
-        return {}
-    tools = []
-    for tool in request.tools:
-        function: dict[str, Any] = {"name": tool.name}
-        if tool.description is not None:
-            function["description"] = tool.description
-        if tool.parameters is not None:
-            function["parameters"] = tool.parameters
-        if tool.strict:
-            function["strict"] = True
-        tools.append({"type": "function", "function": function})
-    fields: dict[str, Any] = {"tools": tools, "tool_choice": _tool_choice(request.tool_choice)}
-    if not request.parallel_tool_calls:
-        fields["parallel_tool_calls"] = False
-    return fields
-
-
-def _tool_choice(choice: ToolChoice) -> str | dict[str, Any]:
-    if choice.mode == "named":
-        return {"type": "function", "function": {"name": choice.name}}
-    if choice.allowed is None:
-        return choice.mode
-    allowed = [{"type": "function", "function": {"name": name}} for name in choice.allowed]
-    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": allowed}}
-
-
-def _sampling_fields(request: Request) -> dict[str, Any]:
-    sampling = request.sampling
-    fields: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-        "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
-        "seed": sampling.seed,
-        "max_tokens": request.limits.max_tokens,
-        "stop": list(request.limits.stop) or None,
-        "ignore_eos": request.limits.ignore_eos or None,
-        "n": None if request.num_choices == 1 else request.num_choices,
-    }
-    if request.logprobs is not None:
-        fields |= {"logprobs": True, "top_logprobs": request.logprobs}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _reasoning_fields(request: Request) -> dict[str, Any]:
-    reasoning = request.reasoning
-    template_kwargs = dict(request.template_kwargs)
-    fields: dict[str, Any] = {}
-    if reasoning.mode != "default":
-        template_kwargs.setdefault("enable_thinking", reasoning.mode == "on")
-    if reasoning.effort is not None:
-        fields["reasoning_effort"] = reasoning.effort
-    if reasoning.budget_tokens is not None:
-        fields["thinking"] = {"type": "enabled", "budget_tokens": reasoning.budget_tokens}
-    if template_kwargs:
-        fields["chat_template_kwargs"] = template_kwargs
-    return fields
-
-
-def _response_format(response_format: ResponseFormat) -> dict[str, Any]:
-    if response_format.kind == "json_object":
-        return {"type": "json_object"}
-    wrapper: dict[str, Any] = {"name": response_format.name or "response", "schema": response_format.schema}
-    if response_format.strict is not None:
-        wrapper["strict"] = response_format.strict
-    return {"type": "json_schema", "json_schema": wrapper}
-
-
-# ---------------------------------------------------------------- streams
 
 
 class _Chunk(msgspec.Struct):
@@ -248,6 +84,10 @@ class _Choice(msgspec.Struct):
     stop_reason: str | int | None = None
 
 
+class _WholeChoice(_Choice):
+    message: _Delta = msgspec.field(default_factory=_Delta)
+
+
 class _PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
@@ -263,7 +103,16 @@ class _Usage(msgspec.Struct):
     completion_tokens_details: _CompletionDetails | None = None
 
 
+class _Answer(msgspec.Struct):
+    """An answer that was not streamed."""
+
+    choices: list[_WholeChoice] = []
+    usage: _Usage | None = None
+    error: dict[str, Any] | str | None = None
+
+
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 class _ChoiceState:
@@ -327,6 +176,18 @@ class StreamReader:
                     self._read(event.data, events)
         except SseError as error:
             self._fail(ApiError("internal", f"The upstream stream cannot be read: {error}"), events)
+        if not self.is_done:
+            self._finish_stream(events)
+        return events
+
+    def read_whole(self, answer: _Answer) -> list[Event]:
+        """All events of an answer that came in one piece, its messages read as deltas that hold everything."""
+        events: list[Event] = []
+        for choice in answer.choices:
+            if not self.is_done:
+                choice.delta = choice.message
+                self._read_choice(choice, events)
+        self._usage = None if answer.usage is None else _usage(answer.usage)
         if not self.is_done:
             self._finish_stream(events)
         return events
@@ -409,6 +270,32 @@ class StreamReader:
         events.append(Failure(error))
 
 
+class AnswerReader:
+    """As `StreamReader`, for an answer in one piece: what servers send that do not stream, though asked to."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self.is_done = False
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """Nothing yet: the answer is read when it is whole."""
+        self._pieces.append(chunk)
+        return []
+
+    def end(self) -> list[Event]:
+        if self.is_done:
+            return []
+        self.is_done = True
+        try:
+            answer = _decode_answer(b"".join(self._pieces))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            error = ApiError("internal", "The upstream server sent an answer that cannot be read", status=502)
+            return [Failure(error)]
+        if answer.error is not None:
+            return [Failure(error_of(500, msgspec.json.encode({"error": answer.error})))]
+        return StreamReader().read_whole(answer)
+
+
 def _finish_reason(choice: _Choice) -> tuple[FinishReason, str | None]:
     if choice.finish_reason == "length":
         return "length", None
@@ -444,44 +331,3 @@ def _usage(usage: _Usage) -> Usage:
         cached_tokens=min(cached or 0, usage.prompt_tokens),
         reasoning_tokens=min(reasoning or 0, usage.completion_tokens),
     )
-
-
-# ---------------------------------------------------------------- errors
-
-_KIND_OF_STATUS: dict[int, ErrorKind] = {
-    400: "invalid_request",
-    401: "authentication",
-    403: "permission",
-    404: "not_found",
-    405: "method_not_allowed",
-    409: "conflict",
-    413: "request_too_large",
-    422: "invalid_request",
-    429: "rate_limit",
-    503: "overloaded",
-    504: "timeout",
-    529: "overloaded",
-}
-
-
-def error_of(status: int, body: bytes, *, retry_after: int | None = None) -> ApiError:
-    """An upstream error answer, whatever its shape, as the error to pass on; its status is kept where it has a kind."""
-    kind = _KIND_OF_STATUS.get(status, "internal")
-    message, code, param = f"The upstream server answered {status}", None, None
-    try:
-        value = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        value = None
-    error = value.get("error", value) if isinstance(value, dict) else value
-    if isinstance(error, str) and error:
-        message = error
-        code = _string(value.get("code")) if isinstance(value, dict) else None
-    elif isinstance(error, dict):
-        message = _string(error.get("message")) or message
-        code = _string(error.get("code"))
-        param = _string(error.get("param"))
-    return ApiError(kind, message, code=code, param=param, retry_after=retry_after)
-
-
-def _string(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
