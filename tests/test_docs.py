@@ -96,6 +96,19 @@ def test_internal_links_lead_somewhere() -> None:
     assert not broken
 
 
+def test_every_learning_has_a_test_that_exists_or_a_reason() -> None:
+    page = (DOCS / "explanation" / "failures.md").read_text()
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^\s*(?:async )?def (test_\w+)\(", sources, re.M))
+    defined |= set(re.findall(r"^(test_\w+) = \w+\.TestCase$", sources, re.M))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert named and not named - defined, "failures.md names tests that do not exist"
+    rows = {int(number): rest for number, rest in re.findall(r"^\| F(\d+) (.*)$", page, re.M)}
+    assert sorted(rows) == list(range(1, 37))
+    unheld = [number for number, rest in rows.items() if f"`test_F{number}_" not in rest]
+    assert all("cannot happen" in rows[number] or "the gateway's" in rows[number] for number in unheld), unheld
+
+
 def toml_blocks() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for number, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(), re.S)):

@@ -122,7 +122,7 @@ async def test_a_load_outlives_the_client_that_asked(checkpoint: Path, gate: Pat
         await eventually(lambda: neuron.served.state.phase == "loaded")
 
 
-async def test_unloading_leaves_nothing(checkpoint: Path) -> None:
+async def test_F14_unloading_leaves_nothing(checkpoint: Path) -> None:
     async with run_neuron(checkpoint) as neuron:
         (pid,) = neuron.served.group.pids
         status, _, body = await neuron.post("/models/unload", {"model_id": neuron.model})
@@ -216,7 +216,7 @@ async def test_F11_a_killed_engine_is_visible_while_it_recovers(checkpoint: Path
         assert model.status == "loaded" and model.error is None
 
 
-async def test_default_models_are_loaded_once_the_daemon_listens(checkpoint: Path, gate: Path) -> None:
+async def test_F34_default_models_are_loaded_once_the_daemon_listens(checkpoint: Path, gate: Path) -> None:
     broken = ModelSpec("file:/nowhere")
     config = NeuronConfig(default_models=(broken, ModelSpec(f"file:{checkpoint}")))
     command = scripted_with("--gate", str(gate))

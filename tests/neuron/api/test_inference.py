@@ -237,7 +237,7 @@ async def test_a_client_that_hangs_up_in_the_queue_leaves_it(checkpoint: Path, s
 
 
 @pytest.mark.parametrize(("path", "ping"), [(CHAT, b": ping\n\n"), (MESSAGES, b"event: ping\n")])
-async def test_a_silent_stream_is_kept_alive(checkpoint: Path, path: str, ping: bytes) -> None:
+async def test_F30_a_silent_stream_is_kept_alive(checkpoint: Path, path: str, ping: bytes) -> None:
     async with run_neuron(checkpoint, stream_hold_s=0.05, ping_interval_s=0.05) as neuron:
         request = json.dumps(neuron.chat(stream=True, top_k=SILENT))
         async with neuron.client.post(neuron.url + path, data=request) as response:

@@ -81,4 +81,4 @@ class Faults(Books):
 
 
 Faults.TestCase.settings = SHAKEN
-test_no_page_is_unaccounted_for = Faults.TestCase
+test_F19_no_page_is_unaccounted_for = Faults.TestCase

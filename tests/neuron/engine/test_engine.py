@@ -34,7 +34,7 @@ def test_chunked_prefill_and_cached_prefixes_do_not_change_answers():
     assert again.cached[1] == (len(prompt) - 1) // PAGE * PAGE
 
 
-def test_a_hundred_requests_get_the_answers_they_get_alone():
+def test_F1_a_hundred_requests_get_the_answers_they_get_alone():
     rng = random.Random(11)
     shared = [rng.randrange(VOCAB) for _ in range(50)]
     items = [

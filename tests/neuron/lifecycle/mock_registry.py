@@ -23,6 +23,9 @@ class MockRegistry:
         self.status: int | None = None
         self.cut_once: dict[str, int] = {}
         self.sent_instead: dict[str, bytes] = {}
+        self.stalls: dict[str, int] = {}
+        """Files that come so far and then no further, until `released` is set or the server stops."""
+        self.released = threading.Event()
         self.is_hub = False  # then it lists hashes, as the public hub does
         self.requests: list[str] = []
         self.ranges: list[str] = []
@@ -54,6 +57,7 @@ class MockRegistry:
         self.stop()
 
     def stop(self) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -86,6 +90,17 @@ class MockRegistry:
             start = int(range_header.removeprefix("bytes=").split("-")[0])
             headers["content-range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             return self._send(request, 206, data[start:], with_body, headers)
+        if with_body and name in self.stalls:
+            request.send_response(200)
+            request.send_header("content-length", str(len(data)))
+            for key, value in headers.items():
+                request.send_header(key, value)
+            request.end_headers()
+            request.wfile.write(data[: self.stalls[name]])
+            request.wfile.flush()
+            self.released.wait()
+            request.close_connection = True
+            return None
         if with_body and name in self.cut_once:
             request.send_response(200)
             request.send_header("content-length", str(len(data)))

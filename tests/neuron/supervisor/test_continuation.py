@@ -207,7 +207,7 @@ async def test_two_requests_that_kill_their_engine_are_both_found(group: EngineG
     innocent.assert_whole(LONG)
 
 
-async def test_where_no_engine_comes_back_requests_end_retryably(tmp_path: Path, events: Events) -> None:
+async def test_F6_where_no_engine_comes_back_requests_end_retryably(tmp_path: Path, events: Events) -> None:
     debug: dict[str, Any] = {"load": "die", "load_epochs": [1, 2]}
     group = make_group(tmp_path, events, debug=debug, attempts=1)
     group.start()

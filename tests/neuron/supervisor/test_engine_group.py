@@ -128,7 +128,7 @@ async def test_a_failed_sequence_takes_no_other_with_it(group: EngineGroup) -> N
         assert neighbour.num_live == 1
 
 
-async def test_a_killed_engine_is_noticed_and_comes_back(group: EngineGroup, events: Events) -> None:
+async def test_F10_a_killed_engine_is_noticed_and_comes_back(group: EngineGroup, events: Events) -> None:
     (pid,) = group.pids
     os.kill(pid, signal.SIGKILL)
     died = await events.until(GroupDied)

@@ -123,7 +123,7 @@ def opener(model: TextModel, tmp_path: Any) -> TextModel:
 
 
 @pytest.mark.parametrize("tokenizer", ["tokens", "text"])
-def test_F11_think_blocks_in_all_combinations(qwen: TextModel, tmp_path: Any, tokenizer: str) -> None:
+def test_F31_think_blocks_in_all_combinations(qwen: TextModel, tmp_path: Any, tokenizer: str) -> None:
     base = qwen if tokenizer == "tokens" else load(tmp_path / "spelled", tokenizer_json=byte_level_json(()))
     opened = opener(base, tmp_path / "opened")
     shown = {

@@ -74,7 +74,7 @@ def test_N18_malformed_arguments_of_the_past_do_not_refuse_a_request(
     assert arguments.split('"')[-1] in text
 
 
-def test_an_image_is_refused_by_name(qwen: TextModel) -> None:
+def test_F15_an_image_is_refused_by_name(qwen: TextModel) -> None:
     shown = Turn("user", (TextPart("what is it?"), ImagePart(url="https://example.org/x.png")))
     in_result = Turn("tool", (ToolResultPart("call_1", (ImagePart(data="AAAA", media_type="image/png"),)),))
     for turn in (shown, in_result):

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
+from cortex_core.errors import ApiError
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from neuron.text import TextModel, Tokenizer, TokenizerError
@@ -204,3 +206,21 @@ def test_sentencepiece_serialises_for_grammars(piece_model: tuple[Tokenizer, byt
 def test_what_is_no_sentencepiece_model(data: bytes) -> None:
     with pytest.raises(SentencePieceError):
         read_model(data)
+
+
+def test_F8_a_tokenizer_that_panics_fails_one_request(qwen: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Rust panic derives from BaseException; here the backend raises one as it would, for one text."""
+    PanicException = type("PanicException", (BaseException,), {})
+    backend = qwen.tokenizer._backend
+
+    class Panicking:
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            if "boom" in texts[0]:
+                raise PanicException("index out of bounds")
+            return backend.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(qwen.tokenizer, "_backend", Panicking())
+    with pytest.raises(ApiError, match="the tokenizer failed on this input") as caught:
+        qwen.tokenizer.encode("boom")
+    assert caught.value.status == 500
+    assert qwen.tokenizer.encode("hello"), "the next one is served"

@@ -118,7 +118,7 @@ def test_requests_are_answered_and_the_idle_thread_sleeps(start, monkeypatch):
     assert session.wait_for_exit() == 0
 
 
-def test_a_cancelled_request_is_never_mentioned_again_and_its_pages_are_free(start):
+def test_F3_a_cancelled_request_is_never_mentioned_again_and_its_pages_are_free(start):
     model = ToyModel()
     gate, entered = threading.Semaphore(0), threading.Event()
 

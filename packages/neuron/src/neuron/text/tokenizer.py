@@ -50,16 +50,22 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str], *, add_bos_token: bool | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: dict[str, str],
+        *,
+        add_bos_token: bool | None = None,
+        serialized: str | None = None,
     ) -> None:
+        """serialized: the tokenizer.json that `backend` is, if there is one; it is costly to write anew."""
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self.special_tokens = special_tokens
-        self.tokenizer_json: str = backend.to_str()
+        self.tokenizer_json: str = backend.to_str() if serialized is None else serialized
         layout = msgspec.json.decode(self.tokenizer_json, type=_SerializedTokenizer)
         self._special_ids = frozenset(token.id for token in layout.added_tokens if token.special)
-        vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        vocab = _vocabulary(backend)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         decoders = _decoder_types(layout.decoder)
         self.strips_leading_space = "ByteLevel" not in decoders and bool(decoders & {"Strip", "Metaspace"})
@@ -80,9 +86,11 @@ class Tokenizer:
         Raises `TokenizerError`.
         """
         config = _read_json(path / "tokenizer_config.json")
+        serialized: str | None = None
         try:
             if (path / "tokenizer.json").is_file():
-                backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+                serialized = (path / "tokenizer.json").read_text(encoding="utf-8")
+                backend = tokenizers.Tokenizer.from_str(serialized)
             elif (path / "tokenizer.model").is_file():
                 from neuron.text.sentencepiece_model import tokenizer_from_sentencepiece
 
@@ -93,9 +101,15 @@ class Tokenizer:
             raise
         except Exception as exc:  # the Rust side raises bare Exception
             raise TokenizerError(f"{path}: the tokenizer cannot be read: {exc}") from exc
-        _add_missing_tokens(backend, path, config)
+        if _add_missing_tokens(backend, path, config):
+            serialized = None
         add_bos = config.get("add_bos_token")
-        return cls(backend, _special_tokens(path, config), add_bos_token=add_bos if isinstance(add_bos, bool) else None)
+        return cls(
+            backend,
+            _special_tokens(path, config),
+            add_bos_token=add_bos if isinstance(add_bos, bool) else None,
+            serialized=serialized,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; added and special tokens written in it are recognised, nothing is put around it.
@@ -184,6 +198,23 @@ def byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
+def _vocabulary(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """Every entry and its id, added tokens too.
+
+    Asked for one by one: `get_vocab` holds the interpreter's lock for a tenth of a second where the vocabulary is
+    large, and with it everything else that this process serves.
+    """
+    size: int = backend.get_vocab_size(with_added_tokens=True)
+    vocab: dict[str, int] = {}
+    for token_id in range(2 * size):  # ids may have gaps
+        piece = backend.id_to_token(token_id)
+        if piece is not None:
+            vocab[piece] = token_id
+            if len(vocab) == size:
+                return vocab
+    return dict(backend.get_vocab(with_added_tokens=True))
+
+
 def _byte_table(vocab: dict[str, int], added: dict[int, str], decoders: set[str], size: int) -> list[bytes]:
     """Bytes of every id; ids without a token (padding of the embedding) are empty."""
     table = [b""] * size
@@ -240,8 +271,12 @@ def _special_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
     return {role: content for role, content in contents.items() if content is not None}
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, path: Path, config: dict[str, Any]) -> None:
-    """Tokens that only `tokenizer_config.json` or `added_tokens.json` declare, in the order of their ids."""
+def _add_missing_tokens(backend: tokenizers.Tokenizer, path: Path, config: dict[str, Any]) -> bool:
+    """Tokens that only `tokenizer_config.json` or `added_tokens.json` declare, in the order of their ids.
+
+    Returns whether there were any.
+    """
+    is_changed = False
     declared: dict[int, dict[str, Any]] = {}
     for content, token_id in _read_json(path / "added_tokens.json").items():
         if isinstance(token_id, int):
@@ -264,7 +299,9 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, path: Path, config: dict[
             normalized=bool(entry.get("normalized", False)),
             special=bool(entry.get("special", False)),
         )
+        is_changed = True
         if entry.get("special"):
             backend.add_special_tokens([token])
         else:
             backend.add_tokens([token])
+    return is_changed
