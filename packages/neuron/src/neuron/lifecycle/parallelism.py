@@ -1,6 +1,6 @@
 """How a model is divided among devices: what a load asks for, checked and made definite. Pure functions.
 
-Whether the model's own sizes divide so is decided by the engine, which knows its layers (`unsupported_parallelism`).
+Whether the model's own sizes divide so is `divisibility`'s business.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import msgspec
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
+from neuron.lifecycle.divisibility import indivisible
+
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _SUPPORTED_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -195,6 +197,15 @@ def check_config(spec: ModelSpec, config: Any) -> None:
             f"`{spec.model_id}` holds weights quantised with `{method}`, which is not supported yet.",
             model_id=spec.model_id,
             requested=method,
+        )
+    ranks = num_ranks(spec)
+    problem = indivisible(config, ranks, is_even=spec.tensor_split is None)
+    if problem is not None:
+        raise refusal(
+            "unsupported_parallelism",
+            f"`{spec.model_id}` cannot be divided among {ranks} devices: {problem}.",
+            model_id=spec.model_id,
+            tp_size=ranks,
         )
 
 
