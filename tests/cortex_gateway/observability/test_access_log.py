@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from typing import Any
 
 import pytest
-from cortex_gateway.observability.access_log import AccessRecord, write
+from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Start
@@ -49,7 +50,7 @@ def test_fields_that_do_not_apply_are_left_out_and_text_cannot_break_the_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "cortex_gateway.access")
-    write(
+    AccessLog().write(
         AccessRecord(
             id="req_1", method="POST", path="/x", status=404, outcome="rejected", duration_ms=1.5, model="a\nb"
         )
@@ -66,3 +67,53 @@ def test_fields_that_do_not_apply_are_left_out_and_text_cannot_break_the_line(
         }
     ]
     assert "\n" not in caplog.records[0].getMessage()
+
+
+def access(number: int) -> AccessRecord:
+    return AccessRecord(id=f"req_{number}", method="POST", path="/x", status=200, outcome="ok", duration_ms=1)
+
+
+def ids(kept: list[bytes]) -> list[str]:
+    return [json.loads(line)["id"] for line in kept]
+
+
+async def test_the_last_lines_are_kept_and_probes_do_not_push_them_out() -> None:
+    log = AccessLog(kept_lines=3)
+    for number in range(5):
+        log.write(access(number))
+        log.write(access(100 + number), logging.DEBUG)
+    assert ids(log.last(100)) == ["req_2", "req_3", "req_4"]
+    assert ids(log.last(1)) == ["req_4"]
+    assert log.last(0) == []
+
+
+async def test_followers_get_every_line_once() -> None:
+    log = AccessLog(kept_lines=10)
+    log.write(access(0))
+    followers = [log.follow(0), log.follow(1)]
+    waiting = [asyncio.ensure_future(anext(follower)) for follower in followers]
+    await asyncio.sleep(0)
+    log.write(access(1))
+    assert ids(list(await asyncio.gather(*waiting))) == ["req_0", "req_1"]
+    log.write(access(2))
+    log.write(access(3))
+    assert ids([await anext(followers[0]) for _ in range(3)]) == ["req_1", "req_2", "req_3"]
+    assert ids([await anext(followers[1]) for _ in range(2)]) == ["req_2", "req_3"]
+
+
+async def test_the_log_can_be_read_and_followed_over_http(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron)
+    await client.chat()
+    await client.chat()
+    async with client.get("/admin/log?last=1") as response:
+        assert response.headers["content-type"] == "application/x-ndjson"
+        (line,) = (await response.text()).splitlines()
+    assert json.loads(line)["path"] == "/v1/chat/completions"
+    async with client.get("/admin/log?last=0&follow=1") as response:
+        await client.chat(user="later")
+        while (line := (await response.content.readline()).decode()).strip() and "/admin/log" in line:
+            continue
+        assert json.loads(line)["path"] == "/v1/chat/completions"
+    async with client.get("/admin/log?last=many") as response:
+        assert response.status == 400

@@ -56,6 +56,15 @@ class Gateway:
             except (OSError, http.client.HTTPException) as exc:
                 raise CliError(f"the stream from {self.endpoint} broke off: {exc}") from exc
 
+    def lines(self, path: str) -> Iterator[str]:
+        """GET and yield each line as it arrives."""
+        with self._exchange("GET", path, None, accept="application/x-ndjson") as response:
+            try:
+                while line := response.readline():
+                    yield line.decode("utf-8", "replace").rstrip("\n")
+            except (OSError, http.client.HTTPException) as exc:
+                raise CliError(f"the lines from {self.endpoint} broke off: {exc}") from exc
+
     @contextmanager
     def _exchange(
         self, method: str, path: str, body: dict[str, Any] | None, *, accept: str

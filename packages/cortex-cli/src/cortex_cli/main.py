@@ -17,6 +17,7 @@ _COMMANDS = {
     "demo": "cortex_cli.commands.demo:demo",
     "keys": "cortex_cli.commands.keys:keys",
     "load": "cortex_cli.commands.load:load",
+    "logs": "cortex_cli.commands.logs:logs",
     "models": "cortex_cli.commands.models:models",
     "serve": "cortex_cli.commands.serve:serve",
     "status": "cortex_cli.commands.status:status",

@@ -31,7 +31,7 @@ from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.facts import price, widest_limit
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
-from cortex_gateway.observability import access_log
+from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
 from cortex_gateway.placement.affinity import Affinity
 from cortex_gateway.placement.placement import Placement
@@ -65,6 +65,7 @@ class Gateway:
         self.config = config
         self.catalogue = catalogue if catalogue is not None else Catalogue()
         self.metrics = Metrics()
+        self.access_log = AccessLog()
         self.fleet = Fleet(config.neurons, Activity(), config.breaker)
         self._waiting = Waiting()
         self.metrics.observe_fleet(self.fleet, self._waiting)
@@ -110,10 +111,10 @@ class Gateway:
             clock=loop.time,
         )
         self.upkeep = Upkeep(fleet, placement.loads, placement.situation)
-        self.relay = Relay(self.identity, placement, self._poller, self.metrics, config.gateway)
+        self.relay = Relay(self.identity, placement, self._poller, self.metrics, self.access_log, config.gateway)
         models = ModelRoutes(fleet, catalogue)
         health = HealthRoutes(fleet, lambda: self.relay.is_draining)
-        admin = AdminRoutes(fleet, self._poller, placement.loads, placement, catalogue=catalogue)
+        admin = AdminRoutes(fleet, self._poller, placement.loads, placement, self.access_log, catalogue=catalogue)
         self._control = self._control_routes(models, health, admin)
         self._poller.start()
         self.upkeep.start()
@@ -190,7 +191,10 @@ class Gateway:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *own_headers]
-            await send(message)
+            try:
+                await send(message)
+            except OSError:
+                raise ClientGone from None
 
         body = RequestBody(receive, max_bytes=MAX_CONTROL_BODY, timeout_s=CONTROL_BODY_TIMEOUT_S)
         try:
@@ -222,8 +226,8 @@ class Gateway:
 
     def _log_control(self, scope: Scope, request_id: str, status: int, duration: float) -> None:
         quiet = scope["path"] in QUIET_PATHS and status < 500
-        access_log.write(
-            access_log.AccessRecord(
+        self.access_log.write(
+            AccessRecord(
                 id=request_id,
                 method=scope["method"],
                 path=scope["path"],
@@ -257,6 +261,7 @@ class Gateway:
             ("/admin/models/pin", admin.pin, "POST"),
             ("/admin/models/unpin", admin.unpin, "POST"),
             ("/admin/fleet", admin.fleet, "GET"),
+            ("/admin/log", admin.log, "GET"),
         ):
             routes.append(Route(path, self._for_operators(endpoint), methods=[method]))
         # Only to answer other methods with 405: a POST never gets here.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import deque
+from collections.abc import AsyncIterator
 
 import msgspec
 
 log = logging.getLogger("cortex_gateway.access")
+
+KEPT_LINES = 1000
 
 _encode = msgspec.json.Encoder().encode
 
@@ -41,7 +46,39 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
 
 
-def write(record: AccessRecord, level: int = logging.INFO) -> None:
-    if log.isEnabledFor(level):
-        # Not `log.log`: it walks the stack to find its caller, which costs as much as all the rest.
-        log.handle(logging.LogRecord(log.name, level, "", 0, _encode(record).decode(), None, None))
+class AccessLog:
+    """Writes the lines to the log, and keeps the last ones for whoever asks (`cortex logs`)."""
+
+    def __init__(self, *, kept_lines: int = KEPT_LINES) -> None:
+        self._lines: deque[bytes] = deque(maxlen=kept_lines)
+        self.num_written = 0
+        self._news: asyncio.Future[None] | None = None
+
+    def write(self, record: AccessRecord, level: int = logging.INFO) -> None:
+        """Levels below INFO are for the log alone: probes and polls would push everything else out."""
+        line = _encode(record)
+        if log.isEnabledFor(level):
+            # Not `log.log`: it walks the stack to find its caller, which costs as much as all the rest.
+            log.handle(logging.LogRecord(log.name, level, "", 0, line.decode(), None, None))
+        if level >= logging.INFO:
+            self._lines.append(line)
+            self.num_written += 1
+            if self._news is not None:
+                self._news.set_result(None)
+                self._news = None
+
+    def last(self, count: int) -> list[bytes]:
+        """The last lines that are kept, oldest first."""
+        return list(self._lines)[-count:] if count > 0 else []
+
+    async def follow(self, seen: int) -> AsyncIterator[bytes]:
+        """Every line after the first `seen` that were written. A reader that falls far behind misses the oldest."""
+        while True:
+            missed = self.num_written - seen
+            seen = self.num_written
+            for line in self.last(missed):
+                yield line
+            if self.num_written == seen:
+                if self._news is None:
+                    self._news = asyncio.get_running_loop().create_future()
+                await asyncio.shield(self._news)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from cortex_gateway.observability import access_log
+from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.metrics import MIN_RATE_WINDOW_S, Metrics
 from cortex_gateway.relay.events import Usage
 from cortex_gateway.relay.exchange import Exchange
 
 
-def record(exchange: Exchange, metrics: Metrics, now: float) -> None:
+def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: float) -> None:
     """Count and log one finished exchange. Unknown token counts stay unknown: absent is not zero."""
     usage = exchange.usage or Usage()
     duration = now - exchange.started_at
@@ -32,7 +32,7 @@ def record(exchange: Exchange, metrics: Metrics, now: float) -> None:
     if principal is not None and exchange.charged is not None:
         metrics.charged(principal, exchange.charged)
     access_log.write(
-        access_log.AccessRecord(
+        AccessRecord(
             id=exchange.request_id,
             method="POST",
             path=exchange.path,

@@ -22,9 +22,10 @@ from cortex_gateway.fleet.neuron import describe
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.principal import limit_headers
+from cortex_gateway.observability.access_log import AccessLog
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.placement import Lease, Placement
-from cortex_gateway.relay.body import ClientGone, RequestBody
+from cortex_gateway.relay.body import BodyMemory, ClientGone, RequestBody
 from cortex_gateway.relay.charge import generated_tokens, used
 from cortex_gateway.relay.envelope import read_envelope
 from cortex_gateway.relay.events import EventRelay, ForeignStream, scan_usage
@@ -69,13 +70,21 @@ class Relay:
     """Carries requests of all surfaces; knows which are in flight."""
 
     def __init__(
-        self, identity: Identity, placement: Placement, poller: Poller, metrics: Metrics, settings: GatewaySection
+        self,
+        identity: Identity,
+        placement: Placement,
+        poller: Poller,
+        metrics: Metrics,
+        access_log: AccessLog,
+        settings: GatewaySection,
     ) -> None:
         self._identity = identity
         self._placement = placement
         self._poller = poller
         self._metrics = metrics
+        self._access_log = access_log
         self._settings = settings
+        self._body_memory = BodyMemory(settings.max_body_memory_bytes)
         self._active: set[Exchange] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
@@ -102,22 +111,39 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         exchange = Exchange(surface, scope, task, loop.time())
-        body = RequestBody(receive, max_bytes=self._settings.max_body_bytes, timeout_s=self._settings.body_timeout_s)
+        body = RequestBody(
+            receive,
+            max_bytes=self._settings.max_body_bytes,
+            timeout_s=self._settings.body_timeout_s,
+            memory=self._body_memory,
+        )
+
+        async def send_to_client(message: Message) -> None:
+            """Blocks while the client does not read, and so does the neuron in the end: nothing piles up here."""
+            exchange.is_sending = True
+            try:
+                await send(message)
+            except OSError:  # A client that reads nothing for too long, `server.bind`; never a neuron's fault.
+                raise ClientGone from None
+            finally:
+                exchange.is_sending = False
+
         self._active.add(exchange)
         self._idle.clear()
         try:
-            await self._answer(exchange, body, scope["headers"], receive, send, loop)
+            await self._answer(exchange, body, scope["headers"], receive, send_to_client, loop)
         except ClientGone:
             exchange.status, exchange.outcome = CLIENT_GONE_STATUS, "client_gone"
         finally:
             exchange.settle()
+            body.release()
             if exchange.grant is not None:
                 exchange.charged = used(exchange, loop.time())
                 exchange.grant.settle(exchange.charged)
             self._active.discard(exchange)
             if not self._active:
                 self._idle.set()
-            record(exchange, self._metrics, loop.time())
+            record(exchange, self._metrics, self._access_log, loop.time())
 
     async def _answer(
         self,
@@ -202,7 +228,7 @@ class Relay:
                     hints,
                     wait_s=wait_s,
                     on_wait=exchange.waits,
-                    through_outages=exchange.num_resumes > 0,
+                    is_resuming=exchange.num_resumes > 0,
                 )
             with lease:
                 exchange.node, exchange.route = lease.neuron.name, lease.route

@@ -22,6 +22,7 @@ from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.snapshot import NodeSnapshot
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.principal import Principal
+from cortex_gateway.observability.access_log import AccessLog
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
 from cortex_gateway.placement.evictor import plan_room
 from cortex_gateway.placement.loads import Loads, RoomLost
@@ -43,6 +44,7 @@ class AdminRoutes:
         poller: Poller,
         loads: Loads,
         placement: Placement,
+        access_log: AccessLog,
         *,
         catalogue: Catalogue,
     ) -> None:
@@ -50,6 +52,7 @@ class AdminRoutes:
         self._poller = poller
         self._loads = loads
         self._placement = placement
+        self._access_log = access_log
         self._catalogue = catalogue
 
     # ------------------------------------------------------------------------------------------ load
@@ -280,6 +283,27 @@ class AdminRoutes:
                 "not_found", f"No node is called `{name}`; known: {known}.", code="node_not_found", param="node"
             )
         return node
+
+    # ------------------------------------------------------------------------------------------ log
+
+    async def log(self, request: Request) -> Response:
+        """The last access lines, a JSON document each; with `follow=1` also those to come, until the client leaves."""
+        query = request.query_params
+        last = query.get("last", "100")
+        if not last.isdigit():
+            raise invalid(f"`last` must be a number of lines, not {last!r}.", param="last")
+        lines = self._access_log.last(int(last))
+        if query.get("follow") != "1":
+            return Response(b"".join(line + b"\n" for line in lines), media_type="application/x-ndjson")
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(
+            self._log_lines(lines, self._access_log.num_written), media_type="application/x-ndjson", headers=headers
+        )
+
+    async def _log_lines(self, lines: list[bytes], seen: int) -> AsyncIterator[bytes]:
+        yield b"".join(line + b"\n" for line in lines)
+        async for line in self._access_log.follow(seen):
+            yield line + b"\n"
 
 
 async def read_request(request: Request) -> ModelRequest:
