@@ -172,16 +172,16 @@ async def test_a_group_that_keeps_dying_is_given_up(tmp_path: Path, events: Even
 
 
 @pytest.mark.parametrize(
-    ("load", "kind", "text"),
-    [("fail", "bad_checkpoint", "a tensor is missing"), ("die", "died", "exited with code 3")],
+    ("load", "kind", "text", "retries"),
+    [("fail", "bad_checkpoint", "a tensor is missing", 0), ("die", "died", "exited with code 3", 1)],
 )
-async def test_a_first_load_that_fails_is_not_repeated(
-    tmp_path: Path, events: Events, load: str, kind: str, text: str
+async def test_a_first_load_that_says_why_it_fails_is_not_repeated(
+    tmp_path: Path, events: Events, load: str, kind: str, text: str, retries: int
 ) -> None:
     group = make_group(tmp_path, events, debug={"load": load})
     group.start()
     failed = await events.until(GroupFailed)
-    assert failed.kind == kind and text in failed.reason
+    assert failed.kind == kind and text in failed.reason and group.num_restarts == retries
     assert not any(map(is_alive, group.pids)) and list(tmp_path.iterdir()) == []
     await group.stop()
 

@@ -44,6 +44,9 @@ PING_INTERVAL_S = 10.0
 # From asking for stacks to SIGKILL: for them to reach the log, and for a group that was only slow to show it.
 _STACKS_S = 1.0
 
+# A first load whose process ends without saying why is tried again so often; one that is refused is not.
+_FIRST_LOAD_RETRIES = 1
+
 GroupState = Literal["new", "loading", "loaded", "recovering", "failed", "stopped"]
 
 
@@ -204,8 +207,12 @@ class EngineGroup:
             if self._is_stopping:
                 return
             if self.loaded is None:
-                self._give_up(ending.kind, ending.reason)
-                return
+                if ending.kind != "died" or self.num_restarts >= _FIRST_LOAD_RETRIES:
+                    self._give_up(ending.kind, ending.reason)
+                    return
+                logger.error("engine group died while loading, and is tried again: %s", ending.reason)
+                self.num_restarts += 1
+                continue
             logger.error(
                 "engine group died model=%s epoch=%d lived_s=%.1f failures=%d reason=%s exit=%s",
                 config.model_id,
