@@ -24,7 +24,9 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: str = "0.0.0.0:31313"
     metrics_listen: str = "0.0.0.0:31314"
     max_body_bytes: Positive = 32 * 2**20
+    max_body_memory_bytes: Positive = 2**30
     body_timeout_s: Seconds = 60.0
+    write_timeout_s: Seconds = 120.0
     upstream_connect_timeout_s: Seconds = 5.0
     upstream_idle_timeout_s: Seconds = 300.0
     stream_silence_s: Seconds = 15.0

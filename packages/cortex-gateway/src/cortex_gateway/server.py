@@ -27,7 +27,10 @@ from cortex_gateway.observability.logs import configure_logging
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
+MAX_HEADER_BYTES = 64 * 1024
+"""Request line and headers together; more is a 431."""
 KEEP_ALIVE_S = 75
+"""How long a connection may be without a request: idle, or busy sending headers that do not end."""
 CLOSE_TIMEOUT_S = 5
 """How long connections get to close once the drain is over."""
 
@@ -60,11 +63,15 @@ async def running(
 ) -> AsyncIterator[RunningGateway]:
     """A listening gateway in this event loop; leaving the context drains it (`grace_s`: config's by default).
 
-    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound, `StoreError`
-    where keys and budgets cannot be reached.
+    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound, `ConfigError`
+    where a secret is missing, `StoreError` where keys and budgets cannot be reached.
     """
     gateway = Gateway(config, catalogue)
-    with bind(config.gateway.listen) as listener, bind(config.gateway.metrics_listen) as metrics_listener:
+    write_timeout_s = config.gateway.write_timeout_s
+    with (
+        bind(config.gateway.listen, write_timeout_s=write_timeout_s) as listener,
+        bind(config.gateway.metrics_listen, write_timeout_s=write_timeout_s) as metrics_listener,
+    ):
         stop, stop_metrics = asyncio.Event(), asyncio.Event()
         # Before the first request can arrive: hypercorn would run the lifespan too, but does not say when.
         await gateway.startup()
@@ -100,6 +107,9 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             runner.run(_serve(config, catalogue, config_path))
+        except ConfigError as error:
+            log.error("configuration refused\n%s", error)
+            return EXIT_CONFIG
         except StoreError as error:
             log.error("keys and budgets cannot be reached: %s", error)
             return 1
@@ -161,10 +171,14 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def bind(address: str) -> socket.socket:
-    """A listening address: `host:port`, `[v6]:port`, or `fd://N` for a socket handed down by a supervisor."""
+def bind(address: str, *, write_timeout_s: float = 0) -> socket.socket:
+    """A listening address: `host:port`, `[v6]:port`, or `fd://N` for a socket handed down by a supervisor.
+
+    Its connections are cut by the kernel (Linux) when what was written to them is not taken for `write_timeout_s`:
+    a client that does not read holds a connection, a few buffers and a neuron's place no longer than that. 0: never.
+    """
     if address.startswith("fd://"):
-        return socket.socket(fileno=int(address.removeprefix("fd://")))
+        return _cut_after(socket.socket(fileno=int(address.removeprefix("fd://"))), write_timeout_s)
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
@@ -176,6 +190,14 @@ def bind(address: str) -> socket.socket:
     except OSError:
         listener.close()
         raise
+    return _cut_after(listener, write_timeout_s)
+
+
+def _cut_after(listener: socket.socket, write_timeout_s: float) -> socket.socket:
+    """Connections inherit it. It covers both data that nobody acknowledges and a window that stays shut."""
+    user_timeout = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if write_timeout_s > 0 and user_timeout is not None and listener.family in (socket.AF_INET, socket.AF_INET6):
+        listener.setsockopt(socket.IPPROTO_TCP, user_timeout, int(write_timeout_s * 1000))
     return listener
 
 
@@ -194,7 +216,7 @@ def _start(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str
     server.include_server_header = False
     server.errorlog = logging.getLogger("cortex_gateway.http")
     server.loglevel = "WARNING"
-    server.h11_max_incomplete_size = 64 * 1024
+    server.h11_max_incomplete_size = server.h2_max_header_list_size = MAX_HEADER_BYTES
     serving: Coroutine[Any, Any, None] = hypercorn_serve(app, server, shutdown_trigger=stop.wait, mode="asgi")
     return asyncio.create_task(serving, name=name)
 

@@ -16,6 +16,7 @@ from cortex_core.errors import ApiError
 from cortex_gateway.asgi import RawHeaders, Receive, Send, respond
 
 DISCARD_TIMEOUT_S = 10.0
+BODY_MEMORY_RETRY_S = 5
 DISCARD_FACTOR = 8
 """How much of a refused body is swallowed so that its sender gets to read the answer, in body limits."""
 
@@ -24,13 +25,28 @@ class ClientGone(Exception):
     """The client closed the connection; nobody reads an answer."""
 
 
+class BodyMemory:
+    """What all bodies of a gateway may take together: many slow or large ones must not add up without end."""
+
+    __slots__ = ("held", "max_bytes")
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held = 0
+
+
 class RequestBody:
-    """One request's body. `is_complete` tells whether the server still holds some of it."""
+    """One request's body. `is_complete` tells whether the server still holds some of it.
 
-    __slots__ = ("_receive", "is_complete", "max_bytes", "timeout_s")
+    What is read counts against `memory` until `release`.
+    """
 
-    def __init__(self, receive: Receive, *, max_bytes: int, timeout_s: float) -> None:
+    __slots__ = ("_memory", "_num_counted", "_receive", "is_complete", "max_bytes", "timeout_s")
+
+    def __init__(self, receive: Receive, *, max_bytes: int, timeout_s: float, memory: BodyMemory | None = None) -> None:
         self._receive = receive
+        self._memory = memory
+        self._num_counted = 0
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
         self.is_complete = False
@@ -53,7 +69,29 @@ class RequestBody:
             ) from None
         if encoding is None or encoding == b"identity":
             return body
-        return decompress(body, encoding, self.max_bytes)
+        plain = decompress(body, encoding, self.max_bytes)
+        self._count(len(plain))
+        return plain
+
+    def release(self) -> None:
+        """The body is not needed any more."""
+        if self._memory is not None:
+            self._memory.held -= self._num_counted
+            self._num_counted = 0
+
+    def _count(self, num_bytes: int) -> None:
+        memory = self._memory
+        if memory is None:
+            return
+        if memory.held + num_bytes > memory.max_bytes:
+            raise ApiError(
+                "overloaded",
+                "The gateway holds as many request bodies as it may; ask again.",
+                code="body_memory_full",
+                retry_after=BODY_MEMORY_RETRY_S,
+            )
+        memory.held += num_bytes
+        self._num_counted += num_bytes
 
     async def _receive_all(self) -> bytes:
         message = await self._receive()
@@ -64,7 +102,9 @@ class RequestBody:
             self.is_complete = True
             if len(first) > self.max_bytes:
                 raise too_large(self.max_bytes)
+            self._count(len(first))
             return first
+        self._count(len(first))
         parts = [first]
         num_bytes = len(first)
         while True:
@@ -75,6 +115,7 @@ class RequestBody:
                 raise ClientGone
             part = message.get("body", b"")
             if part:
+                self._count(len(part))
                 parts.append(part)
                 num_bytes += len(part)
             if not message.get("more_body", False):

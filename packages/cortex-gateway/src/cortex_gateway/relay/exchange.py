@@ -35,7 +35,8 @@ class Exchange:
     that the client was sent.
 
     opening: keeps a client's stream alive while no neuron answers. stream: what has been relayed of a stream, over all
-    the neurons that wrote it; None before the first byte.
+    the neurons that wrote it; None before the first byte. is_sending: something is on its way to the client, who may
+    be slow.
     """
 
     __slots__ = (
@@ -46,6 +47,7 @@ class Exchange:
         "generated",
         "grant",
         "interruption",
+        "is_sending",
         "is_stream",
         "last_byte_at",
         "model",
@@ -91,6 +93,7 @@ class Exchange:
         self.num_attempts = 0
         self.num_resumes = 0
         self.is_stream = False
+        self.is_sending = False
         self.wants_cors = False
         self.status = 0
         self.outcome: Outcome = "ok"

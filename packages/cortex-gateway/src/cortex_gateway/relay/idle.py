@@ -52,6 +52,8 @@ class IdleWatch:
 
     def _check(self) -> None:
         exchange, now = self._exchange, self._loop.time()
+        if exchange.is_sending:
+            self._since = now  # It is the client that is slow, and the neuron that is kept waiting.
         last = max(self._since, exchange.last_byte_at)
         waits = []
         if self._silence_s > 0 and exchange.stream is not None and exchange.stream.is_resumable:
