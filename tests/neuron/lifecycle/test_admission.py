@@ -251,6 +251,31 @@ async def test_an_answer_that_outgrows_its_reservation_keeps_newcomers_out() -> 
     assert is_empty(admission)
 
 
+async def test_prompts_that_share_pages_leave_room_for_others() -> None:
+    admission = desk(in_flight=8, queue=8, pages=10)
+    free: list[int | None] = [10]
+    admission.free_pages = lambda: free[0]
+    need = KVNeed(minimum=6, expected=7, output_tokens=16)
+    first, second, third = (come(admission, need=need) for _ in range(3))
+    assert first.is_seated and not second.is_seated  # of a prompt that is not computed nobody knows what it shares
+    free[0] = 3
+    first.generated(1)
+    assert not second.is_seated  # three are free, one or two of them for the first one's output
+    free[0] = 9
+    leave(first)
+    assert second.is_seated and not third.is_seated
+    free[0] = 10  # what it computed was all shared with others that hold it
+    second.generated(1)
+    assert third.is_seated and admission.reserved_pages == 14
+    free[0] = None
+    fourth = come(admission, need=pages(1))
+    assert not fourth.is_seated
+    leave(second)
+    assert fourth.is_seated
+    leave(third, fourth)
+    assert is_empty(admission) and admission._unseen_pages == 0
+
+
 async def test_a_rebuilt_engine_with_a_smaller_cache_sends_away_what_no_longer_fits() -> None:
     admission = desk(in_flight=1, queue=8, pages=10)
     first, big, small = (come(admission, need=pages(number)) for number in (1, 8, 2))

@@ -49,6 +49,13 @@ class AdmissionMachine(RuleBasedStateMachine):
         limits = AdmissionLimits(max_in_flight=seats, max_queue_depth=PLACES, max_wait_s=1e6, kv_max_wait_s=1e6)
         self.admission = self.within(lambda: Admission(limits))
         self.admission.set_capacity(capacity(num_pages))
+        self.free_pages: int | None = None
+        self.admission.free_pages = lambda: self.free_pages
+
+    @rule(free_pages=st.none() | st.integers(0, 20))
+    def report(self, free_pages: int | None) -> None:
+        """The engine says how many pages are free, which may be more than were not reserved, and outdated."""
+        self.free_pages = free_pages
 
     def within(self, act):  # type: ignore[no-untyped-def]
         """Tickets belong to a running loop."""
@@ -110,7 +117,7 @@ class AdmissionMachine(RuleBasedStateMachine):
     @rule(ticket=tickets, num_tokens=st.integers(0, 2000))
     def grow(self, ticket: Ticket | None, num_tokens: int) -> None:
         if ticket is not None:
-            ticket.generated(num_tokens)
+            self.within(lambda: ticket.generated(num_tokens))
 
     @rule(ticket=consumes(tickets))
     def leave(self, ticket: Ticket | None) -> None:
@@ -154,6 +161,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert len(seated) + len(waiting) <= self.seats + PLACES
         assert admission.reserved_pages == sum(ticket.reserved_pages for ticket in seated)
         assert not any(ticket.reserved_pages for ticket in self.here if not ticket.is_seated)
+        assert admission._unseen_pages == sum(ticket.unseen_pages for ticket in seated)
+        assert all(0 <= ticket.unseen_pages <= ticket.reserved_pages for ticket in self.here)
         assert admission.anon_in_flight == sum(ticket.principal is None for ticket in seated) <= self.anon_seats
         assert admission.num_principals == len({ticket.principal for ticket in (*seated, *waiting)})
 
@@ -181,7 +190,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         } - {t.principal for t in seated}
         new = [ticket.principal for ticket in seated - self.seated]
         assert self.admission.capacity is not None
-        assert not new or self.admission.reserved_pages <= self.admission.capacity.num_pages
+        within = self.admission.reserved_pages <= self.admission.capacity.num_pages
+        assert not new or within or (self.free_pages is not None and self.admission._unseen_pages <= self.free_pages)
         self.seated = seated
         for principal in list(self.turns):
             if principal not in starving:

@@ -16,7 +16,7 @@ CACHE = KVCapacity(num_pages=100, page_size=16, bytes_per_token=2**16)
         ([(100, 500)], 1, 60, KVNeed(7, 10, 60)),  # as far as is expected, not as far as is allowed
         ([(100, 20)], 1, 60, KVNeed(7, 8, 20)),
         ([(100, 60)], 3, 60, KVNeed(7, 10 + 2 * 5, 180)),  # a second choice shares the prompt
-        ([(100, 20), (300, 20)], 1, 60, KVNeed(19, 8 + 20, 40)),
+        ([(100, 20), (300, 20)], 1, 60, KVNeed(19, 8 + 20, 40, 2)),
         ([(15, 0)], 1, 60, KVNeed(1, 1, 1)),  # no output asked for: one token is computed all the same
     ],
 )

@@ -79,6 +79,9 @@ class Admission:
         self.anon_in_flight = 0
         self.reserved_pages = 0
         self.capacity: KVCapacity | None = None
+        # What the engine says of its pages, None while it does not; and pages reserved that it does not count yet.
+        self.free_pages: Callable[[], int | None] = lambda: None
+        self._unseen_pages = 0
         self.rejected: dict[RejectionReason, int] = dict.fromkeys(
             ("queue_full", "wait_timeout", "per_principal", "anon_yield", "kv_timeout", "kv_unservable"), 0
         )
@@ -202,9 +205,14 @@ class Admission:
         return best
 
     def _has_pages(self, ticket: Ticket) -> bool:
+        """By what was reserved; or, since prompts share pages, by what is free and not spoken for."""
         if self.capacity is None:
             return True
-        return self.reserved_pages + self._share(ticket) <= self.capacity.num_pages
+        share = self._share(ticket)
+        if self.reserved_pages + share <= self.capacity.num_pages:
+            return True
+        free_pages = self.free_pages()
+        return free_pages is not None and share <= free_pages - self._unseen_pages
 
     def _share(self, ticket: Ticket) -> int:
         """Pages to reserve: several sequences that do not fit together run one after another."""
@@ -228,6 +236,11 @@ class Admission:
     def _reserve(self, ticket: Ticket, num_pages: int) -> None:
         ticket.reserved_pages += num_pages
         self.reserved_pages += num_pages
+        self._see(ticket, ticket.unseen_pages + num_pages)
+
+    def _see(self, ticket: Ticket, unseen_pages: int) -> None:
+        self._unseen_pages += unseen_pages - ticket.unseen_pages
+        ticket.unseen_pages = unseen_pages
 
     # ------------------------------------------------------------------ out
 
@@ -271,6 +284,7 @@ class Admission:
             ticket.line.in_flight -= 1
             self.reserved_pages -= ticket.reserved_pages
             ticket.reserved_pages = 0
+            self._see(ticket, 0)
             self._forget_if_empty(ticket)
         elif ticket.error is None:
             self._unqueue(ticket)
@@ -341,12 +355,14 @@ class Ticket:
         self.arrival = arrival
         self.need: KVNeed | None = None
         self.reserved_pages = 0
+        self.unseen_pages = 0
         self.is_seated = False
         self.error: ApiError | None = None
         self._admission = admission
         self._came = asyncio.get_running_loop().time()
         self._turn: asyncio.Future[None] | None = None
         self._covered_tokens = 0
+        self._has_prompt = False
         self._is_open = True
 
     @property
@@ -373,8 +389,19 @@ class Ticket:
     def generated(self, num_tokens: int) -> None:
         """So many tokens of output there are in all. Beyond what was expected, more pages are reserved, free or not:
         the engine has given them already, and newcomers must not count on them."""
+        if not self._has_prompt and num_tokens and self.is_seated and self._is_open:
+            self._prompt_is_computed()
         if num_tokens > self._covered_tokens and self.is_seated and self._is_open:
             self._cover(max(num_tokens, self._covered_tokens + _GROWTH_TOKENS))
+
+    def _prompt_is_computed(self) -> None:
+        """From here on the engine counts the prompt's pages, shared ones once: there may be room for others."""
+        self._has_prompt = True
+        capacity, need = self._admission.capacity, self.need
+        if capacity is not None and need is not None and need.num_prompts == 1:
+            output_pages = capacity.pages_for(need.output_tokens) + 1
+            self._admission._see(self, min(self.unseen_pages, output_pages))
+            self._admission._dispatch()
 
     def _cover(self, num_tokens: int) -> None:
         capacity = self._admission.capacity

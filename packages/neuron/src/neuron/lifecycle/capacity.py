@@ -29,6 +29,7 @@ class KVNeed(msgspec.Struct, frozen=True):
     minimum: int
     expected: int
     output_tokens: int = 0
+    num_prompts: int = 1
 
 
 class KVCapacity(msgspec.Struct, frozen=True):
@@ -56,13 +57,14 @@ class KVCapacity(msgspec.Struct, frozen=True):
         sequences back when pages run out and computes them again, so that expecting too little costs time and nothing
         else, while reserving `max_tokens`, which clients set to thousands, would leave most of the cache empty.
         """
-        minimum = expected = output_tokens = 0
+        minimum = expected = output_tokens = num_prompts = 0
         for prompt_len, max_tokens in prompts:
             output = max(1, min(max_tokens, expected_output))
             minimum = max(minimum, self.pages_for(prompt_len + 1))
             expected += self.pages_for(prompt_len + output) + (num_choices - 1) * (self.pages_for(output) + 1)
             output_tokens += num_choices * output
-        return KVNeed(minimum, expected, output_tokens)
+            num_prompts += 1
+        return KVNeed(minimum, expected, output_tokens, num_prompts)
 
     def refusal(self, need: KVNeed) -> ApiError | None:
         """Why a request can never run here, whoever else leaves; None if it can. 413, not retryable."""

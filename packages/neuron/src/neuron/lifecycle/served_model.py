@@ -31,6 +31,7 @@ class ServedModel:
         self.id = model_id
         self.state: ModelState = ABSENT
         self.admission = admission
+        admission.free_pages = self._pages_free_in_the_engine
         self.outputs = OutputEstimate(ceiling=output_reserve_tokens)
         self.fit: Fit | None = None
         self.devices: tuple[int, ...] = ()
@@ -165,16 +166,30 @@ class ServedModel:
             tok_s_prefill=_rate(stats.prefill_tokens, stats.prefill_seconds),
             tok_s_decode=_rate(stats.decode_tokens, stats.decode_seconds),
             idle_s=admission.idle_s,
+            status="stalled" if self._stalled else self.state.phase,
+            error=self._stalled or self.state.error,
         )
+
+    @property
+    def _stalled(self) -> str | None:
+        """Why a loaded engine seems stuck, in the moments before it is killed."""
+        return None if self.group is None or self.state.phase != "loaded" else self.group.stalled
 
     def _free_pages(self) -> int:
         """Pages that are neither promised to a request nor held by one in the engine."""
         promised = self.admission.available_pages
         return min(promised, self.stats.free_pages) if self.stats.total_pages else promised
 
+    def _pages_free_in_the_engine(self) -> int | None:
+        """None while that says nothing: before the first step, and while a sequence waits for pages."""
+        stats = self.stats
+        return stats.free_pages if stats.total_pages and not stats.waiting else None
+
     def _servable(self) -> Servable | None:
         """What the smallest of requests would be told; None while that is not known. A cache that is full of answers
         is no reason: they end (F26)."""
+        if self._stalled:
+            return Servable(ok=False, reason="engine_stalled", detail=self._stalled)
         if self.admission.capacity is None:
             return None
         refusal = self.admission.capacity.refusal(self.need([(1, 1)], num_choices=1))
