@@ -133,7 +133,9 @@ def _coerce(text: str, leaf: Any) -> Any:
 
 
 def _accepts_text(leaf: Any) -> bool:
-    return leaf is str or any(arg is str for arg in get_args(leaf))
+    if get_origin(leaf) in (Union, types.UnionType, typing.Annotated):
+        return any(_accepts_text(arg) for arg in get_args(leaf))
+    return leaf is str
 
 
 def _assign(data: dict[str, Any], segments: list[str], value: Any) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from cortex_core.config import ConfigError, load_config
 from cortex_core.entitlements import EntitlementsSection, entitlement_faults
+from cortex_core.secret_references import SecretReference, absolute
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -72,11 +73,28 @@ class EvictionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     defrag_after_cycles: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+NeuronKind = Literal["neuron", "openai"]
+HeaderName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")]
+
+
 class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One GPU host. `name` is what metrics, pins and logs call it."""
+    """One GPU host, or (kind `openai`) any server that speaks OpenAI chat.
+
+    name is what metrics, pins and logs call it. api_key goes out as a bearer token, headers beside it; both say where
+    the values are, `env:NAME` or `file:PATH`.
+    """
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
     endpoint: Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
+    kind: NeuronKind = "neuron"
+    api_key: SecretReference | None = None
+    headers: dict[HeaderName, SecretReference] = {}
+
+
+class PromptFiltersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is taken out of prompts in front of a server of kind `openai`; neurons have the same switch of their own."""
+
+    claude_code_attribution: bool = True
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +104,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     breaker: BreakerSection = BreakerSection()
     eviction: EvictionSection = EvictionSection()
     entitlements: EntitlementsSection = EntitlementsSection()
+    prompt_filters: PromptFiltersSection = PromptFiltersSection()
     neurons: tuple[NeuronEntry, ...] = ()
     models_config: str = "/etc/cortex/models.toml"
 
@@ -107,6 +126,11 @@ def load_gateway_config(
         host, _, port = value.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
             faults.append(f"{path}: gateway.{key}: `{value}` is not host:port")
+    faults.extend(
+        f"{path}: neurons: `{neuron.name}` is a neuron and takes no api_key and no headers"
+        for neuron in config.neurons
+        if neuron.kind == "neuron" and (neuron.api_key is not None or neuron.headers)
+    )
     faults.extend(f"{path}: {fault}" for fault in entitlement_faults(config.entitlements))
     if faults:
         raise ConfigError(faults)
@@ -114,7 +138,18 @@ def load_gateway_config(
     if scheme == "sqlite" and path is not None and not Path(store).is_absolute():
         store = f"sqlite:{Path(path).resolve().parent / store}"
         config = msgspec.structs.replace(config, entitlements=msgspec.structs.replace(config.entitlements, store=store))
+    if path is not None:
+        neurons = tuple(_with_absolute_files(neuron, Path(path).resolve().parent) for neuron in config.neurons)
+        config = msgspec.structs.replace(config, neurons=neurons)
     models = Path(config.models_config)
     if not models.is_absolute() and path is not None:
         config = msgspec.structs.replace(config, models_config=str(Path(path).resolve().parent / models))
     return config
+
+
+def _with_absolute_files(neuron: NeuronEntry, folder: Path) -> NeuronEntry:
+    return msgspec.structs.replace(
+        neuron,
+        api_key=None if neuron.api_key is None else absolute(neuron.api_key, folder),
+        headers={name: absolute(reference, folder) for name, reference in neuron.headers.items()},
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -15,7 +16,7 @@ import aiohttp
 from cortex_core.catalogue import Catalogue
 from cortex_core.dialects.errors import dialect_of_path, error_body, headers_of, status_of
 from cortex_core.errors import ApiError
-from cortex_core.gateway_config import GatewayConfig
+from cortex_core.gateway_config import GatewayConfig, NeuronEntry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -26,6 +27,7 @@ from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive,
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.merge import dead_aliases
 from cortex_gateway.fleet.neuron import NeuronClient, open_session
+from cortex_gateway.fleet.openai_server import OpenAIServer, secret_headers
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.facts import price, widest_limit
@@ -80,6 +82,7 @@ class Gateway:
             on_refusal=self.metrics.key_refused,
         )
         self._session: aiohttp.ClientSession | None = None
+        self._secret_headers: dict[str, dict[str, str]] = {}
         self._poller: Poller
         self.placement: Placement
         self.upkeep: Upkeep
@@ -90,12 +93,13 @@ class Gateway:
     # ------------------------------------------------------------------------------------------ lifespan
 
     async def startup(self) -> None:
-        """Raises `StoreError` where keys and budgets cannot be reached."""
+        """Raises `ConfigError` where a server's secrets are not there, `StoreError` where keys and budgets are not."""
+        self._secret_headers = {entry.name: secret_headers(entry, os.environ) for entry in self.config.neurons}
         await self.identity.start()
         loop = asyncio.get_running_loop()
         config, fleet, catalogue = self.config, self.fleet, self.catalogue
         self._session = open_session(connect_timeout_s=config.gateway.upstream_connect_timeout_s)
-        neurons = {entry.name: NeuronClient(self._session, entry.name, entry.endpoint) for entry in config.neurons}
+        neurons = {entry.name: self._client(self._session, entry) for entry in config.neurons}
         canonical = {f"{profile.source}:{profile.id}": profile.id for profile in catalogue.models if profile.source}
         self._poller = Poller(fleet, neurons, config.poll, canonical)
         placement = self.placement = Placement(
@@ -119,6 +123,11 @@ class Gateway:
         self._poller.start()
         self.upkeep.start()
         self._checking = asyncio.create_task(self._check_aliases())
+
+    def _client(self, session: aiohttp.ClientSession, entry: NeuronEntry) -> NeuronClient:
+        if entry.kind == "openai":
+            return OpenAIServer(session, entry.name, entry.endpoint, self._secret_headers[entry.name])
+        return NeuronClient(session, entry.name, entry.endpoint)
 
     async def shutdown(self) -> None:
         if self._session is None:

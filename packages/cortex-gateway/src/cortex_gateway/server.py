@@ -63,8 +63,8 @@ async def running(
 ) -> AsyncIterator[RunningGateway]:
     """A listening gateway in this event loop; leaving the context drains it (`grace_s`: config's by default).
 
-    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound, `ConfigError`
-    where a secret is missing, `StoreError` where keys and budgets cannot be reached.
+    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound,
+    `ConfigError` where a secret is missing, `StoreError` where keys and budgets cannot be reached.
     """
     gateway = Gateway(config, catalogue)
     write_timeout_s = config.gateway.write_timeout_s

@@ -85,7 +85,10 @@ def _feasible_on(profile: ModelProfile, nodes: Iterable[NodeSnapshot]) -> list[s
     return [
         node.name
         for node in nodes
-        if node.is_routable and node.discovery is not None and is_feasible(profile, node.name, node.discovery)
+        if node.is_routable
+        and node.can_load
+        and node.discovery is not None
+        and is_feasible(profile, node.name, node.discovery)
     ]
 
 

@@ -108,6 +108,9 @@ class NeuronClient:
         body = msgspec.json.encode(PinRequest(model_id=model, pinned=pinned))
         await self._call("POST", "/models/pin", body, timeout_s)
 
+    def _control_headers(self) -> dict[str, str]:
+        return {}
+
     async def _get(self, path: str, type_: type[T], timeout_s: float) -> T:
         answer = await self._call("GET", path, None, timeout_s)
         try:
@@ -116,7 +119,9 @@ class NeuronClient:
             raise NeuronError(f"GET {path} of {self.name}: unexpected answer: {exc}", status=200) from exc
 
     async def _call(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
-        headers = {"content-type": "application/json"} if body is not None else {}
+        headers = self._control_headers()
+        if body is not None:
+            headers["content-type"] = "application/json"
         try:
             async with (
                 asyncio.timeout(timeout_s),

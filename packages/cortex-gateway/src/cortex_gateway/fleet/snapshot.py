@@ -14,6 +14,7 @@ from cortex_core.fleet import (
     ModelStatus,
     status_of,
 )
+from cortex_core.gateway_config import NeuronKind
 
 NodeHealth = Literal["unknown", "healthy", "suspect", "unhealthy"]
 """`unknown` until the first poll has been answered or missed; `suspect` is still routable."""
@@ -62,6 +63,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
 
     name: str
     endpoint: str
+    kind: NeuronKind = "neuron"
     health: NodeHealth = "unknown"
     misses: int = 0
     last_error: str | None = None
@@ -87,6 +89,11 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     @property
     def is_routable(self) -> bool:
         return self.health in ("healthy", "suspect")
+
+    @property
+    def can_load(self) -> bool:
+        """Whether models can be loaded and unloaded there; other servers have what they have."""
+        return self.kind == "neuron"
 
     def status(self, model: str) -> ModelStatus | None:
         """Where the model stands here: own operations, then the neuron's list, then its activation queue."""
@@ -117,6 +124,11 @@ class FleetSnapshot(msgspec.Struct, frozen=True):
 
     nodes: dict[str, NodeSnapshot] = {}
     version: int = 0
+
+    def neurons_only(self) -> FleetSnapshot:
+        """Without the servers that are no neurons."""
+        nodes = {name: node for name, node in self.nodes.items() if node.kind == "neuron"}
+        return FleetSnapshot(nodes=nodes, version=self.version)
 
     def has_model(self, model: str) -> bool:
         return any(node.status(model) is not None for node in self.nodes.values())

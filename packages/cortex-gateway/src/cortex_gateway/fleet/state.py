@@ -28,7 +28,8 @@ class Fleet:
     ) -> None:
         self.snapshot = FleetSnapshot(
             nodes={
-                neuron.name: NodeSnapshot(name=neuron.name, endpoint=neuron.endpoint.rstrip("/")) for neuron in neurons
+                neuron.name: NodeSnapshot(name=neuron.name, endpoint=neuron.endpoint.rstrip("/"), kind=neuron.kind)
+                for neuron in neurons
             }
         )
         self.activity = activity

@@ -49,7 +49,7 @@ def plan_chores(situation: Situation) -> tuple[Chore, ...]:
 
 
 def _chores(node: NodeSnapshot, situation: Situation) -> list[Chore]:
-    if not node.is_routable or node.is_draining:
+    if not node.is_routable or node.is_draining or not node.can_load:
         return []
     chores: list[Chore] = []
     every = situation.policy.defrag_after_cycles

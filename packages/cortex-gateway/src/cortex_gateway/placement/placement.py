@@ -152,10 +152,11 @@ class Placement:
             resolved = self._resolved[name] = self._catalogue.resolve(name, served)
         return resolved
 
-    def situation(self) -> Situation:
+    def situation(self, *, neurons_only: bool = False) -> Situation:
         """Everything there is to decide on, now."""
+        snapshot = self._fleet.snapshot
         return Situation(
-            snapshot=self._fleet.snapshot,
+            snapshot=snapshot.neurons_only() if neurons_only else snapshot,
             catalogue=self._catalogue,
             activity=self._fleet.activity,
             policy=self._policy,
@@ -164,8 +165,8 @@ class Placement:
             breakers=self._fleet.breakers,
         )
 
-    def decide(self, model: str, shares: Shares = UNKNOWN) -> Decision:
-        return decide(model, self.situation(), shares)
+    def decide(self, model: str, shares: Shares = UNKNOWN, *, neurons_only: bool = False) -> Decision:
+        return decide(model, self.situation(neurons_only=neurons_only), shares)
 
     def try_now(self, model: str, hints: Hints | None = None) -> Lease | None:
         """A lease if the model is served somewhere at this moment. Raises `ApiError` if it never will be."""
@@ -184,12 +185,12 @@ class Placement:
         *,
         wait_s: float | None = None,
         on_wait: OnWait | None = None,
-        through_outages: bool = False,
+        is_resuming: bool = False,
     ) -> Lease:
         """As `try_now`, but wait for whatever it takes, up to `wait_s` seconds (the configured budget by default).
 
-        through_outages: wait also where a new request would be told to come back later (a stream that has begun
-        cannot be).
+        is_resuming: a stream that has begun is to go on. Only a neuron can, and where a new request would be told to
+        come back later, this one waits.
 
         Raises `ApiError`: the refusal, the failure of the load waited for, or 503 with `Retry-After` and the load's
         progress once the budget is spent (the load goes on).
@@ -199,7 +200,7 @@ class Placement:
         try:
             async with asyncio.timeout(budget_s):
                 with self._waiting.joined(model, began):
-                    return await self._wait(model, hints, on_wait, through_outages=through_outages)
+                    return await self._wait(model, hints, on_wait, is_resuming=is_resuming)
         except TimeoutError:
             raise self._still_waiting(model, budget_s) from None
         finally:
@@ -208,17 +209,17 @@ class Placement:
             if self._waiting and model not in self._waiting:
                 self._fleet.wake()  # whoever queued behind this model may go now
 
-    async def _wait(self, model: str, hints: Hints | None, on_wait: OnWait | None, *, through_outages: bool) -> Lease:
+    async def _wait(self, model: str, hints: Hints | None, on_wait: OnWait | None, *, is_resuming: bool) -> Lease:
         route: RouteReason = "held"
         is_fresh = False
         while True:
             shares = self._shares(model, hints)
-            decision = self.decide(model, UNKNOWN if shares is None else shares)
+            decision = self.decide(model, UNKNOWN if shares is None else shares, neurons_only=is_resuming)
             match decision:
                 case Forward():
                     return self._lease(decision, model, route, hints, shares)
                 case Refuse():
-                    if not through_outages or decision.retry_after is None:
+                    if not is_resuming or decision.retry_after is None:
                         raise refused(decision, model)
                     await self._change(self._clock() + decision.retry_after)
                 case Load():

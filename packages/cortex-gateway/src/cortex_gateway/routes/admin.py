@@ -62,7 +62,7 @@ class AdminRoutes:
         wanted = await read_request(request)
         model = self._placement.resolve(wanted.model)
         if wanted.node is not None:
-            self._known(wanted.node)
+            self._managed(wanted.node)
         if "text/event-stream" in request.headers.get("accept", ""):
             return StreamingResponse(
                 self._load_events(model, wanted.node, request.state.request_id),
@@ -114,7 +114,7 @@ class AdminRoutes:
     async def _start(self, model: str, node: str | None) -> tuple[str, asyncio.Task[None] | None]:
         """Start or join a load: (node, the load's task or None if the model is there already)."""
         if node is not None:
-            return node, self._start_on(self._known(node), model)
+            return node, self._start_on(self._managed(node), model)
         while True:
             decision = self._placement.decide(model)
             match decision:
@@ -140,7 +140,11 @@ class AdminRoutes:
                     raise refused(decision, model)
 
     def _roomiest(self) -> NodeSnapshot | None:
-        nodes = [node for node in self._fleet.snapshot.nodes.values() if node.is_routable and not node.is_draining]
+        nodes = [
+            node
+            for node in self._fleet.snapshot.nodes.values()
+            if node.is_routable and node.can_load and not node.is_draining
+        ]
         return min(nodes, key=lambda node: (-free_mb(node), node.name), default=None)
 
     def _start_on(self, node: NodeSnapshot, model: str) -> asyncio.Task[None] | None:
@@ -171,7 +175,7 @@ class AdminRoutes:
         """Unload a model from one node or from all that have it."""
         wanted = await read_request(request)
         model = self._placement.resolve(wanted.model)
-        nodes = [self._known(wanted.node)] if wanted.node is not None else list(self._fleet.snapshot.nodes.values())
+        nodes = self._managed_nodes(wanted.node)
         having = [node.name for node in nodes if node.status(model) not in (None, "unloaded")]
         if not having:
             raise model_not_found(wanted.model)
@@ -198,7 +202,7 @@ class AdminRoutes:
     async def _pin(self, request: Request, *, pinned: bool) -> Response:
         wanted = await read_request(request)
         model = self._placement.resolve(wanted.model)
-        nodes = [self._known(wanted.node)] if wanted.node is not None else list(self._fleet.snapshot.nodes.values())
+        nodes = self._managed_nodes(wanted.node)
         having = [node.name for node in nodes if node.status(model) in ("loaded", "recovering", "reloading")]
         if not having:
             raise ApiError(
@@ -261,6 +265,7 @@ class AdminRoutes:
         return {
             "name": node.name,
             "endpoint": node.endpoint,
+            "kind": node.kind,
             "health": node.health,
             "misses": node.misses,
             "last_error": node.last_error,
@@ -274,6 +279,23 @@ class AdminRoutes:
             "activation": node.activation,
             "models": models,
         }
+
+    def _managed_nodes(self, name: str | None) -> list[NodeSnapshot]:
+        """The node asked for, or all on which models can be loaded and unloaded."""
+        if name is not None:
+            return [self._managed(name)]
+        return [node for node in self._fleet.snapshot.nodes.values() if node.can_load]
+
+    def _managed(self, name: str) -> NodeSnapshot:
+        """Raises `ApiError` for a node that is unknown, and for a server that is no neuron."""
+        node = self._known(name)
+        if not node.can_load:
+            raise invalid(
+                f"`{name}` is a server of kind {node.kind}: no model can be loaded, unloaded or pinned there.",
+                param="node",
+                code="node_not_managed",
+            )
+        return node
 
     def _known(self, name: str) -> NodeSnapshot:
         node = self._fleet.snapshot.nodes.get(name)
