@@ -73,7 +73,7 @@ def situation(
 def queued(since: dict[str, float]) -> Waiting:
     waiting = Waiting()
     for model, moment in since.items():
-        waiting.joined(model, moment).__enter__()
+        waiting.join(model, moment)
     return waiting
 
 

@@ -64,7 +64,8 @@ async def test_load_streams_its_progress(neuron: FakeNeuron, start: Start) -> No
                     neuron.models[MODEL]["progress"]["bytes_done"] = 4
                 elif event.event == "progress":
                     neuron.load_gate.set()
-    assert seen[0] == ("progress", {"node": "alpha", "phase": "weights", "bytes_done": 1, "bytes_total": 4, "eta_s": None})
+    progress = {"node": "alpha", "phase": "weights", "bytes_done": 1, "bytes_total": 4, "eta_s": None}
+    assert seen[0] == ("progress", progress)
     assert seen[-1] == ("done", {"model": MODEL, "node": "alpha", "status": "loaded"})
 
 

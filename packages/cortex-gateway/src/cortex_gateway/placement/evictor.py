@@ -86,9 +86,11 @@ def plan_room(profile: ModelProfile, node: NodeSnapshot, situation: Situation, *
 def eviction_order(node: NodeSnapshot, incoming: str, situation: Situation, *, claim: bool = False) -> list[str]:
     """All models of `node` that may go for `incoming`, the first to go first. Ties are broken by name.
 
-    With a claim, models that are in use, waited for or newly loaded come too, after all others.
+    With a claim, models that are in use, waited for or newly loaded come too, after all others; but not one whose own
+    requests have waited longer.
     """
     catalogue = situation.catalogue
+    since = situation.waiting.since(incoming)
     candidates = []
     for model in node.models:
         if model == incoming or node.status(model) != "loaded" or node.is_pinned(model):
@@ -96,11 +98,16 @@ def eviction_order(node: NodeSnapshot, incoming: str, situation: Situation, *, c
         if not may_displace(catalogue, incoming, model):
             continue
         is_spared = is_in_use(node, model, situation) or situation.stays_until(node, model) > situation.now
-        if is_spared and not claim:
+        if is_spared and (not claim or _waits_longer(model, incoming, since, situation)):
             continue
         residency = catalogue.residency(model) if situation.policy.strategy == "priority" else 0
         candidates.append((is_spared, residency, situation.last_used(node, model), model))
     return [model for *_, model in sorted(candidates)]
+
+
+def _waits_longer(model: str, incoming: str, since: float | None, situation: Situation) -> bool:
+    own = situation.waiting.since(model)
+    return own is not None and (since is None or (own, model) < (since, incoming))
 
 
 def is_in_use(node: NodeSnapshot, model: str, situation: Situation) -> bool:
@@ -134,7 +141,7 @@ def capacity_mb(node: NodeSnapshot, profile: ModelProfile) -> int:
 
 
 def _free_mb(node: NodeSnapshot, situation: Situation) -> dict[int, int]:
-    """Free memory per device as polled, less what loads under way may still take. Empty = unknown."""
+    """Free memory per device as polled, less what loads since then and those under way take. Empty = unknown."""
     if node.devices:
         free = {device.index: device.vram_free_mb for device in node.devices}
     elif node.memory_free_mb > 0 and node.discovery is not None and not node.discovery.devices:
@@ -142,12 +149,19 @@ def _free_mb(node: NodeSnapshot, situation: Situation) -> dict[int, int]:
     else:
         return {}
     arriving = sorted(
-        model for model in node.models.keys() | node.operations.keys() if node.status(model) in ("fetching", "loading")
+        model
+        for model in node.models.keys() | node.operations.keys()
+        if node.status(model) in ("fetching", "loading") or _came_since_the_poll(node, model)
     )
     for model in arriving:
         for index, share in _shares(model, free, node, situation):
             free[index] = max(0, free[index] - share)
     return free
+
+
+def _came_since_the_poll(node: NodeSnapshot, model: str) -> bool:
+    residence = node.residences.get(model)
+    return residence is not None and residence.since is not None and residence.since > node.polled_at
 
 
 def _shares(model: str, free: dict[int, int], node: NodeSnapshot, situation: Situation) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from cortex_gateway.fleet.snapshot import LoadFailure, OperationKind
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.fleet.transitions import OperationEnded, OperationStarted, Pinned
 from cortex_gateway.observability.metrics import Metrics
-from cortex_gateway.placement.evictor import eviction_order, is_in_use
+from cortex_gateway.placement.evictor import eviction_order
 from cortex_gateway.placement.situation import Situation
 
 log = logging.getLogger(__name__)
@@ -184,13 +184,9 @@ class Loads:
         return order[0] if order else None
 
     def _could_come_free(self, node: str, model: str) -> bool:
-        """Whether a model that may make room is only kept by requests that will end."""
+        """Whether what is in the way is there only because it is in use or new: then room comes with time."""
         situation = self._situation()
-        snapshot = situation.snapshot.nodes[node]
-        return any(
-            is_in_use(snapshot, resident, situation)
-            for resident in eviction_order(snapshot, model, situation, claim=True)
-        )
+        return bool(eviction_order(situation.snapshot.nodes[node], model, situation, claim=True))
 
     async def _unload(self, node: str, model: str, reason: UnloadReason) -> None:
         succeeded = False

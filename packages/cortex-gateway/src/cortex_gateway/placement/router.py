@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 
 import msgspec
-from cortex_core.catalogue import ModelProfile, is_feasible, load_spec, may_displace
+from cortex_core.catalogue import ModelProfile, is_feasible, load_spec
 from cortex_core.fleet import ModelInfo, ModelSpec
 
 from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot
 from cortex_gateway.placement.affinity import UNKNOWN, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import Room, capacity_mb, is_in_use, never_fits, plan_room
+from cortex_gateway.placement.evictor import Room, capacity_mb, eviction_order, never_fits, plan_room
 from cortex_gateway.placement.replicas import Replica, choose
 from cortex_gateway.placement.situation import Situation
 
@@ -110,9 +110,11 @@ def _replica(model: str, node: NodeSnapshot, failures: int, situation: Situation
 def has_to_yield(model: str, node: NodeSnapshot, situation: Situation) -> bool:
     """Whether requests for a loaded model are held so that one whose requests lost patience gets its turn here."""
     for waiter in situation.waiting.in_order():
-        if situation.now - waiter.since < situation.policy.patience_s:
+        if situation.now < waiter.since + situation.policy.patience_s:
             return False  # in order: those behind have waited less
-        if waiter.model == model or not _is_to_be_placed(waiter.model, situation):
+        if waiter.model == model:
+            return False  # its own requests have waited longer than those behind: they are answered first
+        if not _is_to_be_placed(waiter.model, situation):
             continue
         target = _best(waiter.model, situation)
         if target is None or target[0].name != node.name or target[1].fits:
@@ -176,7 +178,7 @@ class _Candidates(msgspec.Struct):
 def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: Situation) -> _Candidates:
     found = _Candidates()
     for node in routable:
-        if node.is_draining or node.discovery is None or not node.can_load:
+        if node.is_draining or node.discovery is None:
             continue
         if profile.pinned_on and node.name not in profile.pinned_on:
             continue
@@ -221,21 +223,29 @@ def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], situation: S
     node, room = ranked[0]
     if not room.fits and room.fits_later:
         return _wait_for_room(profile, node, room, situation)
+    if not room.fits and (node.operated_at > node.polled_at or _is_moving(node)):
+        return Hold(node=node.name, reason="busy")  # the figures are about to change
     # What still does not fit is the neuron's to refuse: the figures here are estimates, its preflight is not.
     return _load(profile, node, room)
 
 
+def _is_moving(node: NodeSnapshot) -> bool:
+    return any(
+        node.status(model) in ("loading", "fetching", "unloading", "recovering")
+        for model in node.models.keys() | node.operations.keys()
+    )
+
+
 def _wait_for_room(profile: ModelProfile, node: NodeSnapshot, room: Room, situation: Situation) -> Decision:
     """Room comes when requests end, when a new model has stayed long enough, or by claim when patience is over."""
-    patience_s = situation.policy.patience_s
-    if situation.waited_s(profile.id) >= patience_s:
+    since = situation.waiting.since(profile.id)
+    claims_at = (situation.now if since is None else since) + situation.policy.patience_s
+    if since is not None and situation.now >= claims_at:
         claimed = plan_room(profile, node, situation, claim=True)
         # What other gateways have in flight, the neuron knows: it lets it end before it unloads.
         if claimed.fits and not any(situation.activity.in_flight(node.name, victim) for victim in claimed.victims):
             return _load(profile, node, claimed)
         return Hold(node=node.name, reason="busy")
-    since = situation.waiting.since(profile.id)
-    claims_at = (situation.now if since is None else since) + patience_s
     if room.settles_at is None:
         return Hold(node=node.name, reason="busy", until=claims_at)
     return Hold(node=node.name, reason="settling", until=min(room.settles_at, claims_at))
@@ -267,11 +277,9 @@ def _rank(
 
 
 def _after_failure(model: str, node: NodeSnapshot, failure: LoadFailure, situation: Situation) -> Decision:
-    """Every node that could load it has just failed to. Where only memory is lacking that is in use, it comes free."""
-    catalogue = situation.catalogue
-    if failure.lacks_memory and any(
-        is_in_use(node, resident, situation) and may_displace(catalogue, model, resident) for resident in node.models
-    ):
+    """Every node that could load it has just failed to. Where only memory was lacking, and others may still make room,
+    it is tried again."""
+    if failure.lacks_memory and eviction_order(node, model, situation, claim=True):
         return Hold(node=node.name, reason="busy", until=failure.until)
     return Refuse(
         kind="overloaded",
@@ -359,8 +367,6 @@ def _away(model: str) -> Refuse:
 def _nowhere(profile: ModelProfile, snapshot: FleetSnapshot, too_small: NodeSnapshot | None) -> Decision:
     for node in snapshot.nodes.values():
         admitted = not profile.pinned_on or node.name in profile.pinned_on
-        if not node.can_load:
-            if node.status(profile.id) is not None:
                 return _away(profile.id)
         elif node.discovery is None:
             if admitted:

@@ -60,11 +60,6 @@ class Situation(msgspec.Struct, frozen=True):
         """Requests running or queued there: polled plus sent since."""
         return self.activity.load_of(node.name, model, node.loads.get(model))
 
-    def waited_s(self, model: str) -> float:
-        """How long the oldest request for the model has been waiting; 0 if none is."""
-        since = self.waiting.since(model)
-        return 0.0 if since is None else self.now - since
-
     def last_used(self, node: NodeSnapshot, model: str) -> float:
         """When the last request was there, of this gateway or, where the neuron says, of any; -inf if unknown."""
         used = self.activity.last_used(node.name, model)

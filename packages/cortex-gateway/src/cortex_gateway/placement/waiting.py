@@ -43,15 +43,23 @@ class Waiting:
         ]
         return sorted(waiters, key=lambda waiter: (waiter.since, waiter.model))
 
-    @contextmanager
-    def joined(self, model: str, now: float) -> Iterator[None]:
-        """In the model's queue while held. Arrivals come in order, so the first of a queue is its oldest."""
+    def join(self, model: str, now: float) -> object:
+        """Enter the model's queue; returns the ticket to leave with. The first of a queue is its oldest."""
         ticket = object()
         self._queues.setdefault(model, {})[ticket] = now
+        return ticket
+
+    def leave(self, model: str, ticket: object) -> None:
+        queue = self._queues[model]
+        del queue[ticket]
+        if not queue:
+            del self._queues[model]
+
+    @contextmanager
+    def joined(self, model: str, now: float) -> Iterator[None]:
+        """In the model's queue while held."""
+        ticket = self.join(model, now)
         try:
             yield
         finally:
-            queue = self._queues[model]
-            del queue[ticket]
-            if not queue:
-                del self._queues[model]
+            self.leave(model, ticket)

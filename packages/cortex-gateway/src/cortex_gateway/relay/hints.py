@@ -89,9 +89,11 @@ class RequestHints:
         for name, value in self._headers:
             if name in SESSION_HEADERS or name == AGENT_HEADER:
                 found.setdefault(name, value)
+        agent = found.get(AGENT_HEADER, b"")[:MAX_KEY].decode("latin-1")
         for name in SESSION_HEADERS:
-            if value := found.get(name):
-                return f"{value[:MAX_KEY].decode('latin-1')}/{found.get(AGENT_HEADER, b'')[:MAX_KEY].decode('latin-1')}"
+            session = found.get(name, b"")[:MAX_KEY].decode("latin-1")
+            if session:
+                return f"{session}/{agent}"
         return None
 
     def _session_of_body(self) -> str | None:
