@@ -367,8 +367,7 @@ def _away(model: str) -> Refuse:
 def _nowhere(profile: ModelProfile, snapshot: FleetSnapshot, too_small: NodeSnapshot | None) -> Decision:
     for node in snapshot.nodes.values():
         admitted = not profile.pinned_on or node.name in profile.pinned_on
-                return _away(profile.id)
-        elif node.discovery is None:
+        if node.discovery is None:
             if admitted:
                 return _away(profile.id)
         elif (not node.is_routable or node.is_draining) and is_feasible(profile, node.name, node.discovery):
