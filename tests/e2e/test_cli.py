@@ -79,3 +79,21 @@ def test_bench_measures_a_running_fleet(fleet: FleetProcess) -> None:
     assert (report["completed"], report["failed"], report["output_tokens"]) == (6, 0, 48)
     assert 0 < report["first_token_s"]["p50"] <= report["latency_s"]["max"] <= report["duration_s"]
     assert cortex("bench", "no/such-model", "-e", fleet.url, "-n", "1").returncode == 1
+
+
+def test_top_shows_nodes_and_models(fleet: FleetProcess) -> None:
+    shown = cortex("top", "--once", "-e", fleet.url)
+    assert shown.returncode == 0, shown.stderr
+    assert "local" in shown.stdout and MODEL in shown.stdout and "0 requests in flight" in shown.stdout
+    document = json.loads(cortex("top", "--json", "-e", fleet.url).stdout)
+    assert [node["name"] for node in document["nodes"]] == ["local"]
+
+
+def test_logs_tell_what_became_of_requests(fleet: FleetProcess) -> None:
+    assert cortex("chat", "-e", fleet.url, MODEL, "What is 1+1?").returncode == 0
+    assert cortex("bench", "no/such-model", "-e", fleet.url, "-n", "1").returncode == 1
+    lines = [json.loads(line) for line in cortex("logs", "--json", "-e", fleet.url).stdout.splitlines()]
+    answered = [line for line in lines if line.get("model") == MODEL and line["outcome"] == "ok"]
+    assert answered and answered[-1]["node"] == "local" and answered[-1]["completion_tokens"] > 0
+    failed = cortex("logs", "--failed", "--model", "no/such-model", "-e", fleet.url).stdout.splitlines()
+    assert failed and all("404" in line and "model_not_found" in line for line in failed)

@@ -21,6 +21,7 @@ _COMMANDS = {
     "models": "cortex_cli.commands.models:models",
     "serve": "cortex_cli.commands.serve:serve",
     "status": "cortex_cli.commands.status:status",
+    "top": "cortex_cli.commands.top:top",
     "unload": "cortex_cli.commands.load:unload",
     "version": "cortex_cli.commands.version:version",
 }
