@@ -96,6 +96,23 @@ async def test_nothing_is_left_on_disk(checkpoint: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_what_a_killed_daemon_left_is_removed_and_a_living_one_is_left_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    dead = tmp_path / "neuron-dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    (dead / "x.sock").touch()
+    (tmp_path / "neuron-other").mkdir()  # not ours to judge: it has no lock
+    async with run_neuron(checkpoint, load=False):
+        (first,) = set(tmp_path.iterdir()) - {tmp_path / "neuron-other"}
+        assert first != dead
+        async with run_neuron(checkpoint, load=False):
+            assert first.is_dir() and len(list(tmp_path.iterdir())) == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "neuron-other"]
+
+
 def test_a_taken_port_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -51,7 +52,7 @@ class Daemon:
         self._config = config
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._runtime_dir = _make_runtime_dir()
+        self._runtime_dir, self._runtime_lock = _make_runtime_dir()
         build = read_build_info()
         hardware = HardwareMonitor(harnesses=(HARNESS,) if config.has_engine else ())
         discovery = hardware.discovery
@@ -138,6 +139,7 @@ class Daemon:
             services.hardware.stop()
             services.text_pool.shutdown(wait=False, cancel_futures=True)
             shutil.rmtree(self._runtime_dir, ignore_errors=True)
+            os.close(self._runtime_lock)
 
     async def _drain(self) -> None:
         services, manager = self.services, self.services.manager
@@ -256,12 +258,38 @@ def _ids_of(specs: Iterable[ModelSpec], sources: Sources) -> list[str]:
     return ids
 
 
-def _make_runtime_dir() -> Path:
-    """A private folder (mode 0700) for engine sockets: systemd's runtime folder if there is one."""
-    parent = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or os.environ.get("XDG_RUNTIME_DIR") or None
-    if parent is not None and not os.access(parent, os.W_OK):
-        parent = None
-    return Path(tempfile.mkdtemp(prefix="neuron-", dir=parent))
+def _make_runtime_dir() -> tuple[Path, int]:
+    """A private folder (mode 0700) for engine sockets, in systemd's runtime folder if there is one, and its lock.
+
+    Folders of daemons that were killed, which nobody holds any more, are removed.
+    """
+    named = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or os.environ.get("XDG_RUNTIME_DIR") or None
+    parent = Path(tempfile.gettempdir() if named is None or not os.access(named, os.W_OK) else named)
+    for lock in parent.glob("neuron-*/lock"):
+        if lock.stat(follow_symlinks=False).st_uid == os.getuid() and (held := _try_lock(lock)) is not None:
+            shutil.rmtree(lock.parent, ignore_errors=True)
+            os.close(held)
+    folder = Path(tempfile.mkdtemp(prefix="neuron-", dir=parent))
+    new = folder / "lock.new"  # it is held before anybody can see it
+    new.touch(mode=0o600)
+    held = _try_lock(new)
+    assert held is not None
+    new.rename(folder / "lock")
+    return folder, held
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock, None if another process does, or removed the file first."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _notify(state: str) -> None:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
@@ -49,6 +50,29 @@ class RemoteFile(msgspec.Struct, frozen=True):
     size: int | None = None
     sha256: str | None = None
     git_sha1: str | None = None
+
+
+class Connections:
+    """A context for every fetch. The library keeps connections for later: they are closed when the last fetch ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_fetches = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_fetches += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        import huggingface_hub
+
+        with self._lock:
+            self._num_fetches -= 1
+            close = getattr(huggingface_hub, "close_session", None)  # libraries before 1.0 have none
+            if not self._num_fetches and close is not None:
+                close()
 
 
 class _Hash(Protocol):

@@ -22,7 +22,7 @@ from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress, ModelSpec
 
 from neuron.lifecycle.checkpoint_folder import check_folder, is_complete, read_json
-from neuron.lifecycle.download import Downloader, FetchCancelled, RemoteFile
+from neuron.lifecycle.download import Connections, Downloader, FetchCancelled, RemoteFile
 from neuron.lifecycle.model_id import ModelId
 from neuron.lifecycle.preflight import (
     INDEX_FILE,
@@ -41,6 +41,7 @@ SizeCheck = Callable[[Mapping[str, Any], int], None]
 
 CONNECTIONS = 4
 """Files that are fetched at a time: one connection rarely fills a fast line."""
+_CONNECTIONS = Connections()
 _REPORT_S = 0.25
 _LOCAL_ERRORS = {
     errno.ENOSPC: ("disk_full", "the disk is full"),
@@ -77,6 +78,17 @@ class Registry:
         before_weights gets config.json and the size of the weights before any of them is fetched, and may refuse.
         Raises `ApiError` (retryable where the cause may pass) and `FetchCancelled`.
         """
+        with _CONNECTIONS:
+            return self._fetch(spec, model, on_progress, cancelled, before_weights)
+
+    def _fetch(
+        self,
+        spec: ModelSpec,
+        model: ModelId,
+        on_progress: ProgressCallback,
+        cancelled: threading.Event,
+        before_weights: SizeCheck,
+    ) -> Path:
         from huggingface_hub import HfApi
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
