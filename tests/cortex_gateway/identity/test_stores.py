@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import sqlite3
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pytest
 from cortex_core.entitlements import Budget, KeyEntry, Window
 from cortex_gateway.identity.credentials import hash_text, new_key
+from cortex_gateway.identity.postgres_store import PostgresStore
 from cortex_gateway.identity.sqlite_store import SqliteStore
 from cortex_gateway.identity.store import (
     FORGET_HOLDS_AFTER_MS,
@@ -33,6 +34,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from .postgres_server import PostgresServer
+
+T = TypeVar("T")
 
 NOW = 1_700_000_000_000
 TTL = 60_000
@@ -162,13 +165,14 @@ STEPS = st.lists(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(STEPS)
 def test_sqlite_decides_as_memory_does_and_neither_overshoots(steps: list[tuple[str, int, int]]) -> None:
-    asyncio.run(_compare(steps))
+    with tempfile.TemporaryDirectory(prefix="cortex-store-") as folder:
+        asyncio.run(_compare(steps, SqliteStore(Path(folder) / "cortex.db")))
 
 
-async def _compare(steps: list[tuple[str, int, int]]) -> None:
-    sqlite = SqliteStore(":memory:")
+async def _compare(steps: list[tuple[str, int, int]], sqlite: SqliteStore) -> None:
     memory, now = MemoryStore(), NOW
-    async with opened_in_memory(sqlite):
+    await sqlite.open()
+    try:
         held: dict[str, tuple[int, int]] = {}  # amount, until when it counts
         used: list[tuple[int, int]] = []
         for number, (what, amount, milliseconds) in enumerate(steps):
@@ -198,21 +202,8 @@ async def _compare(steps: list[tuple[str, int, int]]) -> None:
                 await each.settle([settlement(name, 0, 0, 0)], now)
         everything = hold("last", 0, 0, 0)
         assert await sqlite.reserve(everything, now) == await memory.reserve(everything, now)
-
-
-@asynccontextmanager
-async def opened_in_memory(store: SqliteStore) -> AsyncIterator[None]:
-    """`:memory:` would be created as a file by `open`."""
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"cortex-store-{os.getpid()}.db"
-    path.unlink(missing_ok=True)
-    store._path = path
-    await store.open()
-    try:
-        yield
     finally:
-        await store.close()
-        for left in path.parent.glob(path.name + "*"):
-            left.unlink()
+        await sqlite.close()
 
 
 def _spend(path: str, owner: str, taken: multiprocessing.Queue[int]) -> None:
@@ -247,6 +238,57 @@ async def test_two_processes_share_one_file_and_cannot_overshoot(tmp_path: Path)
     assert total == sum(used.amount for used in await store.usage())
     assert 98 <= total <= 100, "spent to the last request that fits"
     await store.close()
+
+
+async def test_gateways_that_share_a_postgres_cannot_overshoot_together(postgres: PostgresServer) -> None:
+    url = postgres.new_url()
+    gateways = [PostgresStore(url) for _ in range(3)]
+    await asyncio.gather(*(gateway.open() for gateway in gateways))  # all create the tables at once
+
+    async def spend(gateway: PostgresStore, owner: str) -> int:
+        count = 0
+        for number in range(30):
+            name = f"{owner}-{number}"
+            if await gateway.reserve(hold(name, 3, owner=owner), NOW) is None:
+                real = 1 if number % 2 else 3
+                await gateway.settle([settlement(name, real)], NOW)
+                count += real
+        return count
+
+    spent = sum(await asyncio.gather(*(spend(gateway, str(number)) for number, gateway in enumerate(gateways))))
+    assert spent == sum(used.amount for used in await gateways[0].usage())
+    assert 98 <= spent <= 100, "spent to the last request that fits"
+    for gateway in gateways:
+        await gateway.close()
+
+
+async def again(work: Callable[[], Awaitable[T]]) -> T:
+    """As the gateway does: what failed on a dead connection is tried on the next. A pool has four."""
+    for _ in range(8):
+        try:
+            return await work()
+        except StoreError:
+            continue
+    return await work()
+
+
+async def test_a_postgres_that_restarts_is_found_again(postgres: PostgresServer) -> None:
+    store = postgres.new_store()
+    await store.open()
+    await store.reserve(hold("a", 60), NOW)
+    await asyncio.to_thread(postgres.restart)
+    refused = await again(lambda: store.reserve(hold("b", 41), NOW))
+    assert refused is not None and refused.shortfall.reserved == 60, "it kept what it was told"
+    await again(lambda: store.settle([settlement("a", 5)], NOW))
+    assert [used.amount for used in await again(store.usage)] == [5]
+    await store.close()
+
+
+async def test_a_postgres_that_is_not_there_says_so_without_its_password() -> None:
+    pytest.importorskip("asyncpg", reason="the extra `postgres` (asyncpg) is not installed")
+    with pytest.raises(StoreError) as raised:
+        await PostgresStore("postgresql://cortex:hunter2@127.0.0.1:1/cortex").open()
+    assert "hunter2" not in str(raised.value)
 
 
 # ---------------------------------------------------------------------------------------------- keys
