@@ -67,6 +67,9 @@ class FakeNeuron:
         self.discovery_extra: dict[str, Any] = {}
         self.health_extra: dict[str, Any] = {}
         self.is_down = False
+        self.is_old = False
+        self.models_hang = False
+        self.num_loads = 0
         self.health_fails = False
         self.load_error: tuple[int, dict[str, Any]] | None = None
         self.unload_error: tuple[int, dict[str, Any]] | None = None
@@ -108,7 +111,10 @@ class FakeNeuron:
         app.router.add_get("/models", self._models)
         app.router.add_post("/models/load", self._load)
         app.router.add_post("/models/unload", self._unload)
-        for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"):
+        if not self.is_old:
+            app.router.add_post("/models/pin", self._pin)
+        counting = ("/v1/messages/count_tokens", "/v1/responses/input_tokens")
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages", *counting):
             app.router.add_post(path, self._inference)
         return app
 
@@ -145,6 +151,8 @@ class FakeNeuron:
 
     async def _models(self, request: web.Request) -> web.Response:
         self.polled.set()
+        if self.models_hang:
+            await asyncio.Event().wait()
         return web.json_response(list(self.models.values()))
 
     async def _load(self, request: web.Request) -> web.Response:
@@ -167,6 +175,7 @@ class FakeNeuron:
         return web.json_response({"status": "loaded"})
 
     async def _finish_load(self, model: str) -> None:
+        self.num_loads += 1
         self.have(model, status="loading", progress={"phase": "weights", "bytes_done": 1, "bytes_total": 4})
         try:
             await self.load_gate.wait()
@@ -183,6 +192,11 @@ class FakeNeuron:
             return web.json_response({"error": f"model '{model}' not found"}, status=404)
         del self.models[model]
         return web.json_response({"status": "unloaded"})
+
+    async def _pin(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        self.models[asked["model_id"]]["pinned"] = asked["pinned"]
+        return web.json_response(asked)
 
     # ------------------------------------------------------------------------------------------ inference
 
