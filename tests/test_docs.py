@@ -124,7 +124,7 @@ def test_every_toml_example_is_accepted(name: str, block: str) -> None:
     data = tomllib.loads(block)
     if "models" in data or "aliases" in data or name.endswith("models.toml"):
         parse_config(Catalogue, block, name=name)
-    elif "neurons" in data or "gateway" in data:
+    elif data.keys() & {"neurons", "gateway", "entitlements"}:
         parse_config(GatewayConfig, block, name=name)
     else:
         parse_config(NeuronConfig, block, name=name)
