@@ -11,7 +11,10 @@ import pytest
 
 from .fleet_process import MODEL, FleetProcess, call
 
-INFERENCE = ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"]
+INFERENCE = [
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/input_tokens"),
+    *("/v1/messages", "/v1/messages/count_tokens"),
+]
 CHAT_LIKE = ["/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"]
 
 

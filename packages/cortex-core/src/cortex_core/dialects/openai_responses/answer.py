@@ -148,7 +148,11 @@ class Projector:
         if self._is_closed:
             return b""
         if isinstance(event, TextDelta):
-            return self._text(event)
+            item = self._open
+            if type(item) is not MessageItem or event.logprobs or not event.text:
+                return self._text(event)
+            item.fragments.append(event.text)  # what nearly every token is
+            return self._bare_delta(event.text)
         if isinstance(event, ReasoningDelta):
             if not event.text or not self._shows_reasoning:
                 return b""
@@ -194,7 +198,7 @@ class Projector:
     def _bare_delta(self, text: str) -> bytes:
         number = self._sequence_number
         self._sequence_number = number + 1
-        return b'%b%d,"delta":%b}\n\n' % (self._delta_head, number, encode_json(text))
+        return self._delta_head + b'%d,"delta":' % number + encode_json(text) + b"}\n\n"
 
     def _start(self, item: Item) -> bytes:
         """Close what is open and open `item`."""
