@@ -137,7 +137,7 @@ async def test_answers_longer_than_expected_cost_time_and_nothing_else(tmp_path:
         await nothing_is_held(running)
 
 
-async def test_a_prompt_that_can_never_fit_is_refused_at_once_with_the_numbers(tmp_path: Path) -> None:
+async def test_F5_a_prompt_that_can_never_fit_is_refused_at_once_with_the_numbers(tmp_path: Path) -> None:
     async with neuron(tmp_path) as running:
         async with running.client.get(running.url + "/v1/models") as response:
             (model,) = json.loads(await response.read())["data"]

@@ -15,6 +15,7 @@ from neuron.hardware.host import anonymous_bytes, memory_free_mb, memory_total_m
 
 from tests.neuron.api.conftest import TEXT_FILES, RunningNeuron, run_neuron
 from tests.neuron.engine.checkpoints import SHAPE, write_qwen3
+from tests.neuron.scripted_engine import eventually, scripted_with
 
 MIB = 2**20
 
@@ -101,6 +102,29 @@ async def test_models_that_are_promised_the_rest_are_named(checkpoint: Path, tmp
         assert status == 200
         status, answer = await load(neuron, other, kv_cache_mb=memory_free_mb() // 4)
         assert status == 200, answer
+
+
+async def test_a_load_that_another_one_stands_in_the_way_of_is_tried_again_by_itself(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    first = sparse_checkpoint(tmp_path / "first", 64 * MIB)
+    second = sparse_checkpoint(tmp_path / "second", 64 * MIB)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    command = scripted_with("--gate", str(gate))
+    async with run_neuron(checkpoint, load=False, command=command) as neuron:
+        manager = neuron.daemon.services.manager
+        loading = asyncio.create_task(load(neuron, first, kv_cache_mb=memory_free_mb() // 2))
+        await eventually(lambda: (model := manager.find(f"file:{first}")) is not None and model.group is not None)
+        waiting = asyncio.create_task(load(neuron, second, kv_cache_mb=memory_free_mb() // 2))
+        await eventually(lambda: (model := manager.find(f"file:{second}")) is not None and bool(model.state.error))
+        error = manager.get(f"file:{second}").state.error
+        assert error is not None and "may free" in error
+        status, _, _ = await neuron.post("/models/unload", {"model_id": f"file:{first}"})
+        assert status == 200 and (await loading)[0] == 409
+        await eventually(lambda: manager.get(f"file:{second}").group is not None)
+        await asyncio.to_thread(gate.write_text, "go")
+        assert (await waiting)[0] == 200
 
 
 async def test_a_damaged_file_is_refused_before_anything_starts(checkpoint: Path, tmp_path: Path) -> None:
