@@ -12,11 +12,13 @@ import pytest
 from cortex_core.catalogue import Catalogue
 from cortex_core.entitlements import EntitlementsSection
 from cortex_core.gateway_config import (
+    BreakerSection,
     EvictionSection,
     GatewayConfig,
     GatewaySection,
     NeuronEntry,
     PollSection,
+    RoutingSection,
 )
 from cortex_gateway.server import running
 from hypothesis import HealthCheck, settings
@@ -56,6 +58,8 @@ def start(stack: AsyncExitStack) -> Start:
         poll: dict[str, Any] | None = None,
         eviction: dict[str, Any] | None = None,
         entitlements: dict[str, Any] | None = None,
+        routing: dict[str, Any] | None = None,
+        breaker: dict[str, Any] | None = None,
         grace_s: float = 0.0,
         wait_polled: bool = True,
     ) -> Client:
@@ -65,6 +69,8 @@ def start(stack: AsyncExitStack) -> Start:
             poll=msgspec.convert({"interval_s": 60.0, **(poll or {})}, PollSection),
             eviction=msgspec.convert(eviction or {}, EvictionSection),
             entitlements=msgspec.convert(entitlements or {}, EntitlementsSection),
+            routing=msgspec.convert(routing or {}, RoutingSection),
+            breaker=msgspec.convert(breaker or {}, BreakerSection),
             neurons=tuple(NeuronEntry(name=each.name, endpoint=each.url) for each in neurons),
         )
         started = await stack.enter_async_context(running(config, catalogue, grace_s=grace_s))

@@ -105,6 +105,17 @@ def eviction_order(node: NodeSnapshot, incoming: str, situation: Situation, *, c
     return [model for *_, model in sorted(candidates)]
 
 
+def may_come_free(node: NodeSnapshot, incoming: str, situation: Situation) -> bool:
+    """Whether anything is on the node, or on its way there, that may make room for `incoming` sooner or later."""
+    return any(
+        model != incoming
+        and not node.is_pinned(model)
+        and node.status(model) not in (None, "failed", "unloaded")
+        and may_displace(situation.catalogue, incoming, model)
+        for model in node.models.keys() | node.operations.keys()
+    )
+
+
 def _waits_longer(model: str, incoming: str, since: float | None, situation: Situation) -> bool:
     own = situation.waiting.since(model)
     return own is not None and (since is None or (own, model) < (since, incoming))

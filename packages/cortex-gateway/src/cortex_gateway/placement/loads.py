@@ -20,7 +20,7 @@ from cortex_gateway.fleet.snapshot import LoadFailure, OperationKind
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.fleet.transitions import OperationEnded, OperationStarted, Pinned
 from cortex_gateway.observability.metrics import Metrics
-from cortex_gateway.placement.evictor import eviction_order
+from cortex_gateway.placement.evictor import eviction_order, may_come_free
 from cortex_gateway.placement.situation import Situation
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Loads:
             failure = LoadFailure(
                 message=failed.message, code=failed.code or "model_load_failed", lacks_memory=error.lacks_memory
             )
-            if error.lacks_memory and self._could_come_free(node, model):
+            if error.lacks_memory and await self._may_come_free(node, model):
                 raise RoomLost from error
             raise failed from error
         finally:
@@ -183,10 +183,11 @@ class Loads:
         order = eviction_order(snapshot, model, situation)
         return order[0] if order else None
 
-    def _could_come_free(self, node: str, model: str) -> bool:
-        """Whether what is in the way is there only because it is in use or new: then room comes with time."""
+    async def _may_come_free(self, node: str, model: str) -> bool:
+        """Whether what is in the way may go sooner or later: it is in use, or new, or another gateway's."""
+        await self._poller.refresh(node)
         situation = self._situation()
-        return bool(eviction_order(situation.snapshot.nodes[node], model, situation, claim=True))
+        return may_come_free(situation.snapshot.nodes[node], model, situation)
 
     async def _unload(self, node: str, model: str, reason: UnloadReason) -> None:
         succeeded = False

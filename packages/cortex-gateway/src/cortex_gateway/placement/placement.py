@@ -27,7 +27,7 @@ MAX_CACHED_NAMES = 4096
 RETRY_WAITING_S = 10
 MAX_RETRY_WAITING_S = 60
 """SDKs give up where they are told to wait longer than two minutes."""
-FRESH_S = 0.5
+FRESH_S = 0.1
 """Before a load, nodes whose last poll is older than this are asked again: another gateway may have begun it."""
 
 OnWait = Callable[[str, RouteReason], None]
@@ -245,7 +245,8 @@ class Placement:
         load = self.loads.running(node, model)
         if load is not None:
             try:
-                await asyncio.shield(load)
+                with self._poller.watching(node):  # for its progress
+                    await asyncio.shield(load)
             except RoomLost:
                 pass
             except ApiError:

@@ -20,7 +20,7 @@ from cortex_core.fleet import ModelInfo, ModelSpec
 from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot
 from cortex_gateway.placement.affinity import UNKNOWN, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import Room, capacity_mb, eviction_order, never_fits, plan_room
+from cortex_gateway.placement.evictor import Room, capacity_mb, may_come_free, never_fits, plan_room
 from cortex_gateway.placement.replicas import Replica, choose
 from cortex_gateway.placement.situation import Situation
 
@@ -279,7 +279,7 @@ def _rank(
 def _after_failure(model: str, node: NodeSnapshot, failure: LoadFailure, situation: Situation) -> Decision:
     """Every node that could load it has just failed to. Where only memory was lacking, and others may still make room,
     it is tried again."""
-    if failure.lacks_memory and eviction_order(node, model, situation, claim=True):
+    if failure.lacks_memory and may_come_free(node, model, situation):
         return Hold(node=node.name, reason="busy", until=failure.until)
     return Refuse(
         kind="overloaded",
