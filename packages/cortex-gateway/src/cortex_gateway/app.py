@@ -115,7 +115,9 @@ class Gateway:
             clock=loop.time,
         )
         self.upkeep = Upkeep(fleet, placement.loads, placement.situation)
-        self.relay = Relay(self.identity, placement, self._poller, self.metrics, self.access_log, config.gateway)
+        self.relay = Relay(
+            self.identity, placement, self._poller, self.metrics, self.access_log, config.gateway, config.prompt_filters
+        )
         models = ModelRoutes(fleet, catalogue)
         health = HealthRoutes(fleet, lambda: self.relay.is_draining)
         admin = AdminRoutes(fleet, self._poller, placement.loads, placement, self.access_log, catalogue=catalogue)

@@ -82,6 +82,12 @@ class OpenAIServer(NeuronClient):
     async def pin(self, model: str, pinned: bool, timeout_s: float) -> None:
         raise self._unmanaged()
 
+    def without_secrets(self, answer: bytes) -> bytes:
+        """An error answer as it may be logged and passed on: some repeat the key that they refuse."""
+        for value in self.secret_headers.values():
+            answer = answer.replace(value.removeprefix("Bearer ").encode("ascii"), b"***")
+        return answer
+
     def _unmanaged(self) -> NeuronError:
         return NeuronError(f"{self.name} is no neuron: it has what it has", status=405)
 

@@ -8,11 +8,12 @@ from cortex_core.hop import Batch
 from cortex_gateway.identity import estimate
 from cortex_gateway.relay.events import EventRelay
 from cortex_gateway.relay.exchange import Exchange
+from cortex_gateway.relay.translation import TranslatedStream
 
 _decode_batches = msgspec.json.Decoder(list[Batch]).decode
 
 
-def generated_tokens(events: EventRelay) -> int:
+def generated_tokens(events: EventRelay | TranslatedStream) -> int:
     """Tokens behind the events that were sent on: by the neuron's marks, else one for each event."""
     if not events.batches:
         return events.num_events

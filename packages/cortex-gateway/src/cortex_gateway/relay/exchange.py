@@ -15,6 +15,7 @@ from cortex_gateway.identity.principal import Principal
 from cortex_gateway.relay.body import ClientGone
 from cortex_gateway.relay.events import EventRelay, Usage
 from cortex_gateway.relay.opening import StreamOpening
+from cortex_gateway.relay.translation import TranslatedStream, Translation
 from cortex_gateway.routes.surface import Surface
 
 Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeout", "client_gone", "shutdown", "error"]
@@ -35,8 +36,8 @@ class Exchange:
     that the client was sent.
 
     opening: keeps a client's stream alive while no neuron answers. stream: what has been relayed of a stream, over all
-    the neurons that wrote it; None before the first byte. is_sending: something is on its way to the client, who may
-    be slow.
+    the neurons that wrote it; None before the first byte. translation: how a server that is no neuron is asked, where
+    one is. is_sending: something is on its way to the client, who may be slow.
     """
 
     __slots__ = (
@@ -68,6 +69,7 @@ class Exchange:
         "stream",
         "surface",
         "task",
+        "translation",
         "usage",
         "wants_cors",
     )
@@ -101,7 +103,8 @@ class Exchange:
         self.usage: Usage | None = None
         self.response_started = False
         self.opening: StreamOpening | None = None
-        self.stream: EventRelay | None = None
+        self.stream: EventRelay | TranslatedStream | None = None
+        self.translation: Translation | None = None
         self.interruption: ApiError | ClientGone | None = None
 
     def interrupt(self, reason: ApiError | ClientGone) -> None:
@@ -118,6 +121,13 @@ class Exchange:
     def waits(self, node: str, route: str) -> None:
         """The request waits for this node: what its headers say if they go out before a neuron answers."""
         self.node, self.route = node, route
+
+    def error_event(self, error: ApiError) -> bytes:
+        """The end of a stream that has begun."""
+        stream = self.stream
+        if isinstance(stream, TranslatedStream) and stream.has_begun:
+            return stream.fail(error)
+        return self.surface.error_event(error, self.request_id)
 
     def settle(self) -> None:
         """From here on nothing interrupts: the last bytes are on their way."""

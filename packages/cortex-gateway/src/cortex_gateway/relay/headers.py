@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from cortex_core.hop import HOP_HEADER, RESOLVED_MODEL_HEADER
 from multidict import CIMultiDict
@@ -48,6 +48,8 @@ _DROP_FROM_RESPONSE = HOP_BY_HOP | {
     b"alt-svc",
 }
 
+TRACE_HEADERS = frozenset((b"traceparent", b"tracestate", b"baggage"))
+
 EVENT_STREAM_HEADERS: RawHeaders = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -65,6 +67,38 @@ def request_headers(
 
     `principal` names who asks, as the gateway knows it: what a client says of itself under those names is dropped.
     """
+    forwarded = _end_to_end(headers)
+    for pair in principal:
+        forwarded.add(*pair)
+    forwarded.add("x-request-id", request_id)
+    forwarded.add(HOP_HEADER, "1")
+    if model.isprintable():
+        forwarded.add(RESOLVED_MODEL_HEADER, model)
+    return forwarded
+
+
+def foreign_headers(
+    headers: RawHeaders, *, request_id: str, is_translated: bool, secrets: Mapping[str, str]
+) -> CIMultiDict[str]:
+    """The headers for a server that is no neuron: nothing of ours, nothing of who asks, and its own credentials.
+
+    is_translated: the request is ours and not the client's; of the client's headers only the trace goes along.
+    """
+    if is_translated:
+        forwarded: CIMultiDict[str] = CIMultiDict({"content-type": "application/json", "accept": "text/event-stream"})
+        for name, value in headers:
+            if name in TRACE_HEADERS:
+                forwarded.add(name.decode("latin-1"), value.decode("latin-1"))
+    else:
+        forwarded = _end_to_end(headers)
+    forwarded.add("x-request-id", request_id)
+    for secret_name, secret in secrets.items():
+        forwarded[secret_name] = secret
+    return forwarded
+
+
+def _end_to_end(headers: RawHeaders) -> CIMultiDict[str]:
+    """The client's headers without hop-by-hop, credentials and anything of ours."""
     forwarded: CIMultiDict[str] = CIMultiDict()
     add = forwarded.add
     named_by_connection: frozenset[bytes] = frozenset()
@@ -78,12 +112,6 @@ def request_headers(
         add(name.decode("latin-1"), value.decode("latin-1"))
     for token in named_by_connection:
         forwarded.popall(token.decode("latin-1"), None)
-    for pair in principal:
-        add(*pair)
-    add("x-request-id", request_id)
-    add(HOP_HEADER, "1")
-    if model.isprintable():
-        add(RESOLVED_MODEL_HEADER, model)
     return forwarded
 
 
@@ -93,7 +121,12 @@ def response_headers(raw_headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
 
 
 def identity_headers(
-    request_id: str, *, node: str | None = None, model: str | None = None, route: str | None = None
+    request_id: str,
+    *,
+    node: str | None = None,
+    model: str | None = None,
+    route: str | None = None,
+    translated: str | None = None,
 ) -> RawHeaders:
     """The headers on every answer: both spellings of the request id, and what was decided."""
     encoded = request_id.encode("ascii")
@@ -104,4 +137,6 @@ def identity_headers(
         headers.append((b"x-cortex-model", model.encode("utf-8")))
     if route is not None:
         headers.append((b"x-cortex-route", route.encode("ascii")))
+    if translated is not None:
+        headers.append((b"x-cortex-translated", translated.encode("ascii")))
     return headers

@@ -14,56 +14,45 @@ from functools import partial
 import aiohttp
 from cortex_core.dialects.errors import error_body, headers_of, status_of
 from cortex_core.errors import ApiError
-from cortex_core.gateway_config import GatewaySection
+from cortex_core.gateway_config import GatewaySection, PromptFiltersSection
 from cortex_core.hop import RESUME_HEADER, resume_body
+from multidict import CIMultiDict
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send
 from cortex_gateway.fleet.neuron import describe
+from cortex_gateway.fleet.openai_server import OpenAIServer
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.principal import limit_headers
 from cortex_gateway.observability.access_log import AccessLog
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.placement import Lease, Placement
+from cortex_gateway.relay.answers import MAX_ATTEMPTS, MAX_RESUMES, AnswerRelay, BrokenStream, StaleRoute
 from cortex_gateway.relay.body import BodyMemory, ClientGone, RequestBody
-from cortex_gateway.relay.charge import generated_tokens, used
+from cortex_gateway.relay.charge import used
 from cortex_gateway.relay.envelope import read_envelope
-from cortex_gateway.relay.events import EventRelay, ForeignStream, scan_usage
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
 from cortex_gateway.relay.failures import (
-    as_api_error,
     is_dead_connection,
-    is_stale_route,
     shutting_down,
     upstream_failed,
 )
 from cortex_gateway.relay.headers import (
     CORS_HEADERS,
     EVENT_STREAM_HEADERS,
+    foreign_headers,
     identity_headers,
     request_headers,
-    response_headers,
 )
 from cortex_gateway.relay.hints import RequestHints
 from cortex_gateway.relay.idle import IdleWatch
 from cortex_gateway.relay.opening import StreamOpening
 from cortex_gateway.relay.record import record
+from cortex_gateway.relay.translation import translation_of
+from cortex_gateway.relay.translation_errors import UpstreamFault
 from cortex_gateway.routes.surface import Surface
 
 log = logging.getLogger(__name__)
-
-MAX_BUFFERED_ANSWER = 2**20
-MAX_LOGGED_ERROR = 600
-MAX_ATTEMPTS = 2
-MAX_RESUMES = 8
-
-
-class StaleRoute(Exception):
-    """The neuron does not have the model after all, or closed the connection unanswered: ask it, and route again."""
-
-
-class BrokenStream(Exception):
-    """The neuron was cut off in the middle of a stream, and another one can go on with it."""
 
 
 class Relay:
@@ -77,6 +66,7 @@ class Relay:
         metrics: Metrics,
         access_log: AccessLog,
         settings: GatewaySection,
+        prompt_filters: PromptFiltersSection,
     ) -> None:
         self._identity = identity
         self._placement = placement
@@ -84,7 +74,9 @@ class Relay:
         self._metrics = metrics
         self._access_log = access_log
         self._settings = settings
+        self._prompt_filters = prompt_filters
         self._body_memory = BodyMemory(settings.max_body_memory_bytes)
+        self._answers = AnswerRelay(self._own_headers, ping_interval_s=settings.ping_interval_s)
         self._active: set[Exchange] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
@@ -270,6 +262,7 @@ class Relay:
         series.requests.inc()
         if lease.route == "cold":
             series.cold_starts.inc()
+        path, payload, request = self._outgoing(exchange, lease, payload, headers)
         response: aiohttp.ClientResponse | None = None
 
         def cut() -> None:
@@ -285,20 +278,13 @@ class Relay:
             silence_s=self._settings.stream_silence_s,
             cut=cut,
         )
-        principal = exchange.principal.upstream_headers if exchange.principal is not None else ()
-        request = request_headers(
-            headers, request_id=exchange.request_id, model=lease.neuron_model, principal=principal
-        )
         if exchange.sent_at is None:
             exchange.sent_at = loop.time()
-        stream = exchange.stream
-        if stream is not None and stream.head is not None:
-            payload, request[RESUME_HEADER] = resume_body(stream.head, bytes(stream.batches), payload)
         try:
-            response = await lease.neuron.post(exchange.surface.upstream_path, payload, request)
+            response = await lease.neuron.post(path, payload, request)
             lease.answered(response.status, exchange)
             series.duration.observe(loop.time() - exchange.started_at)
-            await self._relay_response(exchange, response, send, loop)
+            await self._answers.relay(exchange, response, lease.neuron, send, loop)
         except (aiohttp.ClientError, OSError) as exc:
             if exchange.stream is not None and exchange.stream.is_resumable and exchange.num_resumes < MAX_RESUMES:
                 lease.failed()
@@ -313,6 +299,12 @@ class Relay:
             log.warning("request %s: node %s: %s", exchange.request_id, lease.neuron.name, describe(exc))
             exchange.outcome = "upstream_failed"
             raise upstream_failed(exc) from exc
+        except UpstreamFault as fault:
+            lease.failed()
+            series.errors.inc()
+            log.warning("request %s: node %s: %s", exchange.request_id, lease.neuron.name, fault)
+            exchange.outcome = "upstream_failed"
+            raise fault.error from None
         except asyncio.CancelledError:
             if isinstance(exchange.interruption, ApiError) and exchange.interruption.code == "upstream_timeout":
                 lease.failed()
@@ -322,136 +314,35 @@ class Relay:
             if response is not None:
                 response.release() if response.content.at_eof() else response.close()
 
-    # ------------------------------------------------------------------------------------------ the answer
+    def _outgoing(
+        self, exchange: Exchange, lease: Lease, payload: bytes, headers: RawHeaders
+    ) -> tuple[str, bytes, CIMultiDict[str]]:
+        """Path, body and headers of the request as this node understands it.
 
-    async def _relay_response(
-        self,
-        exchange: Exchange,
-        response: aiohttp.ClientResponse,
-        send: Send,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        if response.status >= 400:
-            await self._relay_refusal(exchange, response, send)
-            return
-        is_open = await exchange.answer()
-        content_type = response.headers.get("content-type", "")
-        if content_type.startswith("text/event-stream"):
-            if not is_open:
-                headers = self._answer_headers(exchange, response)
-                for name, value in EVENT_STREAM_HEADERS[1:]:
-                    if not any(given == name for given, _ in headers):
-                        headers.append((name, value))
-                exchange.status = response.status
-                exchange.response_started = True
-                await send({"type": "http.response.start", "status": response.status, "headers": headers})
-            await self._relay_events(exchange, response, send, loop)
-        elif is_open:
-            exchange.outcome = "upstream_failed"
-            raise ApiError("internal", "The neuron did not answer with a stream.", code="upstream_malformed_response")
-        else:
-            await self._relay_whole(exchange, response, send, loop)
-
-    async def _relay_events(
-        self, exchange: Exchange, response: aiohttp.ClientResponse, send: Send, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        """The hot loop: one read, one write, nothing decoded."""
-        exchange.status = 200
-        exchange.response_started = True
-        events = exchange.stream
-        if events is None:
-            events = exchange.stream = EventRelay()
-        else:
-            events.rejoin()
-        feed = events.feed
-        readany = response.content.readany
-        now = loop.time
-        try:
-            while chunk := await readany():
-                data = feed(chunk)
-                if not data:
-                    continue
-                exchange.last_byte_at = now()
-                if exchange.first_byte_at is None and not data.startswith((b":", b"event: ping")):
-                    exchange.first_byte_at = exchange.last_byte_at
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        except ForeignStream:
-            raise ApiError(
-                "internal", "The neuron did not go on with the stream.", code="upstream_malformed_response"
-            ) from None
-        finally:
-            exchange.usage = events.usage()
-            if exchange.grant is not None:
-                exchange.generated = generated_tokens(events)
-        if events.is_unfinished and exchange.num_resumes < MAX_RESUMES:
-            raise BrokenStream
-        exchange.settle()
-        last = events.flush()
-        exchange.usage = events.usage()
-        await send({"type": "http.response.body", "body": last, "more_body": False})
-
-    async def _relay_whole(
-        self, exchange: Exchange, response: aiohttp.ClientResponse, send: Send, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        headers = self._answer_headers(exchange, response)
-        length = response.content_length
-        if length is not None and length <= MAX_BUFFERED_ANSWER:
-            data = await response.read()
-            exchange.first_byte_at = exchange.last_byte_at = loop.time()
-            exchange.usage = scan_usage(data)
-            exchange.status = response.status
-            exchange.settle()
-            exchange.response_started = True
-            headers.append((b"content-length", b"%d" % len(data)))
-            await send({"type": "http.response.start", "status": response.status, "headers": headers})
-            await send({"type": "http.response.body", "body": data, "more_body": False})
-            return
-        if length is not None:
-            headers.append((b"content-length", b"%d" % length))
-        exchange.status = response.status
-        exchange.response_started = True
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        tail = b""
-        while chunk := await response.content.readany():
-            exchange.last_byte_at = loop.time()
-            if exchange.first_byte_at is None:
-                exchange.first_byte_at = exchange.last_byte_at
-            tail = (tail + chunk)[-4096:]
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        exchange.usage = scan_usage(tail)
-        exchange.settle()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _relay_refusal(
-        self,
-        exchange: Exchange,
-        response: aiohttp.ClientResponse,
-        send: Send,
-    ) -> None:
-        """An error of the neuron: its status, headers and body pass if they are in an API's shape."""
-        data = await response.content.read(MAX_BUFFERED_ANSWER)
-        while len(data) < MAX_BUFFERED_ANSWER and (more := await response.content.read(MAX_BUFFERED_ANSWER)):
-            data += more
-        if is_stale_route(response.status, data):
-            if exchange.stream is not None and exchange.num_resumes < MAX_RESUMES:
-                raise BrokenStream
-            if exchange.num_attempts < MAX_ATTEMPTS:
-                raise StaleRoute
-        snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
-        exchange.outcome = "upstream_error"
-        exchange.error = snippet
-        log.warning("request %s: node %s answered %d: %s", exchange.request_id, exchange.node, response.status, snippet)
-        is_json = response.headers.get("content-type", "").startswith("application/json")
-        is_open = await exchange.answer()
-        if is_open or not is_json:
-            raise as_api_error(response.status, data, response.headers.get("retry-after"))
-        headers = self._answer_headers(exchange, response)
-        exchange.status = response.status
-        exchange.settle()
-        exchange.response_started = True
-        headers.append((b"content-length", b"%d" % len(data)))
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        await send({"type": "http.response.body", "body": data, "more_body": False})
+        Raises `ApiError` where the request is read here, to be translated, and is bad.
+        """
+        assert exchange.model is not None
+        neuron = lease.neuron
+        if isinstance(neuron, OpenAIServer):
+            if exchange.translation is None:
+                exchange.translation = translation_of(exchange.surface, payload, exchange.model, self._prompt_filters)
+            translation = exchange.translation
+            request = foreign_headers(
+                headers,
+                request_id=exchange.request_id,
+                is_translated=translation.label is not None,
+                secrets=neuron.secret_headers,
+            )
+            return translation.path, translation.body(lease.neuron_model), request
+        exchange.translation = None
+        principal = exchange.principal.upstream_headers if exchange.principal is not None else ()
+        request = request_headers(
+            headers, request_id=exchange.request_id, model=lease.neuron_model, principal=principal
+        )
+        stream = exchange.stream
+        if stream is not None and stream.head is not None:
+            payload, request[RESUME_HEADER] = resume_body(stream.head, bytes(stream.batches), payload)
+        return exchange.surface.upstream_path, payload, request
 
     async def _fail(self, exchange: Exchange, error: ApiError, body: RequestBody, send: Send) -> None:
         """Say `error` in the surface's dialect: as a status while that is possible, else as the stream's last event."""
@@ -465,7 +356,7 @@ class Relay:
             self._metrics.rejections.labels(error.code or error.kind).inc()
         if await exchange.answer():
             exchange.status = status_of(error, surface.dialect)
-            final = surface.error_event(error, exchange.request_id)
+            final = exchange.error_event(error)
             if exchange.is_stream:
                 await send({"type": "http.response.body", "body": final, "more_body": False})
             return  # A body cut short: closing without the rest is the only way left to tell.
@@ -486,16 +377,12 @@ class Relay:
             node=exchange.node,
             model=exchange.resolved,
             route=exchange.route or ("refused" if exchange.resolved is not None else None),
+            translated=exchange.translation.label if exchange.translation is not None else None,
         )
         if exchange.wants_cors:
             headers.extend(CORS_HEADERS)
         if exchange.principal is not None:
             headers.extend(limit_headers(exchange.principal, exchange.surface.dialect, self._identity.now_ms()))
-        return headers
-
-    def _answer_headers(self, exchange: Exchange, response: aiohttp.ClientResponse) -> RawHeaders:
-        headers = response_headers(response.raw_headers)
-        headers.extend(self._own_headers(exchange))
         return headers
 
     def _stream_headers(self, exchange: Exchange) -> RawHeaders:

@@ -1,0 +1,250 @@
+"""A node's answer on its way to the client: events as they come, JSON in one piece, refusals, translated ones.
+
+It says by an exception where the request has to go elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import aiohttp
+from cortex_core.errors import ApiError
+
+from cortex_gateway.asgi import JSON_CONTENT_TYPE, RawHeaders, Send
+from cortex_gateway.fleet.neuron import NeuronClient
+from cortex_gateway.fleet.openai_server import OpenAIServer
+from cortex_gateway.relay.charge import generated_tokens
+from cortex_gateway.relay.events import EventRelay, ForeignStream, scan_usage
+from cortex_gateway.relay.exchange import Exchange
+from cortex_gateway.relay.failures import as_api_error, is_stale_route
+from cortex_gateway.relay.headers import EVENT_STREAM_HEADERS, response_headers
+from cortex_gateway.relay.silence import PingedSend
+from cortex_gateway.relay.translation import TranslatedStream, WholeAnswer
+from cortex_gateway.relay.translation_errors import UpstreamFault
+
+log = logging.getLogger(__name__)
+
+MAX_BUFFERED_ANSWER = 2**20
+MAX_TRANSLATED_ANSWER = 64 * 2**20
+MAX_LOGGED_ERROR = 600
+MAX_ATTEMPTS = 2
+MAX_RESUMES = 8
+
+
+class StaleRoute(Exception):
+    """The neuron does not have the model after all, or closed the connection unanswered: ask it, and route again."""
+
+
+class BrokenStream(Exception):
+    """The neuron was cut off in the middle of a stream, and another one can go on with it."""
+
+
+class AnswerRelay:
+    """own_headers: what the gateway adds to every answer."""
+
+    def __init__(self, own_headers: Callable[[Exchange], RawHeaders], *, ping_interval_s: float) -> None:
+        self._own_headers = own_headers
+        self._ping_interval_s = ping_interval_s
+
+    async def relay(
+        self,
+        exchange: Exchange,
+        response: aiohttp.ClientResponse,
+        neuron: NeuronClient,
+        send: Send,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """Raises what ends the exchange (`ApiError`, `ClientGone`, `aiohttp.ClientError`) or sends it elsewhere."""
+        if response.status >= 400:
+            await self._refusal(exchange, response, neuron, send)
+            return
+        is_events = response.headers.get("content-type", "").startswith("text/event-stream")
+        events: EventRelay | TranslatedStream | None = EventRelay() if is_events else None
+        first = b""
+        translation = exchange.translation
+        if translation is not None:
+            if not exchange.is_stream and (answer := translation.whole(is_events=is_events)) is not None:
+                await self._translated(exchange, response, answer, send, loop)
+                return
+            events = translation.stream(is_events=is_events)
+            if events is not None:
+                # Such a server sends no pings: the gateway's go on until there is something to say.
+                while not first and (chunk := await response.content.readany()):
+                    first = events.feed(chunk)
+        elif is_events and isinstance(exchange.stream, EventRelay):
+            events = exchange.stream
+            events.rejoin()
+        is_open = await exchange.answer()
+        if events is not None:
+            if not is_open:
+                headers = self._answer_headers(exchange, response)
+                for name, value in EVENT_STREAM_HEADERS[1:]:
+                    if not any(given == name for given, _ in headers):
+                        headers.append((name, value))
+                exchange.status = response.status
+                exchange.response_started = True
+                await send({"type": "http.response.start", "status": response.status, "headers": headers})
+            exchange.stream = events
+            if translation is None:
+                await self._events(exchange, response, events, first, send, loop)
+                return
+            pinged = PingedSend(send, exchange.surface.ping, self._ping_interval_s, loop)
+            try:
+                await self._events(exchange, response, events, first, pinged, loop)
+            finally:
+                await pinged.stop()
+        elif is_open:
+            exchange.outcome = "upstream_failed"
+            raise ApiError("internal", "The neuron did not answer with a stream.", code="upstream_malformed_response")
+        else:
+            await self._whole(exchange, response, send, loop)
+
+    async def _events(
+        self,
+        exchange: Exchange,
+        response: aiohttp.ClientResponse,
+        events: EventRelay | TranslatedStream,
+        data: bytes,
+        send: Send,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """The hot loop: one read, one write, nothing decoded but where it is translated.
+
+        data: what came of reads before.
+        """
+        exchange.status = 200
+        exchange.response_started = True
+        feed = events.feed
+        readany = response.content.readany
+        now = loop.time
+        try:
+            if data:
+                exchange.first_byte_at = exchange.last_byte_at = now()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            while chunk := await readany():
+                data = feed(chunk)
+                exchange.last_byte_at = now()
+                if not data:
+                    continue
+                if exchange.first_byte_at is None and not data.startswith((b":", b"event: ping")):
+                    exchange.first_byte_at = exchange.last_byte_at
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except ForeignStream:
+            raise ApiError(
+                "internal", "The neuron did not go on with the stream.", code="upstream_malformed_response"
+            ) from None
+        finally:
+            exchange.usage = events.usage()
+            if exchange.grant is not None:
+                exchange.generated = generated_tokens(events)
+        if events.is_unfinished and exchange.num_resumes < MAX_RESUMES:
+            raise BrokenStream
+        exchange.settle()
+        last = events.flush()
+        exchange.usage = events.usage()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _translated(
+        self,
+        exchange: Exchange,
+        response: aiohttp.ClientResponse,
+        answer: WholeAnswer,
+        send: Send,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """An answer that is put together here, from a stream or from one that is not."""
+        num_bytes = 0
+        while chunk := await response.content.readany():
+            exchange.last_byte_at = loop.time()
+            if exchange.first_byte_at is None:
+                exchange.first_byte_at = exchange.last_byte_at
+            num_bytes += len(chunk)
+            if num_bytes > MAX_TRANSLATED_ANSWER:
+                raise UpstreamFault(ApiError("internal", "The server's answer is too large.", status=502))
+            answer.feed(chunk)
+        data = answer.body()
+        exchange.usage = answer.usage()
+        exchange.status = 200
+        exchange.settle()
+        exchange.response_started = True
+        headers = [JSON_CONTENT_TYPE, *self._own_headers(exchange), (b"content-length", b"%d" % len(data))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def _whole(
+        self, exchange: Exchange, response: aiohttp.ClientResponse, send: Send, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        headers = self._answer_headers(exchange, response)
+        length = response.content_length
+        if length is not None and length <= MAX_BUFFERED_ANSWER:
+            data = await response.read()
+            exchange.first_byte_at = exchange.last_byte_at = loop.time()
+            exchange.usage = scan_usage(data)
+            exchange.status = response.status
+            exchange.settle()
+            exchange.response_started = True
+            headers.append((b"content-length", b"%d" % len(data)))
+            await send({"type": "http.response.start", "status": response.status, "headers": headers})
+            await send({"type": "http.response.body", "body": data, "more_body": False})
+            return
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        exchange.status = response.status
+        exchange.response_started = True
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        tail = b""
+        while chunk := await response.content.readany():
+            exchange.last_byte_at = loop.time()
+            if exchange.first_byte_at is None:
+                exchange.first_byte_at = exchange.last_byte_at
+            tail = (tail + chunk)[-4096:]
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        exchange.usage = scan_usage(tail)
+        exchange.settle()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _refusal(
+        self,
+        exchange: Exchange,
+        response: aiohttp.ClientResponse,
+        neuron: NeuronClient,
+        send: Send,
+    ) -> None:
+        """An error of the neuron: its status, headers and body pass if they are in an API's shape."""
+        data = await response.content.read(MAX_BUFFERED_ANSWER)
+        while len(data) < MAX_BUFFERED_ANSWER and (more := await response.content.read(MAX_BUFFERED_ANSWER)):
+            data += more
+        if is_stale_route(response.status, data):
+            if exchange.stream is not None and exchange.num_resumes < MAX_RESUMES:
+                raise BrokenStream
+            if exchange.num_attempts < MAX_ATTEMPTS:
+                raise StaleRoute
+        translation = exchange.translation
+        if isinstance(neuron, OpenAIServer):
+            data = neuron.without_secrets(data)
+        snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
+        exchange.outcome = "upstream_error"
+        exchange.error = snippet
+        log.warning("request %s: node %s answered %d: %s", exchange.request_id, exchange.node, response.status, snippet)
+        if translation is not None:
+            raise translation.refused(response.status, data, response.headers.get("retry-after"))
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        is_open = await exchange.answer()
+        if is_open or not is_json:
+            raise as_api_error(response.status, data, response.headers.get("retry-after"))
+        headers = self._answer_headers(exchange, response)
+        exchange.status = response.status
+        exchange.settle()
+        exchange.response_started = True
+        headers.append((b"content-length", b"%d" % len(data)))
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+    def _answer_headers(self, exchange: Exchange, response: aiohttp.ClientResponse) -> RawHeaders:
+        headers = response_headers(response.raw_headers)
+        if exchange.translation is not None:  # What else such a server says is between it and the gateway.
+            headers = [pair for pair in headers if pair[0] == b"content-type"]
+        headers.extend(self._own_headers(exchange))
+        return headers
