@@ -68,6 +68,8 @@ class ModelLoad(msgspec.Struct, frozen=True):
     """How busy one model is. A ceiling of 0 means unknown; rejection counters are cumulative since load.
 
     idle_s: seconds since the last request left, whoever sent it; None while one is here, or where a peer does not say.
+    status: as on /models, but `stalled` where a loaded engine holds work and completes no step, or does not answer:
+    it is about to be killed. error: why it is in that state.
     """
 
     id: str
@@ -88,6 +90,8 @@ class ModelLoad(msgspec.Struct, frozen=True):
     tok_s_prefill: float = 0.0
     tok_s_decode: float = 0.0
     idle_s: float | None = None
+    status: str = ""
+    error: str | None = None
 
 
 class HealthResponse(msgspec.Struct, frozen=True):
