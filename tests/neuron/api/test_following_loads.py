@@ -83,6 +83,20 @@ async def test_a_followed_load_that_fails_ends_with_its_error(checkpoint: Path) 
             assert response.status == 400, "what is refused at once is an HTTP error"
 
 
+async def test_a_load_that_is_not_done_at_its_deadline_is_ended_with_its_reason(checkpoint: Path, gate: Path) -> None:
+    config = NeuronConfig(engine=EngineSection(load_deadline_s=0.5, stop_grace_s=2.0))
+    command = scripted_with("--gate", str(gate))
+    async with run_neuron(checkpoint, config=config, load=False, command=command) as neuron:
+        status, _, body = await neuron.post("/models/load", {"model_id": neuron.model})
+        error = json.loads(body)["error"]
+        assert (status, error["code"], error["kind"]) == (500, "load_failed", "load_timeout")
+        (model,) = await neuron.get("/models")
+        assert model["status"] == "failed" and "not done after" in model["error"]
+        for pid in neuron.served.group.pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
 async def test_a_follower_that_leaves_ends_nothing_and_leaves_no_trace(checkpoint: Path, gate: Path) -> None:
     async with run_neuron(checkpoint, load=False, command=scripted_with("--gate", str(gate))) as neuron:
         asking = asyncio.create_task(follow_load(neuron))

@@ -95,10 +95,10 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kv_cache_mb sizes the KV cache of a device, kv_cache_tokens that of a CPU; None lets the engine decide.
     num_threads: torch threads on a CPU, of all ranks together. collective_timeout_s: how long ranks wait to meet, and
-    for each other in one collective, where nothing else ends it. start_timeout_s: from spawn to the engine's first frame.
-    load_stall_timeout_s: the longest silence while loading. load_deadline_s, load_min_mb_per_s: a load may take that
-    long in all, and its weights at that rate on top (MiB/s, below any disk worth using). recovery_attempts: rebuilds
-    in a row before a model counts as failed; a group that has lived for stable_after_s starts counting anew.
+    for each other in one collective, where nothing else ends it. start_timeout_s: from spawn to the engine's first
+    frame. load_stall_timeout_s: the longest silence while loading. load_deadline_s, load_min_mb_per_s: a load may take
+    that long in all, and its weights at that rate on top (MiB/s, below any disk worth using). recovery_attempts:
+    rebuilds in a row before a model counts as failed; a group that has lived for stable_after_s starts counting anew.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
