@@ -128,7 +128,8 @@ def _coerce(text: str, leaf: Any) -> Any:
         try:
             parsed = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            raise ValueError(f"`{text}` is not a value of the expected type") from None
+            # Not the text itself: it may hold a key or a password.
+            raise ValueError("not a value of the expected type") from None
         return msgspec.to_builtins(msgspec.convert(parsed, leaf, strict=False))
 
 

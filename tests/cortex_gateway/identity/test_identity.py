@@ -1,0 +1,211 @@
+"""Grants: whatever becomes of a request, nothing it reserved stays behind, and no cap is passed on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry
+from cortex_core.errors import ApiError
+from cortex_core.fleet import ContextLimit
+from cortex_gateway.identity.estimate import Usage
+from cortex_gateway.identity.identity import Grant, Identity
+from cortex_gateway.identity.store import Hold, MemoryStore, Refused, StoreError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CAP = 1000
+WINDOW = 300
+ENTRY = KeyEntry(
+    key_id="ci",
+    key="secret",
+    requests_per_minute=50,
+    tokens_per_minute=2000,
+    max_concurrent_requests=6,
+    budgets=(Budget(tokens=CAP),),
+)
+BODY = json.dumps({"model": "m", "messages": [], "max_tokens": WINDOW}).encode()
+
+
+class SlowStore(MemoryStore):
+    """Decides when a test says so, and sometimes loses the answer, before or after it was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[tuple[Hold, asyncio.Future[str]]] = []
+
+    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None:
+        gate: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.waiting.append((hold, gate))
+        how = await gate
+        if how == "fails":
+            raise StoreError("not written")
+        refused = await super().reserve(hold, now_ms)
+        if how == "answer lost":
+            raise StoreError("written, but who knows")
+        return refused
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_ms = 1_700_000_000_000
+
+    def __call__(self) -> int:
+        return self.now_ms
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["ask", "decide", "fail", "lose", "cancel", "settle", "settle twice", "wait"]),
+        st.integers(0, 400),
+    ),
+    max_size=50,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS)
+def test_no_reservation_outlives_its_request_and_no_cap_is_passed(steps: list[tuple[str, int]]) -> None:
+    asyncio.run(_walk(steps))
+
+
+async def _walk(steps: list[tuple[str, int]]) -> None:
+    store, clock = SlowStore(), Clock()
+    identity = Identity(
+        EntitlementsSection(store="sqlite:unused", keys=(ENTRY,), reservation_ttl_s=3600),
+        store,
+        limit_of=lambda model: ContextLimit(context=WINDOW),
+        cost_of=lambda model: None,
+        now_ms=clock,
+    )
+    await identity.start()
+    principal = await identity.authenticate([(b"x-api-key", b"secret")])
+    assert principal is not None
+    meters = principal.meters
+    assert meters.tokens is not None and meters.requests is not None
+    asking: list[asyncio.Task[Grant]] = []
+    spent = 0
+
+    async def turn() -> None:
+        for _ in range(8):
+            await asyncio.sleep(0)
+
+    def grants() -> list[Grant]:
+        done = [task for task in asking if task.done() and not task.cancelled() and task.exception() is None]
+        return [task.result() for task in done]
+
+    for what, number in steps:
+        if what == "ask":
+            asking.append(asyncio.ensure_future(identity.admit(principal, "m", "m", BODY, is_metered=True)))
+        elif what in ("decide", "fail", "lose") and store.waiting:
+            _, gate = store.waiting.pop(number % len(store.waiting))
+            gate.set_result({"decide": "decides", "fail": "fails", "lose": "answer lost"}[what])
+        elif what == "cancel" and asking:
+            asking[number % len(asking)].cancel()
+        elif what.startswith("settle") and (held := grants()):
+            grant = held[number % len(held)]
+            real = min(number, WINDOW)
+            if not grant._is_settled:
+                spent += real
+            for _ in range(2 if "twice" in what else 1):
+                grant.settle(Usage(prompt=real // 3, completion=real - real // 3))
+        elif what == "wait":
+            clock.now_ms += number * 100
+        await turn()
+        for task in asking:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                assert isinstance(task.exception(), ApiError)
+        live = sum(not grant._is_settled for grant in grants())
+        assert spent + live * WINDOW <= CAP
+        assert 0 <= meters.in_flight <= 6
+        assert meters.requests.used(clock()) <= 50
+        assert meters.tokens.used(clock()) + meters.tokens.reserved <= 2000
+
+    for _, gate in store.waiting:
+        gate.set_result("decides")
+    for task in asking:
+        with contextlib.suppress(ApiError, asyncio.CancelledError):
+            (await task).settle(Usage(0, 0))
+    await turn()
+    await identity.bookkeeper.written()
+    assert (meters.in_flight, meters.tokens.reserved, identity.bookkeeper.num_live) == (0, 0, 0)
+    assert not store._holds
+    assert sum(used.amount for used in await store.usage()) == spent
+    await identity.stop()
+
+
+async def test_a_live_reservation_is_renewed_and_expires_with_its_gateway() -> None:
+    renewed = asyncio.Event()
+
+    class Watched(MemoryStore):
+        async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
+            await super().renew(owner, expires_ms, now_ms)
+            renewed.set()
+
+    store = Watched()
+
+    def gateway() -> Identity:
+        section = EntitlementsSection(store="sqlite:unused", keys=(ENTRY,), reservation_ttl_s=0.6)
+        limit = ContextLimit(context=CAP)
+        return Identity(section, store, limit_of=lambda model: limit, cost_of=lambda model: None)
+
+    body = json.dumps({"model": "m", "max_tokens": CAP}).encode()
+    first, second = gateway(), gateway()
+    for each in (first, second):
+        await each.start()
+    principal = await first.authenticate([(b"authorization", b"Bearer secret")])
+    other = await second.authenticate([(b"authorization", b"Bearer secret")])
+    assert principal is not None and other is not None
+    await first.admit(principal, "m", "m", body, is_metered=True)
+    for _ in range(4):  # longer than the reservation would live by itself
+        renewed.clear()
+        await renewed.wait()
+    with pytest.raises(ApiError) as refused:
+        await second.admit(other, "m", "m", body, is_metered=True)
+    assert refused.value.code == "rate_limit_exceeded"
+    for task in first.bookkeeper._tasks:
+        task.cancel()  # as a kill -9 does: nothing is given back, and nobody renews
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(ApiError):
+                grant = await second.admit(other, "m", "m", body, is_metered=True)
+                break
+            await asyncio.sleep(0.05)  # time itself is what is waited for
+    grant.settle(Usage(1, 1))
+    await second.stop()
+    await first.stop()
+
+
+async def test_settlements_that_cannot_be_written_are_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cortex_gateway.identity.bookkeeper.RETRY_S", 0.01)
+    tried = asyncio.Event()
+
+    class Broken(MemoryStore):
+        is_broken = True
+
+        async def settle(self, *arguments: Any) -> None:
+            tried.set()
+            if self.is_broken:
+                raise StoreError("disk full")
+            await super().settle(*arguments)
+
+    store = Broken()
+    identity = Identity(
+        EntitlementsSection(store="sqlite:unused", keys=(ENTRY,)),
+        store,
+        limit_of=lambda model: ContextLimit(context=WINDOW),
+        cost_of=lambda model: None,
+    )
+    await identity.start()
+    principal = await identity.authenticate([(b"x-api-key", b"secret")])
+    assert principal is not None
+    (await identity.admit(principal, "m", "m", BODY, is_metered=True)).settle(Usage(10, 20))
+    await tried.wait()
+    assert identity.bookkeeper.num_live == 1 and await store.usage() == []
+    store.is_broken = False
+    await identity.bookkeeper.written()
+    assert [used.amount for used in await store.usage()] == [30]
+    await identity.stop()
