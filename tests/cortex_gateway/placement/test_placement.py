@@ -140,6 +140,20 @@ async def test_what_does_not_stream_waits_for_its_budget_and_then_hears_how_far_
     assert neuron.num_loads == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_streams_that_wait_can_be_told_how_far_the_load_is(neuron: FakeNeuron, start: Start, path: str) -> None:
+    neuron.load_gate.clear()
+    settings = {"show_loading": True, "stream_hold_s": 0.0, "ping_interval_s": 0.01}
+    client = await start(neuron, catalogue=sized(MODEL), gateway=settings)
+    async with client.post(path, {"model": MODEL, "messages": [], "stream": True}) as response:
+        line = b""
+        while b"weights" not in line:
+            line = await response.content.readline()
+        assert line.startswith(b": ") and b"org/model is loading on alpha: weights 25 % (0.0 of 0.0 GB)" in line
+        neuron.load_gate.set()
+        assert (await response.read()).rstrip().endswith((b"[DONE]", b'"message_stop"}'))
+
+
 # ---------------------------------------------------------------------------------------------- replicas
 
 

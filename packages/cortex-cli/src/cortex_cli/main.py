@@ -19,10 +19,12 @@ _COMMANDS = {
     "load": "cortex_cli.commands.load:load",
     "logs": "cortex_cli.commands.logs:logs",
     "models": "cortex_cli.commands.models:models",
+    "pin": "cortex_cli.commands.pin:pin",
     "serve": "cortex_cli.commands.serve:serve",
     "status": "cortex_cli.commands.status:status",
     "top": "cortex_cli.commands.top:top",
     "unload": "cortex_cli.commands.load:unload",
+    "unpin": "cortex_cli.commands.pin:unpin",
     "version": "cortex_cli.commands.version:version",
 }
 

@@ -301,6 +301,22 @@ class Placement:
                 return node.name, info.progress if info is not None else None
         return None
 
+    def loading_note(self, model: str) -> bytes:
+        """Where the model is on its way and how far, as an SSE comment; empty if it is not."""
+        found = self.progress(model)
+        if found is None or not model.isprintable():
+            return b""
+        node, progress = found
+        text = f"{model} is loading on {node}"
+        if progress is not None:
+            text += f": {progress.phase}"
+            if progress.bytes_total:
+                done, total = progress.bytes_done / 1e9, progress.bytes_total / 1e9
+                text += f" {100 * progress.bytes_done // progress.bytes_total} % ({done:.1f} of {total:.1f} GB)"
+            if progress.eta_s is not None:
+                text += f", {math.ceil(progress.eta_s)} s left"
+        return b": %s\n\n" % text.encode()
+
     def _still_waiting(self, model: str, waited_s: float) -> ApiError:
         extras: dict[str, object] = {"model_id": model, "waited_s": waited_s}
         retry_after = RETRY_WAITING_S

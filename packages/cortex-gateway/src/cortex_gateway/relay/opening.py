@@ -29,7 +29,7 @@ class StreamOpening:
         send: Send,
         *,
         headers: Callable[[], RawHeaders],
-        ping: bytes,
+        ping: Callable[[], bytes],
         hold_s: float,
         interval_s: float,
         is_open: bool = False,
@@ -62,7 +62,7 @@ class StreamOpening:
             self.is_open = True
             await self._send({"type": "http.response.start", "status": 200, "headers": self._headers()})
         while not answered.is_set():
-            await self._send({"type": "http.response.body", "body": self._ping, "more_body": True})
+            await self._send({"type": "http.response.body", "body": self._ping(), "more_body": True})
             try:
                 async with asyncio.timeout(self._interval_s):
                     await answered.wait()

@@ -166,7 +166,7 @@ class Relay:
                     exchange.opening = StreamOpening(
                         send,
                         headers=partial(self._stream_headers, exchange),
-                        ping=exchange.surface.ping,
+                        ping=partial(self._ping, exchange),
                         hold_s=self._settings.stream_hold_s,
                         interval_s=self._settings.ping_interval_s,
                     )
@@ -235,6 +235,13 @@ class Relay:
                     await self._hold(exchange, send)
             await self._poller.refresh(lease.neuron.name)
 
+    def _ping(self, exchange: Exchange) -> bytes:
+        """What keeps a waiting stream alive; where it is wanted, with a word on the load it waits for."""
+        ping = exchange.surface.ping
+        if self._settings.show_loading and exchange.resolved is not None:
+            return self._placement.loading_note(exchange.resolved) + ping
+        return ping
+
     async def _hold(self, exchange: Exchange, send: Send) -> None:
         """Keep a client's broken stream alive until another neuron goes on with it."""
         await exchange.answer()
@@ -242,7 +249,7 @@ class Relay:
         exchange.opening = StreamOpening(
             send,
             headers=partial(self._stream_headers, exchange),
-            ping=exchange.surface.ping,
+            ping=partial(self._ping, exchange),
             hold_s=self._settings.ping_interval_s,
             interval_s=self._settings.ping_interval_s,
             is_open=True,
