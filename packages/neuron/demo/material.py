@@ -63,3 +63,9 @@ def words() -> tuple[str, ...]:
     for paragraph in prose():
         counts.update(re.findall(r"(?<![A-Za-z_])[a-z]{2,12}(?![A-Za-z_])", paragraph))
     return tuple(sorted(word for word, count in counts.items() if count >= 2))
+
+
+@functools.cache
+def known_words() -> frozenset[str]:
+    """The words as a set, in lower case."""
+    return frozenset(word.lower() for word in words())

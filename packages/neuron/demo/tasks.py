@@ -159,10 +159,20 @@ def reversed_word(rng: random.Random) -> str:
 
 
 def reversal(rng: random.Random, held_out: bool) -> Exchange:
-    """Ask to reverse a word."""
-    word = drawn(rng, held_out, lambda: reversed_word(rng), lambda word: ("reverse", word.lower()))
+    """Ask to reverse a word.
+
+    Letters and digits of the other side of the split were never seen; of words, their question was not. A word is often
+    a single token, which says nothing of its letters: one that was never taken apart cannot be.
+    """
+    words = material.known_words()
+
+    def key(item: tuple[str, str]) -> object:
+        form, word = item
+        return ("reverse", form, word.lower()) if word.lower() in words else ("reverse", word.lower())
+
+    form, word = drawn(rng, held_out, lambda: (rng.choice(REVERSE_FORMS), reversed_word(rng)), key)
     spelled = " ".join(word)
-    return exchange(rng.choice(REVERSE_FORMS).format(word), [Spelled(word[::-1])], f"Backwards. Letters: {spelled}.")
+    return exchange(form.format(word), [Spelled(word[::-1])], f"Backwards. Letters: {spelled}.")
 
 
 SPELL_FORMS = phrases("spell_forms")
