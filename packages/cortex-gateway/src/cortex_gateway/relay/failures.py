@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import aiohttp
+import msgspec
 from cortex_core.errors import ApiError
 
 from cortex_gateway.fleet.neuron import refusal
@@ -38,13 +39,32 @@ def upstream_failed(exc: BaseException) -> ApiError:
     )
 
 
+class _Named(msgspec.Struct):
+    param: str | None = None
+
+
+class _Envelope(msgspec.Struct):
+    error: _Named
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+
+
+def _param(body: bytes) -> str | None:
+    """The field that an OpenAI envelope names; Anthropic's has it in the message."""
+    try:
+        return _decode_envelope(body).error.param
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
 def as_api_error(status: int, body: bytes, retry_after: str | None) -> ApiError:
     """A neuron's error in our words, where its own cannot be passed on as they are."""
     refused = refusal(status, body, retry_after=retry_after)
     message = refused.message if refused.kind is not None else f"The neuron answered with status {status}."
     match status:
         case 400 | 415 | 422:
-            return ApiError("invalid_request", message, code=refused.kind, status=status)
+            return ApiError("invalid_request", message, code=refused.kind, param=_param(body), status=status)
         case 404:
             return ApiError("not_found", message, code=refused.kind or "not_found")
         case 405:
