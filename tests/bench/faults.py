@@ -1,69 +1,109 @@
-"""How long it takes until the death of an engine is noticed, and until its model answers again.
+"""How long clients wait when an engine fails: from the fault to the next token of a stream that it held.
 
-    uv run python tests/bench/faults.py [--rounds 4]
+    uv run python tests/bench/faults.py [--rounds 3] [--ranks 2]
 
-Each round opens a stream through the gateway of a demo fleet, kills the engine process with SIGKILL, and takes the
-time to the error event of the stream and to the next right answer. Also: from a client's hang-up to an idle neuron.
+Each round loads the demo model, opens a stream, breaks the engine in one way and takes the longest pause between two
+pieces of text that the client got. The answer must be whole; what it is, `tests/chaos` looks at. Pauses contain what
+the fault takes to be noticed (a hang: the deadline of a step), a new process, and reading the weights again. Last:
+from a client's hang-up to an idle neuron.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import os
-import signal
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.e2e.fleet_process import MODEL, FleetProcess, call
-from tests.e2e.test_faults import LONG, body, engine_pids_of, load_of, open_stream
+from tests.chaos.harness import MODEL, Neuron, eventually, running
+
+REQUEST = {"messages": [{"role": "user", "content": "Count from 1 to 60."}], "temperature": 0, "max_tokens": 400}
+
+Lever = dict[str, Any]
+Blow = Callable[[Neuron], None]
 
 
-def killed_engine(fleet: FleetProcess) -> tuple[float, float]:
-    """Seconds from the kill to the error event, and to the next right answer."""
-    (pid,) = engine_pids_of(fleet)
-    connection, response = open_stream(fleet.url, LONG)
-    os.kill(pid, signal.SIGKILL)
-    killed = time.perf_counter()
-    response.read()
-    noticed = time.perf_counter() - killed
-    connection.close()
-    while True:
-        status, _, answer = call(fleet.url, "POST", "/v1/chat/completions", body("What is 12+30?", max_tokens=40))
-        if status == 200 and b"42" in answer:
-            return noticed, time.perf_counter() - killed
-        time.sleep(0.01)
+def nothing(neuron: Neuron) -> None:
+    pass
 
 
-def hung_up_client(fleet: FleetProcess) -> float:
+def faults(ranks: int) -> dict[str, tuple[list[Lever], Blow]]:
+    """By name: levers of the load, and what is done once the stream has begun."""
+    last = ranks - 1
+    return {
+        "none": ([], nothing),
+        f"rank {last} killed": ([], lambda neuron: neuron.kill_rank(last)),
+        f"rank {last} stopped": ([], lambda neuron: neuron.stop_rank(last)),
+        "hangs in a step": ([{"lever": "hang", "step": 40, "rank": last, "epochs": [0]}], nothing),
+        "device lost": ([{"lever": "device_fault", "step": 40, "epochs": [0]}], nothing),
+        "killed twice": ([{"lever": "kill", "step": 1, "epochs": [1]}], lambda neuron: neuron.kill_rank(0)),
+    }
+
+
+async def longest_pause(neuron: Neuron, blow: Blow) -> float:
+    """Seconds; the engine is broken after the first text."""
+    times: list[float] = []
+
+    def on_text(text: str) -> None:
+        if not times:
+            blow(neuron)
+        times.append(time.perf_counter())
+
+    answer = await neuron.ask(REQUEST, on_text=on_text)
+    assert answer.error is None and answer.finish == "stop", answer
+    return max(later - earlier for earlier, later in itertools.pairwise(times))
+
+
+async def hang_up(neuron: Neuron) -> float:
     """Seconds from a client's hang-up to a neuron with nothing in flight, as its /health says."""
-    connection, response = open_stream(fleet.url, LONG)
-    response.close()
-    connection.close()
+    begun = asyncio.Event()
+    endless = {**REQUEST, "ignore_eos": True, "max_tokens": 20_000}
+    asking = asyncio.create_task(neuron.ask(endless, on_text=lambda text: begun.set()))
+    await begun.wait()
+    asking.cancel()
     left = time.perf_counter()
-    while load_of(fleet)["in_flight"]:
-        time.sleep(0.001)
+
+    async def is_idle() -> bool:
+        return (await neuron.health())["in_flight"] == 0
+
+    await eventually(is_idle)
     return time.perf_counter() - left
+
+
+async def measure(ranks: int, rounds: int) -> None:
+    print(
+        f"model {MODEL}, {ranks} ranks, {os.cpu_count()} cores, Python {sys.version.split()[0]}, load {os.getloadavg()}"
+    )
+    print(f"{'fault':20} median  rounds (seconds without text)")
+    with tempfile.TemporaryDirectory() as folder:
+        async with running(Path(folder)) as neuron:
+            for name, (levers, blow) in faults(ranks).items():
+                pauses = []
+                for _ in range(rounds):
+                    await neuron.load(MODEL, *levers, tensor_parallel=ranks)
+                    pauses.append(await longest_pause(neuron, blow))
+                    await neuron.unload()
+                print(f"{name:20} {statistics.median(pauses):6.2f}  {' '.join(f'{pause:.2f}' for pause in pauses)}")
+            await neuron.load(tensor_parallel=ranks)
+            waits = [await hang_up(neuron) for _ in range(rounds)]
+            print(f"{'client hung up':20} {statistics.median(waits):6.2f}  {' '.join(f'{wait:.2f}' for wait in waits)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
-    rounds = parser.parse_args().rounds
-    fleet = FleetProcess()
-    try:
-        rows = [(*killed_engine(fleet), hung_up_client(fleet)) for _ in range(rounds)]
-    finally:
-        fleet.stop()
-    print(f"model {MODEL}, {os.cpu_count()} cores, Python {sys.version.split()[0]}")
-    print("round   error event after kill   right answer after kill   idle after hang-up   (seconds)")
-    for number, row in enumerate(rows, start=1):
-        print(f"{number:5} {row[0]:24.3f} {row[1]:25.3f} {row[2]:20.3f}")
-    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
-    print(f"median {medians[0]:23.3f} {medians[1]:25.3f} {medians[2]:20.3f}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=1, help="tensor_parallel of the model")
+    arguments = parser.parse_args()
+    asyncio.run(measure(arguments.ranks, arguments.rounds))
 
 
 if __name__ == "__main__":

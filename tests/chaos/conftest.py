@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -37,13 +38,13 @@ class Undisturbed:
         self._known: dict[str, Answer] = {}
 
     async def answers(self, neuron: Neuron, requests: Iterable[dict[str, Any]], **spec: Any) -> list[Answer]:
-        """Each asked once in a module, alone; loads the model for that, and unloads it."""
+        """Each asked once in a module; loads the model for that, and unloads it."""
         wanted = {json.dumps([request, spec], sort_keys=True): request for request in requests}
         missing = {key: request for key, request in wanted.items() if key not in self._known}
         if missing:
             await neuron.load(**spec)
-            for key, request in missing.items():
-                answer = await neuron.ask(request)
+            answers = await asyncio.gather(*map(neuron.ask, missing.values()))
+            for key, answer in zip(missing, answers, strict=True):
                 assert answer.status == 200 and answer.error is None and answer.text, answer
                 self._known[key] = answer
             await neuron.unload()

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -119,25 +119,48 @@ def engine_pids_of(fleet: FleetProcess) -> set[int]:
     return {pid for pid in engine_pids() if descends(pid)}
 
 
-def test_a_killed_engine_fails_its_requests_retryably_and_comes_back(own_fleet: FleetProcess) -> None:
+def texts_of(response: http.client.HTTPResponse, *, on_first: Callable[[], None]) -> str:
+    """The whole text of a stream, which must be complete; on_first is called after its first piece."""
+    text, lines = "", []
+    while line := response.readline():
+        lines.append(line)
+        if line.startswith(b"data: {"):
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            piece = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+            if piece and not text:
+                on_first()
+            text += piece
+    assert b"data: [DONE]\n" in lines, lines[-5:]
+    return text
+
+
+def test_a_killed_engine_costs_its_streams_a_pause_and_no_token(own_fleet: FleetProcess) -> None:
+    request = body("Count from 1 to 60.", stream=True, max_tokens=400, temperature=0)
+    parts = urlsplit(own_fleet.url)
     (pid,) = engine_pids_of(own_fleet)
-    connection, response = open_stream(own_fleet.url, LONG)
-    os.kill(pid, signal.SIGKILL)
-    rest = response.read().decode()
-    connection.close()
-    last = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith("data: {")][-1]
-    assert "error" in last and "[DONE]" not in rest, last
-    status, headers, answer = call(own_fleet.url, "POST", "/v1/chat/completions", body("hi"))
-    if status != 200:
-        assert status == 503 and int(headers["retry-after"]) >= 1, (status, answer)
 
-    def answers() -> bool:
-        got, _, text = call(own_fleet.url, "POST", "/v1/chat/completions", body("What is 12+30?", max_tokens=40))
-        return got == 200 and b"42" in text
+    def answer(on_first: Callable[[], None]) -> str:
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
+        connection.request("POST", "/v1/chat/completions", json.dumps(request), {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        text = texts_of(response, on_first=on_first)
+        connection.close()
+        return text
 
-    eventually(answers, within_s=60, what="the model is back")
+    undisturbed = answer(lambda: None)
+    assert answer(lambda: os.kill(pid, signal.SIGKILL)) == undisturbed
     (successor,) = engine_pids_of(own_fleet)
     assert successor != pid
+    eventually(lambda: load_of(own_fleet)["in_flight"] == 0, within_s=10, what="nothing is in flight")
+
+
+def test_a_request_that_comes_while_the_engine_is_rebuilt_waits_for_it(own_fleet: FleetProcess) -> None:
+    (pid,) = engine_pids_of(own_fleet)
+    os.kill(pid, signal.SIGKILL)
+    status, _, answer = call(own_fleet.url, "POST", "/v1/chat/completions", body("What is 12+30?", max_tokens=40))
+    assert status == 200 and b"42" in answer, answer
 
 
 def test_sigterm_lets_streams_end_and_exits_0(own_fleet: FleetProcess) -> None:

@@ -15,10 +15,11 @@ import msgspec
 import pytest
 from cortex_core.fleet import BuildInfo, DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec
 from neuron.config import AdmissionConfig, CandleConfig, EngineSection, HarnessConfig, HarnessEntry, NeuronConfig
+from neuron.supervisor import engine_group
 
 from tests.neuron.api.conftest import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually, scripted_with
-from tests.neuron.scripted_worker import HOLD
+from tests.neuron.scripted_worker import HOLD, STUCK
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -214,6 +215,33 @@ async def test_F11_a_killed_engine_is_visible_while_it_recovers(checkpoint: Path
         await eventually(lambda: neuron.served.state.phase == "loaded")
         (model,) = await models_of(neuron)
         assert model.status == "loaded" and model.error is None
+
+
+async def test_an_engine_that_seems_stuck_is_not_called_healthy(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_group, "_STACKS_S", 3600.0)  # it stays under suspicion for as long as we look
+    config = NeuronConfig(debug_levers=True, engine=EngineSection(stop_grace_s=0.1))
+    async with run_neuron(checkpoint, config=config, load=False) as neuron:
+        load = {"model_id": neuron.model, "debug": {"step_deadline_s": 0.2}}
+        assert (await neuron.post("/models/load", load))[0] == 200
+        (load,) = (await neuron.get("/health"))["models"]
+        assert (load["status"], load["error"]) == ("loaded", None)
+        asking = asyncio.create_task(neuron.post("/v1/chat/completions", neuron.chat(top_k=STUCK)))
+        await eventually(lambda: neuron.served.group.stalled is not None)
+        (load,) = (await neuron.get("/health"))["models"]
+        assert load["status"] == "stalled" and "no step was completed" in load["error"]
+        (model,) = await models_of(neuron)
+        assert model.servable is not None and not model.servable.ok and model.servable.reason == "engine_stalled"
+        asking.cancel()
+
+
+async def test_levers_are_refused_unless_the_neuron_was_started_for_them(neuron: RunningNeuron) -> None:
+    before = await neuron.get("/models")
+    body = {"model_id": "cortex/demo", "debug": {"levers": [{"lever": "kill", "step": 1}]}}
+    status, _, answer = await neuron.post("/models/load", body)
+    assert status == 403 and json.loads(answer)["error"]["code"] == "debug_levers_off"
+    assert await neuron.get("/models") == before
 
 
 async def test_F34_default_models_are_loaded_once_the_daemon_listens(checkpoint: Path, gate: Path) -> None:

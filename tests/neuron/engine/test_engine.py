@@ -307,6 +307,7 @@ def test_nan_logits_end_one_request_and_its_pages_are_not_reused_as_they_are():
     model.embedding[60] = float("nan")
     answers = run(engine, request(0, [1, 2, 3], 6), request(1, victim, 6))
     assert answers.failures[1].kind == "nan_logits"
+    assert engine.stats().free_pages == engine.stats().total_pages, "its pages are zeroed at once"
     assert f"{VOCAB} NaN" in answers.failures[1].message
     assert answers.tokens[0] == answer_alone([1, 2, 3], 6)
     model.embedding[60] = 0.5

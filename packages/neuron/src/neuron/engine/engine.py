@@ -50,8 +50,8 @@ class Engine:
 
     max_prefill_tokens: the part of a step's token budget that prefill may use, None for all of it. max_model_len, as an
     attribute, is what is served: capped by what the cache holds. `on_wake` tells another thread's waiter that
-    `has_work` may have become true. prefill_seconds_per_token: what warming up has shown, for the deadline of the
-    first steps.
+    `has_work` may have become true. step_seconds, prefill_seconds_per_token: what warming up has shown, for the
+    deadline of the first steps.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Engine:
         prefix_cache: bool = True,
         cache_root: str = "",
         epoch: int = 0,
+        step_seconds: float = 0.0,
         prefill_seconds_per_token: float = 0.0,
     ) -> None:
         self._runner = runner
@@ -89,7 +90,9 @@ class Engine:
         self.max_model_len = self._scheduler.max_model_len
         self._prefill_limit = self._scheduler.max_prefill_tokens
         self._deadline = StepDeadline(
-            seconds_per_token=prefill_seconds_per_token, max_prefill_tokens=self._prefill_limit
+            step_seconds=step_seconds,
+            seconds_per_token=prefill_seconds_per_token,
+            max_prefill_tokens=self._prefill_limit,
         )
         self._compiler = GrammarCompiler(tokenizer_json, vocab_size)
         self._compiled: deque[tuple[Sequence, GrammarState | RequestError]] = deque()
@@ -197,10 +200,7 @@ class Engine:
         self._take_compiled()
         if self._set_back:
             self._take_set_back(time.monotonic())
-        dirty = self._pool.take_dirty()
-        if dirty:
-            self._runner.zero_pages(dirty)
-            self._pool.cleaned(dirty)
+        self._clean_pages()
         plan = self._scheduler.schedule()
         if plan is not None:
             started = time.perf_counter()
@@ -208,11 +208,19 @@ class Engine:
             self._count(plan, results, time.perf_counter() - started)
             for result in results:
                 self._book(result)
+            self._clean_pages()  # now, so that an idle engine has all its pages
         if plan is None and not (self._updates or self._failures or self._is_stale):
             return None
         output = StepOutput(self._epoch, self.stats(), self._updates, self._failures)
         self._updates, self._failures, self._is_stale = [], [], False
         return output
+
+    def _clean_pages(self) -> None:
+        """Zero the pages that held what must not be read again; others may have them then."""
+        dirty = self._pool.take_dirty()
+        if dirty:
+            self._runner.zero_pages(dirty)
+            self._pool.cleaned(dirty)
 
     def _attempt(self, plan: StepPlan) -> list[ChunkResult]:
         """Execute; after a failure again in halves, so that in the end only the chunks that fail alone are lost.

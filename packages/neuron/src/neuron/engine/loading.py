@@ -274,6 +274,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         prefix_cache=config.prefix_cache,
         cache_root=config.model_id,
         epoch=config.epoch,
+        step_seconds=rank.runner.step_seconds,
         prefill_seconds_per_token=rank.runner.prefill_seconds_per_token,
     )
     loaded = Loaded(

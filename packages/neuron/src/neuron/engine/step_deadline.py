@@ -17,12 +17,13 @@ _TELLING_TOKENS = 64
 class StepDeadline:
     """Seconds of a step as `fixed + per_token * prefill tokens`, both kept at their recent peaks.
 
-    seconds_per_token: of a prefill, as warming up has shown it. max_prefill_tokens: what a step may have of them.
+    step_seconds, seconds_per_token: of a step without prefill and of a token of it, as warming up has shown them.
+    max_prefill_tokens: what a step may have of them.
     """
 
-    def __init__(self, *, seconds_per_token: float, max_prefill_tokens: int) -> None:
+    def __init__(self, *, seconds_per_token: float, max_prefill_tokens: int, step_seconds: float = 0.0) -> None:
         self._per_token = seconds_per_token
-        self._fixed = 0.0
+        self._fixed = step_seconds
         self._max_prefill_tokens = max_prefill_tokens
 
     def learn(self, prefill_tokens: int, seconds: float) -> None:

@@ -338,7 +338,10 @@ class EngineGroup:
                 logger.warning(
                     "sequence failed model=%s kind=%s message=%s", self.config.model_id, failure.kind, failure.message
                 )
-                sequence.generation.fail(sequence_error(failure), failed=sequence)
+                # What fitted once did so in a larger cache than this engine found memory for.
+                has_shrunk = failure.kind == "too_long" and sequence.num_faults > 0
+                error = engine_lost(failure.message, self.retry_after) if has_shrunk else sequence_error(failure)
+                sequence.generation.fail(error, failed=sequence)
         if self._waiting:
             self._release()
 
