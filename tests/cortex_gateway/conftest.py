@@ -18,12 +18,15 @@ from cortex_core.gateway_config import (
     GatewaySection,
     NeuronEntry,
     PollSection,
+    PromptFiltersSection,
     RoutingSection,
 )
 from cortex_gateway.server import running
 from hypothesis import HealthCheck, settings
 
+from . import fake_openai
 from .fake_neuron import FakeNeuron, listening
+from .fake_openai import FakeOpenAI
 from .gateway_client import Client, Start
 
 # Tests share their machine with whatever else runs on it: how long an example takes says nothing.
@@ -48,11 +51,16 @@ async def second(stack: AsyncExitStack) -> FakeNeuron:
 
 
 @pytest.fixture
+async def openai_server(stack: AsyncExitStack) -> FakeOpenAI:
+    return await stack.enter_async_context(fake_openai.listening(FakeOpenAI()))
+
+
+@pytest.fixture
 def start(stack: AsyncExitStack) -> Start:
     """`await start(neuron, …, catalogue=…, gateway={…}, poll={…})` -> a client of a gateway that has polled them."""
 
     async def start_gateway(
-        *neurons: FakeNeuron,
+        *neurons: FakeNeuron | FakeOpenAI,
         catalogue: Catalogue | None = None,
         gateway: dict[str, Any] | None = None,
         poll: dict[str, Any] | None = None,
@@ -60,6 +68,7 @@ def start(stack: AsyncExitStack) -> Start:
         entitlements: dict[str, Any] | None = None,
         routing: dict[str, Any] | None = None,
         breaker: dict[str, Any] | None = None,
+        prompt_filters: dict[str, Any] | None = None,
         grace_s: float = 0.0,
         wait_polled: bool = True,
     ) -> Client:
@@ -71,7 +80,11 @@ def start(stack: AsyncExitStack) -> Start:
             entitlements=msgspec.convert(entitlements or {}, EntitlementsSection),
             routing=msgspec.convert(routing or {}, RoutingSection),
             breaker=msgspec.convert(breaker or {}, BreakerSection),
-            neurons=tuple(NeuronEntry(name=each.name, endpoint=each.url) for each in neurons),
+            prompt_filters=msgspec.convert(prompt_filters or {}, PromptFiltersSection),
+            neurons=tuple(
+                each.entry if isinstance(each, FakeOpenAI) else NeuronEntry(name=each.name, endpoint=each.url)
+                for each in neurons
+            ),
         )
         started = await stack.enter_async_context(running(config, catalogue, grace_s=grace_s))
         session = await stack.enter_async_context(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import msgspec
 import pytest
 from cortex_core.errors import ApiError
-from cortex_gateway.relay.envelope import read_envelope
+from cortex_gateway.relay.envelope import read_envelope, with_model
 from hypothesis import given
 from hypothesis import strategies as st
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
 
 def test_model_and_stream_are_read_and_the_rest_is_ignored() -> None:
@@ -52,3 +56,46 @@ def test_no_bytes_raise_anything_else(body: bytes) -> None:
         assert read_envelope(body).model
     except ApiError as error:
         assert error.status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "renamed"),
+    [
+        (b'{"model":"a"}', b'{"model":"b/c"}'),
+        (
+            b' {\n "stream" : true ,"model"\t: "a" , "x":[ 1.50, {"model": "a"}]}\n',
+            b' {\n "stream" : true ,"model"\t: "b/c" , "x":[ 1.50, {"model": "a"}]}\n',
+        ),
+        (
+            b'{"x": "\\"model\\": \\"a\\" } ,", "model": "a", "y": "\xc3\xa9"}',
+            b'{"x": "\\"model\\": \\"a\\" } ,", "model": "b/c", "y": "\xc3\xa9"}',
+        ),
+        (b'{"mod\\u0065l": "a", "y": 1}', b'{"mod\\u0065l": "b/c", "y": 1}'),
+        (b'{"\\"}": 1, "model": "\\u0061", "z": 1}', b'{"\\"}": 1, "model": "b/c", "z": 1}'),
+    ],
+)
+def test_another_model_in_the_same_body(body: bytes, renamed: bytes) -> None:
+    assert with_model(body, "b/c") == renamed
+
+
+def test_another_model_where_a_key_comes_twice() -> None:
+    for body in (b'{"model": "a", "model": "a"}', b'{"x": 1, "model": "z", "x": [2], "model": "a"}'):
+        expected = {**json.loads(body), "model": "b"}
+        assert json.loads(with_model(body, "b")) == expected
+
+
+@given(
+    st.dictionaries(TEXT, st.recursive(st.none() | TEXT, st.lists), max_size=4),
+    st.integers(0, 4),
+    st.booleans(),
+    TEXT.filter(bool),
+)
+def test_any_body_with_another_model_is_otherwise_the_same(
+    others: dict[str, Any], position: int, is_ascii: bool, name: str
+) -> None:
+    items = [(key, value) for key, value in others.items() if key != "model"]
+    items.insert(position, ("model", "old"))
+    body = json.dumps(dict(items), ensure_ascii=is_ascii, indent=position or None).encode()
+    renamed = with_model(body, name)
+    assert json.loads(renamed) == {**json.loads(body), "model": name}
+    assert len(renamed) - len(body) == len(msgspec.json.encode(name)) - len(b'"old"')

@@ -71,8 +71,11 @@ class AnswerRelay:
             events = translation.stream(is_events=is_events)
             if events is not None:
                 # Such a server sends no pings: the gateway's go on until there is something to say.
-                while not first and (chunk := await response.content.readany()):
-                    first = events.feed(chunk)
+                while not first:
+                    chunk = await response.content.readany()
+                    first = events.feed(chunk) if chunk else events.flush()
+                    if not chunk:
+                        break
         elif is_events and isinstance(exchange.stream, EventRelay):
             events = exchange.stream
             events.rejoin()

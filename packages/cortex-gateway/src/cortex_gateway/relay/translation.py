@@ -192,7 +192,7 @@ def _known_usage(usage: UsageEvent | None) -> Usage:
 class TranslatedStream:
     """Chunks of a chat stream in, events of the caller's dialect out. To the relay's loop it is an `EventRelay`."""
 
-    __slots__ = ("_fault", "_projector", "_reader", "_request", "_usage", "has_begun", "num_events")
+    __slots__ = ("_fault", "_projector", "_reader", "_request", "_unsent", "_usage", "has_begun", "num_events")
 
     head = None
     batches = b""
@@ -204,6 +204,7 @@ class TranslatedStream:
         self._reader = reader
         self._projector = projector
         self._fault: ApiError | None = None
+        self._unsent = b""
         self._usage: UsageEvent | None = None
         self.has_begun = False
         self.num_events = 0
@@ -217,13 +218,16 @@ class TranslatedStream:
 
     def flush(self) -> bytes:
         """The end of the stream. Raises `UpstreamFault` where the answer was not whole."""
-        data = self._project(self._reader.end()) if self._fault is None else b""
+        data = self._project(self._reader.end())
         if self._fault is not None:
+            self._unsent = data
             raise UpstreamFault(self._fault)
         return data
 
     def fail(self, error: ApiError) -> bytes:
-        return self._projector.fail(error)
+        """What ends the stream in its own dialect, once it has begun."""
+        unsent, self._unsent = self._unsent, b""
+        return unsent + self._projector.fail(error)
 
     def usage(self) -> Usage:
         return _known_usage(self._usage)
@@ -240,6 +244,8 @@ class TranslatedStream:
         for event in events:
             if isinstance(event, Failure):
                 self._fault = _in_own_words(self._request, event.error)
+                if not parts:
+                    raise UpstreamFault(self._fault)
                 break
             if not self.has_begun:
                 self.has_begun = True
