@@ -39,7 +39,7 @@ ping_interval_s = 0.2
 """
 """Small, and quick to say that it is alive."""
 
-PATIENCE_S = 150.0
+PATIENCE_S = 300.0
 """The longest wait for anything: the machine may be busy, and nothing here is a measurement."""
 
 

@@ -12,7 +12,7 @@ from .conftest import Undisturbed
 from .harness import CHAT, CONFIG, MESSAGES, MODEL, PATHS, Neuron, eventually, running
 from .streams import GREEDY, SEEDED, SHORT, Streams, ask_for, assert_same, crowd
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
 # ---------------------------------------------------------------------- the process dies
