@@ -2,6 +2,7 @@
 
     python tests/bench/gateway.py [--rounds 4] [--seconds 3] [--stream-seconds 4] [--clients 64]
                                   [--auth off|key|limits|budget] [--json]
+    python tests/bench/gateway.py --translated
 
 Each round starts fresh processes in alternating order: a canned backend, the subject, a load generator. The
 subjects are `floor` (the Starlette + aiohttp pass-through below, some 40 lines) and `cortex` (the gateway with
@@ -9,6 +10,9 @@ routing, metrics, access log, usage metering). CPU is utime + stime of the subje
 with the machine; the ratio within a round does not, so the ratio is what is judged: at most 2.0 per request and
 1.3 per chunk. With `--auth` the clients' key is known, has limits per minute, or a budget in SQLite as well; these
 ratios are printed and not judged.
+
+With `--translated` the backend is a server that speaks only OpenAI chat, and the subjects are the gateway's own
+surfaces: `chat`, which passes through, and `messages` and `responses`, which are translated; at most 2.0 per chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 MODEL = "bench/model"
 ANSWER = json.dumps(
@@ -48,6 +52,7 @@ CHUNK = (
     b'"model":"bench/model","choices":[{"index":0,"delta":{"content":"token "},"finish_reason":null}]}\n\n'
 )
 USAGE_BLOCK = b': cortex-usage {"prompt_tokens":20,"completion_tokens":100,"cached_tokens":0}\n\n'
+FINISH = CHUNK.replace(b'{"content":"token "},"finish_reason":null', b'{},"finish_reason":"stop"')
 DONE = b"data: [DONE]\n\n"
 CLIENT_HEADERS = (
     b"user-agent: OpenAI/Python 2.0.0\r\naccept: application/json\r\naccept-encoding: gzip, deflate\r\n"
@@ -55,12 +60,20 @@ CLIENT_HEADERS = (
     b"x-stainless-package-version: 2.0.0\r\nx-stainless-os: Linux\r\nx-stainless-arch: x64\r\n"
     b"x-stainless-runtime: CPython\r\nx-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\n"
 )
-MAX_PER_REQUEST, MAX_PER_CHUNK = 2.0, 1.3
+MAX_PER_REQUEST, MAX_PER_CHUNK, MAX_PER_TRANSLATED_CHUNK = 2.0, 1.3, 2.0
+
+SURFACES: dict[str, tuple[str, dict[str, Any], bytes, bytes]] = {
+    "chat": ("/v1/chat/completions", {}, b"data: {", b"[DONE]"),
+    "messages": ("/v1/messages", {"max_tokens": 500}, b"event: content_block_delta", b"message_stop"),
+    "responses": ("/v1/responses", {"max_output_tokens": 500}, b"event: response.output_text.delta", b'"completed"'),
+}
+"""Path, fields beside the common ones, what a chunk looks like, and what the last event holds."""
 
 
-def body(stream: bool) -> bytes:
+def body(stream: bool, surface: str) -> bytes:
     messages = [{"role": "user", "content": "What is 12+30? Answer in one word, please."}]
-    return json.dumps({"model": MODEL, "messages": messages, "stream": stream}).encode()
+    prompt = {"input" if surface == "responses" else "messages": messages}
+    return json.dumps({"model": MODEL, **prompt, **SURFACES[surface][1], "stream": stream}).encode()
 
 
 # ---------------------------------------------------------------------------------------------- backend
@@ -95,6 +108,8 @@ class Backend(asyncio.Protocol):
             task.add_done_callback(self.tasks.discard)
         elif head.startswith(b"post"):
             self.json(ANSWER)
+        elif head.startswith(b"get /v1/models "):
+            self.json(json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]}).encode())
         elif head.startswith(b"get /models "):
             self.json(json.dumps([{"id": MODEL, "harness": "candle", "status": "loaded", "devices": []}]).encode())
         else:
@@ -114,7 +129,7 @@ class Backend(asyncio.Protocol):
         for _ in range(self.events):
             write(framed)
             await asyncio.sleep(self.interval_s)
-        last = (USAGE_BLOCK if is_hop else b"") + DONE
+        last = FINISH + (USAGE_BLOCK if is_hop else b"") + DONE
         write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(last), last))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -193,14 +208,14 @@ def entitlements(auth: str, scratch: str) -> Any:
     return EntitlementsSection(require_auth=True, store=store, keys=(entry,))
 
 
-def run_cortex(backend: str, auth: str, scratch: str) -> None:
+def run_cortex(backend: str, auth: str, scratch: str, kind: Literal["neuron", "openai"]) -> None:
     """The real `serve`, with its logging and its signal handling; the port is found in its ready line."""
     from cortex_core.gateway_config import GatewayConfig, GatewaySection, NeuronEntry
     from cortex_gateway.server import serve
 
     config = GatewayConfig(
         gateway=GatewaySection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0"),
-        neurons=(NeuronEntry(name="bench", endpoint=backend),),
+        neurons=(NeuronEntry(name="bench", endpoint=backend, kind=kind),),
         entitlements=entitlements(auth, scratch),
         models_config="/nonexistent/models.toml",
     )
@@ -213,8 +228,9 @@ def run_cortex(backend: str, auth: str, scratch: str) -> None:
 class Client(asyncio.Protocol):
     """One keep-alive connection that asks again as soon as it has its answer."""
 
-    def __init__(self, request: bytes, stream: bool, totals: list[int]) -> None:
+    def __init__(self, request: bytes, stream: bool, surface: str, totals: list[int]) -> None:
         self.request, self.stream, self.totals = request, stream, totals
+        self.chunk, self.end = SURFACES[surface][2:]
         self.buffer = b""
         self.is_stopping = False
 
@@ -224,12 +240,12 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.stream:
-            self.totals[1] += data.count(b"data: {")
+            self.totals[1] += data.count(self.chunk)
             tail = self.buffer + data
-            self.buffer = tail[-64:]
+            self.buffer = tail[-1024:]
             if not tail.endswith(b"0\r\n\r\n"):
                 return
-            if b"cortex-usage" in tail or b"[DONE]" not in tail:
+            if b"cortex-usage" in tail or self.end not in tail:
                 raise AssertionError(f"not a complete stream: {tail[-200:]!r}")
         else:
             self.buffer += data
@@ -244,10 +260,11 @@ class Client(asyncio.Protocol):
             self.transport.write(self.request)
 
 
-async def run_load(port: int, stream: bool, clients: int, seconds: float) -> None:
+async def run_load(port: int, stream: bool, clients: int, seconds: float, surface: str) -> None:
     """Prints requests and chunks completed; waits for a line on stdin before it starts and after it warmed up."""
-    content = body(stream)
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:%d\r\n%scontent-length: %d\r\n\r\n%s" % (
+    content = body(stream, surface)
+    request = b"POST %s HTTP/1.1\r\nhost: 127.0.0.1:%d\r\n%scontent-length: %d\r\n\r\n%s" % (
+        SURFACES[surface][0].encode(),
         port,
         CLIENT_HEADERS,
         len(content),
@@ -263,7 +280,7 @@ async def run_load(port: int, stream: bool, clients: int, seconds: float) -> Non
     loop.set_exception_handler(fail)
     totals = [0, 0]
     connections = [
-        (await loop.create_connection(lambda: Client(request, stream, totals), "127.0.0.1", port))[1]
+        (await loop.create_connection(lambda: Client(request, stream, surface, totals), "127.0.0.1", port))[1]
         for _ in range(clients)
     ]
     with suppress(TimeoutError):
@@ -336,9 +353,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(pid: int, port: int, *, stream: bool, clients: int, seconds: float) -> tuple[float, int]:
+def measure(
+    pid: int, port: int, *, stream: bool, clients: int, seconds: float, surface: str = "chat"
+) -> tuple[float, int]:
     """(microseconds of CPU per request or per chunk, how many of them)."""
-    arguments = ["--port", port, "--clients", clients, "--seconds", seconds, *(["--stream"] if stream else [])]
+    arguments: list[object] = ["--port", port, "--clients", clients, "--seconds", seconds, "--surface", surface]
+    if stream:
+        arguments.append("--stream")
     with child("_load", *arguments) as load:
         assert first_line(load) == "warm"
         before = cpu_seconds(pid)
@@ -360,11 +381,47 @@ def one_round(name: str, options: argparse.Namespace, scratch: Path) -> dict[str
     return {"request_us": request, "requests": requests, "chunk_us": chunk, "chunks": chunks}
 
 
+def translated_round(surface: str, options: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    with (
+        child("_backend", "--events", options.events, "--interval", options.interval) as backend,
+        subject("openai", f"http://127.0.0.1:{first_line(backend)}", scratch / f"{surface}.log", "off") as (pid, port),
+    ):
+        chunk, chunks = measure(
+            pid, port, stream=True, clients=options.clients, seconds=options.stream_seconds, surface=surface
+        )
+    return {"chunk_us": chunk, "chunks": chunks}
+
+
+def compare_translated(options: argparse.Namespace) -> int:
+    rounds: list[dict[str, dict[str, float]]] = []
+    print(f"{'round':>5} {'surface':>10} {'us/chunk':>9} {'chunks':>8}")
+    with tempfile.TemporaryDirectory(prefix="cortex-bench-") as scratch:
+        for number in range(1, options.rounds + 1):
+            order = list(SURFACES) if number % 2 else list(reversed(SURFACES))
+            results = {surface: translated_round(surface, options, Path(scratch)) for surface in order}
+            for surface, got in results.items():
+                print(f"{number:>5} {surface:>10} {got['chunk_us']:>9.1f} {got['chunks']:>8.0f}", flush=True)
+            rounds.append(results)
+    bar = MAX_PER_TRANSLATED_CHUNK
+    medians = []
+    for surface in ("messages", "responses"):
+        ratios = [each[surface]["chunk_us"] / each["chat"]["chunk_us"] for each in rounds]
+        medians.append(statistics.median(ratios))
+        listed = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        result = "ok" if medians[-1] <= bar else "MISSED"
+        print(f"CPU per chunk, {surface}: {medians[-1]:.2f}x passing through (rounds: {listed}; bar {bar}x): {result}")
+    if options.json:
+        print(json.dumps({"rounds": rounds}))
+    return 0 if max(medians) <= bar else 1
+
+
 def main(options: argparse.Namespace) -> int:
     names = ("hypercorn", "aiohttp", "starlette", "msgspec", "uvloop")
     print("command:", " ".join(["python", "tests/bench/gateway.py", *sys.argv[1:]]))
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print("versions:", ", ".join(f"{name} {version(name)}" for name in names))
+    if options.translated:
+        return compare_translated(options)
     rounds: list[dict[str, dict[str, float]]] = []
     print(f"{'round':>5} {'subject':>8} {'us/request':>11} {'requests':>9} {'us/chunk':>9} {'chunks':>8}")
     with tempfile.TemporaryDirectory(prefix="cortex-bench-") as scratch:
@@ -409,6 +466,8 @@ def parse() -> argparse.Namespace:
         "--auth", choices=["off", "key", "limits", "budget"], default="off", help="what clients' key has"
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON as well")
+    parser.add_argument("--translated", action="store_true", help="translated streams against those passed through")
+    parser.add_argument("--surface", default="chat", choices=SURFACES, help=argparse.SUPPRESS)
     parser.add_argument("--backend", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -421,7 +480,9 @@ if __name__ == "__main__":
     if given.role == "main":
         raise SystemExit(main(given))
     if given.role == "_cortex":
-        run_cortex(given.backend, given.auth, given.scratch)
+        run_cortex(given.backend, given.auth, given.scratch, "neuron")
+    if given.role == "_openai":
+        run_cortex(given.backend, given.auth, given.scratch, "openai")
     import uvloop
 
     if given.role == "_backend":
@@ -429,4 +490,4 @@ if __name__ == "__main__":
     elif given.role == "_floor":
         uvloop.run(run_floor(given.backend))
     elif given.role == "_load":
-        uvloop.run(run_load(given.port, given.stream, given.clients, given.seconds))
+        uvloop.run(run_load(given.port, given.stream, given.clients, given.seconds, given.surface))
