@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from cortex_core.fleet import Activation, DiscoveryResponse, HealthResponse, ModelInfo, ModelLoad
-from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot
 from cortex_gateway.fleet.transitions import (
     FleetEvent,
     OperationEnded,
     OperationStarted,
+    Pinned,
     Polled,
     PollMissed,
     reduce,
@@ -125,3 +126,57 @@ def test_events_of_other_nodes_and_of_unknown_ones_change_nothing_here() -> None
     before = EMPTY.nodes["alpha"]
     assert after(PollMissed(node="beta", error="x")) is before
     assert reduce(EMPTY, PollMissed(node="gamma", error="x")) is EMPTY
+
+
+def test_F22_a_node_that_streams_is_suspect_for_missing_polls_and_never_given_up() -> None:
+    alive = PollMissed(node="alpha", error="no answer", is_alive=True)
+    assert after(polled(), *[alive] * 10).health == "suspect"
+    assert after(polled(), MISSED, MISSED, alive, MISSED, MISSED).health == "suspect"
+    assert after(polled(), MISSED, MISSED, alive, MISSED, MISSED, MISSED).health == "unhealthy"
+    assert after(alive).health == "unhealthy"
+
+
+def failed(at: float) -> OperationEnded:
+    failure = LoadFailure(message="no", code="x")
+    return OperationEnded(node="alpha", model="m", kind="load", at=at, succeeded=False, failure=failure)
+
+
+def test_each_failed_load_is_left_alone_for_twice_as_long_until_one_succeeds() -> None:
+    events: list[FleetEvent] = [polled()]
+    waits = []
+    for number in range(10):
+        events.append(failed(at=100.0 * number))
+        waits.append(after(*events).load_failures["m"].until - 100.0 * number)
+    assert waits == [2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 300.0, 300.0]
+    loaded = OperationEnded(node="alpha", model="m", kind="load", at=2000.0, succeeded=True)
+    assert after(*events, loaded).load_failures == {}
+    assert after(*events, polled("m", at=2000.0)).load_failures == {}, "someone else got it loaded"
+
+
+def test_it_is_remembered_since_when_a_model_is_here_and_how_long_its_load_took() -> None:
+    node = after(
+        polled(),
+        OperationStarted(node="alpha", model="m", kind="load", at=5.0),
+        OperationEnded(node="alpha", model="m", kind="load", at=12.0, succeeded=True),
+        polled("m", "n", at=20.0),
+        polled("m", "n", at=30.0),
+    )
+    assert (node.residences["m"].since, node.residences["m"].load_s) == (12.0, 7.0)
+    assert (node.residences["n"].since, node.residences["n"].load_s) == (20.0, 0.0)
+    loading = {"o": ModelInfo(id="o", status="loading")}
+    elsewhere = after(
+        Polled(node="alpha", started_at=1.0, models=loading),
+        Polled(node="alpha", started_at=4.0, models=loading),
+        polled("o", at=9.0),
+    )
+    assert (elsewhere.residences["o"].since, elsewhere.residences["o"].load_s) == (9.0, 8.0)
+    assert after(polled("m"), polled(at=2)).residences == {}
+
+
+def test_a_pin_is_the_neurons_where_it_can_keep_it_and_ends_with_an_unload() -> None:
+    pinned = after(polled("m"), Pinned(node="alpha", model="m", pinned=True))
+    assert pinned.is_pinned("m") and not pinned.pins
+    kept = after(polled("m"), Pinned(node="alpha", model="m", pinned=True, is_kept_here=True), polled("m", at=2))
+    assert kept.is_pinned("m") and kept.pins == {"m"}
+    unload = OperationEnded(node="alpha", model="m", kind="unload", at=3, succeeded=True)
+    assert not after(unload, polled("m", at=4), snapshot=FleetSnapshot(nodes={"alpha": kept})).is_pinned("m")
