@@ -42,7 +42,7 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
         messages = [{"role": "user", "content": f"Count from {index % 5} to {50 + index % 11}."}]
         common: dict[str, Any] = {"model": MODEL, "stream": True, "max_tokens": 400, "temperature": 0}
         tool = {"name": "get_weather", "description": "Get the weather", "parameters": WEATHER}
-        match index % 6:
+        match index % 7:
             case 0:
                 found.append((CHAT, {**common, "messages": messages, "stream_options": {"include_usage": True}}))
             case 1:
@@ -55,6 +55,10 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
             case 4:
                 thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 2000}
                 found.append((MESSAGES, {**common, "messages": messages, **thinking}))
+            case 5:
+                asked_plainly = {**common, "input": messages[0]["content"], "max_output_tokens": common["max_tokens"]}
+                del asked_plainly["max_tokens"]
+                found.append((RESPONSES, asked_plainly))
             case _:
                 asked = [{"role": "user", "content": "What is the weather in Paris and London?"}]
                 tools = [{"type": "function", "function": tool}]
@@ -67,6 +71,7 @@ def comparable(path: str, raw: bytes) -> tuple[list[Any], Any]:
     texts: dict[str, str] = {}
     other: list[Any] = []
     ids = set()
+    number = -1
     for block in raw.replace(b"\r\n", b"\n").split(b"\n\n"):
         data = b"".join(line[6:] for line in block.split(b"\n") if line.startswith(b"data: "))
         if not data or data == b"[DONE]":
@@ -90,6 +95,17 @@ def comparable(path: str, raw: bytes) -> tuple[list[Any], Any]:
                     other.append((choice["index"], choice["finish_reason"]))
             if event.get("usage"):
                 other.append((event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]))
+        elif "sequence_number" in event:
+            assert event["sequence_number"] == (number := number + 1), event
+            if event["type"].endswith(".delta"):
+                key = f"{event['output_index']}:{event['type']}"
+                texts[key] = texts.get(key, "") + event["delta"]
+            elif event["type"] == "response.created":
+                ids.add(event["response"]["id"])
+            elif event["type"] == "response.completed":
+                usage = event["response"]["usage"]
+                other.append((usage["input_tokens"], usage["output_tokens"]))
+                assert [item["type"] for item in event["response"]["output"]] == ["message"]
         elif event["type"] == "content_block_delta":
             for kind, text in event["delta"].items():
                 if kind not in ("type", "signature"):
@@ -131,11 +147,12 @@ async def read_all(
         return await asyncio.gather(*(read(path, body) for path, body in asked))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("number", "num_streams"), [(signal.SIGKILL, 50), (signal.SIGSTOP, 21), (signal.SIGTERM, 21)])
 def test_streams_of_a_neuron_that_is_lost_are_completed_by_the_other(
-    fleet: FleetOfNeurons, number: signal.Signals
+    fleet: FleetOfNeurons, number: signal.Signals, num_streams: int
 ) -> None:
-    asked = requests(24)
+    asked = requests(num_streams)
     undisturbed = asyncio.run(read_all(fleet.url, asked))
     disturbed = asyncio.run(read_all(fleet.url, asked, lambda: fleet.neurons[0].signal(number)))
     for (path, body), before, after in zip(asked, undisturbed, disturbed, strict=True):
