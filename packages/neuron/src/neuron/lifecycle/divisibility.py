@@ -6,7 +6,7 @@ The engine decides again when it builds its part (`neuron.parallel.sharding`); a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def indivisible(config: Mapping[str, Any], num_ranks: int, *, is_even: bool) -> str | None:
@@ -38,5 +38,5 @@ def indivisible(config: Mapping[str, Any], num_ranks: int, *, is_even: bool) -> 
     return None
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
