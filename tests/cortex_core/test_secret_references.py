@@ -55,7 +55,7 @@ def test_files_are_relative_to_the_configuration(tmp_path: Path) -> None:
         ('api_key = "sk-secret"', "api_key"),
         ('headers = { "x org" = "env:ORG" }', "headers"),
         ('headers = { "x-org" = "sk-secret" }', "headers"),
-        ('kind = "neuron"\napi_key = "env:KEY"', "is a neuron and takes no api_key"),
+        ('kind = "neuron"\napi_key = "env:KEY"', "is a neuron: api_key"),
     ],
 )
 def test_a_secret_in_the_configuration_itself_is_refused_and_not_repeated(

@@ -81,6 +81,7 @@ class FakeOpenAI:
         self.key: str | None = None
         self.api_key: str | None = None
         self.headers: dict[str, str] = {}
+        self.extensions = True
         self.health_status: int | None = None
         self.events: list[bytes] = list(EVENTS)
         self.can_stream = True
@@ -98,7 +99,12 @@ class FakeOpenAI:
     @property
     def entry(self) -> NeuronEntry:
         return NeuronEntry(
-            name=self.name, endpoint=self.url + "/v1", kind="openai", api_key=self.api_key, headers=self.headers
+            name=self.name,
+            endpoint=self.url + "/v1",
+            kind="openai",
+            api_key=self.api_key,
+            headers=self.headers,
+            extensions=self.extensions,
         )
 
     @property

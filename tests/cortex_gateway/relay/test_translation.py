@@ -228,6 +228,17 @@ async def test_the_attribution_line_is_dropped_unless_told_otherwise(openai_serv
         assert openai_server.last_body["messages"][0] == {"role": "system", "content": expected}
 
 
+async def test_a_server_that_knows_no_extensions_is_sent_none(openai_server: FakeOpenAI, start: Start) -> None:
+    openai_server.extensions = False
+    client = await start(openai_server)
+    status, _, raw = await ask(client, MESSAGES, top_k=5)
+    assert status == 400 and "top_k" in raw.decode() and openai_server.requests == []
+    assert (await ask(client, MESSAGES))[0] == 200
+    assert "chat_template_kwargs" not in openai_server.last_body
+    assert (await ask(client, CHAT, top_k=5))[0] == 200
+    assert openai_server.last_body["top_k"] == 5
+
+
 # ---------------------------------------------------------------------------------------------- counting
 
 

@@ -81,7 +81,8 @@ class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One GPU host, or (kind `openai`) any server that speaks OpenAI chat.
 
     name is what metrics, pins and logs call it. api_key goes out as a bearer token, headers beside it; both say where
-    the values are, `env:NAME` or `file:PATH`.
+    the values are, `env:NAME` or `file:PATH`. extensions: translated requests may hold what local servers have added to
+    the official API.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
@@ -89,6 +90,7 @@ class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: NeuronKind = "neuron"
     api_key: SecretReference | None = None
     headers: dict[HeaderName, SecretReference] = {}
+    extensions: bool = True
 
 
 class PromptFiltersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -127,9 +129,9 @@ def load_gateway_config(
         if not host or not port.isdigit() or int(port) > 65535:
             faults.append(f"{path}: gateway.{key}: `{value}` is not host:port")
     faults.extend(
-        f"{path}: neurons: `{neuron.name}` is a neuron and takes no api_key and no headers"
+        f"{path}: neurons: `{neuron.name}` is a neuron: api_key, headers and extensions are for kind `openai`"
         for neuron in config.neurons
-        if neuron.kind == "neuron" and (neuron.api_key is not None or neuron.headers)
+        if neuron.kind == "neuron" and (neuron.api_key is not None or neuron.headers or not neuron.extensions)
     )
     faults.extend(f"{path}: {fault}" for fault in entitlement_faults(config.entitlements))
     if faults:

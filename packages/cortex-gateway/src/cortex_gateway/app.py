@@ -128,7 +128,8 @@ class Gateway:
 
     def _client(self, session: aiohttp.ClientSession, entry: NeuronEntry) -> NeuronClient:
         if entry.kind == "openai":
-            return OpenAIServer(session, entry.name, entry.endpoint, self._secret_headers[entry.name])
+            secrets = self._secret_headers[entry.name]
+            return OpenAIServer(session, entry.name, entry.endpoint, secrets, extensions=entry.extensions)
         return NeuronClient(session, entry.name, entry.endpoint)
 
     async def shutdown(self) -> None:

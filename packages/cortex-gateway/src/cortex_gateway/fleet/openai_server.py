@@ -43,15 +43,23 @@ class _Health(msgspec.Struct):
 class OpenAIServer(NeuronClient):
     """Any OpenAI-compatible server. What it lists is loaded there; nothing can be loaded or unloaded.
 
-    secret_headers go out with every request, and nowhere else.
+    secret_headers go out with every request, and nowhere else. extensions: whether it knows what local servers have
+    added to the official API.
     """
 
     def __init__(
-        self, session: aiohttp.ClientSession, name: str, endpoint: str, secret_headers: Mapping[str, str]
+        self,
+        session: aiohttp.ClientSession,
+        name: str,
+        endpoint: str,
+        secret_headers: Mapping[str, str],
+        *,
+        extensions: bool = True,
     ) -> None:
         # People copy the base URL that SDKs want, which ends in /v1.
         super().__init__(session, name, endpoint.rstrip("/").removesuffix("/v1"))
         self.secret_headers = secret_headers
+        self.extensions = extensions
 
     async def discovery(self, timeout_s: float) -> DiscoveryResponse:
         """Nothing is known of its hardware, and nothing is asked."""

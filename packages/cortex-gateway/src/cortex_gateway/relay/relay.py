@@ -340,7 +340,7 @@ class Relay:
                 is_translated=translation.label is not None,
                 secrets=neuron.secret_headers,
             )
-            return translation.path, translation.body(lease.neuron_model), request
+            return translation.path, translation.body(lease.neuron_model, extensions=neuron.extensions), request
         exchange.translation = None
         principal = exchange.principal.upstream_headers if exchange.principal is not None else ()
         request = request_headers(

@@ -59,8 +59,8 @@ class Translation(Protocol):
     @property
     def label(self) -> str | None: ...
 
-    def body(self, model: str) -> bytes:
-        """What to post; model is the server's own name for it."""
+    def body(self, model: str, *, extensions: bool) -> bytes:
+        """What to post; model is the server's own name for it. Raises `ApiError` where it cannot be said there."""
         ...
 
     def stream(self, *, is_events: bool) -> EventRelay | TranslatedStream | None:
@@ -105,7 +105,7 @@ class PassingThrough:
         self._payload = payload
         self._model = model
 
-    def body(self, model: str) -> bytes:
+    def body(self, model: str, *, extensions: bool) -> bytes:
         return self._payload if model == self._model else with_model(self._payload, model)
 
     def stream(self, *, is_events: bool) -> EventRelay | None:
@@ -129,8 +129,8 @@ class ThroughChat:
         self._dialect = dialect
         self._model = model
 
-    def body(self, model: str) -> bytes:
-        return write_request(self.request, model=model)
+    def body(self, model: str, *, extensions: bool) -> bytes:
+        return write_request(self.request, model=model, extensions=extensions)
 
     def stream(self, *, is_events: bool) -> TranslatedStream:
         projector = self._dialect.Projector(
@@ -158,7 +158,7 @@ class Counting:
         self._request = request
         self._name = name
 
-    def body(self, model: str) -> bytes:
+    def body(self, model: str, *, extensions: bool) -> bytes:
         return write_count_request(self._request, model=model)
 
     def stream(self, *, is_events: bool) -> None:

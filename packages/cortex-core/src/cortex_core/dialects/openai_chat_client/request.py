@@ -18,16 +18,41 @@ from cortex_core.conversation import (
     ToolResultPart,
     Turn,
 )
+from cortex_core.errors import ApiError
+
+NOT_CARRIED = (
+    "Request.prompts",
+    "Request.echo",
+    "Request.stream",
+    "Request.include_usage",
+    "Request.param_names",
+    "Request.dropped",
+    "Request.echo_fields",
+    "Reasoning.visible",
+    "Reasoning.omit_text",
+    "ThinkingPart.signature",
+    "ToolDefinition.is_freeform",
+    "ToolDefinition.namespace",
+    "ToolDefinition.member",
+    "ToolResultPart.is_error",
+)
+"""What is not in a chat request: raw prompts, which are no chat; that an answer is streamed, which is always asked for;
+what is about the answer, and done to it; signatures, which nobody verifies; and that a tool's result is an error, for
+which chat has no word and templates of local models have none either. All else is carried, or refused by name."""
 
 
-def write_request(request: Request, *, model: str | None = None) -> bytes:
+def write_request(request: Request, *, model: str | None = None, extensions: bool = True) -> bytes:
     """The request as a streamed chat completion body that asks for usage. model: the name the server knows.
 
     What the official API has no field for goes into the extensions that local servers share (`top_k`,
-    `chat_template_kwargs`, `continue_final_message`, …). Raises `ValueError` for a raw prompt: it is no chat.
+    `chat_template_kwargs`, `continue_final_message`, …). Without extensions, for servers that refuse what they do not
+    know, `ApiError` names what cannot be asked for; earlier thoughts stay behind, and whether to think is up to the
+    server. Raises `ValueError` for a raw prompt: it is no chat.
     """
     if not request.turns:
         raise ValueError("a raw prompt cannot be written as a chat completion")
+    if not extensions:
+        request = _officially(request)
     body: dict[str, Any] = {
         "model": model or request.model,
         "messages": [message for turn in request.turns for message in _messages(turn)],
@@ -41,7 +66,38 @@ def write_request(request: Request, *, model: str | None = None) -> bytes:
         body["response_format"] = _response_format(request.response_format)
     if request.continue_final_turn:
         body |= {"continue_final_message": True, "add_generation_prompt": False}
+    if not extensions and "max_tokens" in body:
+        body["max_completion_tokens"] = body.pop("max_tokens")  # the older name is refused by newer models
     return json.dumps(body, ensure_ascii=False).encode()
+
+
+def _officially(request: Request) -> Request:
+    """The request without what only extensions could say. Raises `ApiError` where that changes the answer."""
+    sampling, limits, reasoning = request.sampling, request.limits, request.reasoning
+    asked = {
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "ignore_eos": limits.ignore_eos or None,
+        "thinking.budget_tokens": reasoning.budget_tokens,
+        "chat_template_kwargs": request.template_kwargs or None,
+        "messages": request.continue_final_turn or None,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            what = "an answer begun by the client" if name == "messages" else "this field"
+            raise ApiError(
+                "invalid_request",
+                f"{name}: the model is on a server whose API has no word for {what}.",
+                code="unsupported_parameter",
+                param=request.client_param(name),
+            )
+    turns = tuple(
+        Turn(turn.role, tuple(part for part in turn.parts if not isinstance(part, ThinkingPart)))
+        for turn in request.turns
+    )
+    reasoning = msgspec.structs.replace(reasoning, mode="default")
+    return msgspec.structs.replace(request, turns=turns, reasoning=reasoning)
 
 
 def write_count_request(request: Request, *, model: str | None = None) -> bytes:
