@@ -226,6 +226,9 @@ async def test_the_attribution_line_is_dropped_unless_told_otherwise(openai_serv
         client = await start(openai_server, prompt_filters=filters)
         assert (await ask(client, MESSAGES, system=system))[0] == 200
         assert openai_server.last_body["messages"][0] == {"role": "system", "content": expected}
+        line = json.loads(client.started.gateway.access_log.last(1)[0])
+        assert line["translated"] == "messages->chat"
+        assert line.get("dropped") == (["claude_code_attribution"] if not filters else None)
 
 
 async def test_a_server_that_knows_no_extensions_is_sent_none(openai_server: FakeOpenAI, start: Start) -> None:

@@ -18,7 +18,7 @@ _encode = msgspec.json.Encoder().encode
 
 class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Fields that do not apply are left out. Times are milliseconds; `status` 499 is a client that hung up.
-    `key` and `account` are ids, never secrets.
+    `key` and `account` are ids, never secrets. `dropped`: filters that took something out of a translated prompt.
 
     `outcome`: ok, rejected (an error of the gateway's own), upstream_error (an error of the neuron's, passed on),
     upstream_failed (no or no usable answer), timeout, client_gone, shutdown, error (a fault of the gateway).
@@ -34,6 +34,8 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     resolved: str | None = None
     node: str | None = None
     route: str | None = None
+    translated: str | None = None
+    dropped: tuple[str, ...] = ()
     stream: bool = False
     attempts: int = 0
     ttft_ms: float | None = None

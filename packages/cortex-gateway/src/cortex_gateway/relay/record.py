@@ -28,7 +28,7 @@ def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: flo
             window = exchange.last_byte_at - exchange.first_byte_at if exchange.first_byte_at is not None else 0.0
             seconds = window if window >= MIN_RATE_WINDOW_S else duration
             series.tokens_per_second.observe(usage.completion_tokens / max(seconds, 1e-6))
-    principal = exchange.principal
+    principal, translation = exchange.principal, exchange.translation
     if principal is not None and exchange.charged is not None:
         metrics.charged(principal, exchange.charged)
     access_log.write(
@@ -43,6 +43,8 @@ def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: flo
             resolved=exchange.resolved if exchange.resolved != exchange.model else None,
             node=exchange.node,
             route=exchange.route,
+            translated=translation.label if translation is not None else None,
+            dropped=translation.dropped if translation is not None else (),
             stream=exchange.is_stream,
             attempts=exchange.num_attempts,
             ttft_ms=None if ttft is None else round(ttft * 1000, 2),

@@ -51,13 +51,19 @@ class WholeAnswer(Protocol):
 
 
 class Translation(Protocol):
-    """One request in front of such a server. label says what is translated into what; None where nothing is."""
+    """One request in front of such a server.
+
+    label says what is translated into what; None where nothing is. dropped: filters that took something out.
+    """
 
     @property
     def path(self) -> str: ...
 
     @property
     def label(self) -> str | None: ...
+
+    @property
+    def dropped(self) -> tuple[str, ...]: ...
 
     def body(self, model: str, *, extensions: bool) -> bytes:
         """What to post; model is the server's own name for it. Raises `ApiError` where it cannot be said there."""
@@ -99,6 +105,7 @@ class PassingThrough:
     """Chat and completions: nothing is read, and nothing written but the name of the model where it differs."""
 
     label = None
+    dropped = ()
 
     def __init__(self, path: str, payload: bytes, model: str) -> None:
         self.path = path
@@ -126,6 +133,7 @@ class ThroughChat:
     def __init__(self, name: str, dialect: Dialect, payload: bytes, model: str) -> None:
         self.label = f"{name}->chat"
         self.request = dialect.parse(payload)
+        self.dropped = self.request.dropped
         self._dialect = dialect
         self._model = model
 
@@ -155,6 +163,7 @@ class Counting:
 
     def __init__(self, request: Request, name: str) -> None:
         self.label = f"{name}->tokenize"
+        self.dropped = request.dropped
         self._request = request
         self._name = name
 
