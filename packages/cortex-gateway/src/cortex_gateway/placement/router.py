@@ -178,7 +178,7 @@ class _Candidates(msgspec.Struct):
 def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: Situation) -> _Candidates:
     found = _Candidates()
     for node in routable:
-        if node.is_draining or node.discovery is None:
+        if node.is_draining or node.discovery is None or not node.can_load:
             continue
         if profile.pinned_on and node.name not in profile.pinned_on:
             continue
@@ -367,7 +367,10 @@ def _away(model: str) -> Refuse:
 def _nowhere(profile: ModelProfile, snapshot: FleetSnapshot, too_small: NodeSnapshot | None) -> Decision:
     for node in snapshot.nodes.values():
         admitted = not profile.pinned_on or node.name in profile.pinned_on
-        if node.discovery is None:
+        if not node.can_load:
+            if node.status(profile.id) is not None:
+                return _away(profile.id)
+        elif node.discovery is None:
             if admitted:
                 return _away(profile.id)
         elif (not node.is_routable or node.is_draining) and is_feasible(profile, node.name, node.discovery):
