@@ -98,9 +98,11 @@ class ScriptedWorker:
         self.load()
         while True:
             idle = self.is_stuck or not any(request_id not in self.held for request_id in self.sequences)
-            for frame in self.receive(block=idle):
+            frames = self.receive(block=idle)
+            for frame in frames:
                 self.handle(frame)
-            self.make_step()
+            if not (idle and all(isinstance(frame, Ping) for frame in frames)):
+                self.make_step()
 
     @property
     def step_deadline_s(self) -> float:
