@@ -475,10 +475,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    given = parse()
-    if given.role == "main":
-        raise SystemExit(main(given))
+def play(given: argparse.Namespace) -> None:
+    """Be one of the processes of a round."""
     if given.role == "_cortex":
         run_cortex(given.backend, given.auth, given.scratch, "neuron")
     if given.role == "_openai":
@@ -491,3 +489,10 @@ if __name__ == "__main__":
         uvloop.run(run_floor(given.backend))
     elif given.role == "_load":
         uvloop.run(run_load(given.port, given.stream, given.clients, given.seconds, given.surface))
+
+
+if __name__ == "__main__":
+    asked = parse()
+    if asked.role == "main":
+        raise SystemExit(main(asked))
+    play(asked)

@@ -282,3 +282,18 @@ def test_the_snapshot_is_never_changed_by_a_decision() -> None:
     decide("m", msgspec.structs.replace(situation(catalogue=IN_CATALOGUE), snapshot=before))
     assert msgspec.json.encode(before) == copy
     assert isinstance(before, FleetSnapshot)
+
+
+def test_a_server_that_is_no_neuron_serves_what_it_has_and_is_no_place_for_more() -> None:
+    # It says nothing of devices, as a neuron that serves from its CPU does: that must not make it one.
+    other = node("other", having={"m": "loaded"}, free_mb=[], kind="openai")
+    assert route(other) == Forward(node="other")
+    assert refusal(route(msgspec.structs.replace(other, models={}))) == ("not_found", "no_feasible_node", None)
+    away = msgspec.structs.replace(other, health="unhealthy")
+    assert refusal(route(away, node("n", free_mb=[], kind="openai"))) == ("overloaded", "service_unavailable", 3)
+    loaded = route(away, node("alpha"))
+    assert isinstance(loaded, Load) and loaded.node == "alpha"
+    with_room = msgspec.structs.replace(away, health="healthy", models={})
+    cold = route(with_room, node("alpha"))
+    assert isinstance(cold, Load) and cold.node == "alpha"
+    assert fleet(other, node("alpha")).neurons_only().nodes.keys() == {"alpha"}
