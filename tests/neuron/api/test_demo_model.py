@@ -104,7 +104,8 @@ async def test_a_killed_engine_costs_a_stream_nothing(neuron: RunningNeuron, sam
         async with neuron.client.post(neuron.url + CHAT, data=request) as response:
             body = b""
             while body.count(b"\n\n") < 40:
-                assert (more := await response.content.readany()), "the answer is too short for this test"
+                more = await response.content.readany()
+                assert more, "the answer is too short for this test"
                 body += more
             if kill:
                 os.kill(neuron.served.group.pids[0], signal.SIGKILL)
