@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
@@ -274,3 +275,19 @@ async def test_the_grace_over_streams_end_with_an_error_and_the_process_with_0(
 async def health(client: Client) -> tuple[int, Any]:
     async with client.get("/health") as response:
         return response.status, json.loads(await response.read())
+
+
+async def test_a_connection_that_its_client_closed_is_given_up_at_once(neuron: FakeNeuron, start: Start) -> None:
+    client = await start(neuron)
+    fds = Path("/proc/self/fd")
+    before = len(list(fds.iterdir()))
+    address = urlsplit(client.url)
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+        await writer.wait_closed()
+    async with asyncio.timeout(20):
+        while len(list(fds.iterdir())) > before + 2:
+            await asyncio.sleep(0.05)  # the kernel tells nobody when another socket is closed

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from neuron.config import NeuronConfig
@@ -177,3 +178,19 @@ async def test_stopping_during_an_unload_leaves_no_process(checkpoint: Path) -> 
         await unloading
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+async def test_a_connection_that_its_client_closed_is_given_up_at_once(checkpoint: Path) -> None:
+    async with run_neuron(checkpoint) as neuron:
+        fds = Path("/proc/self/fd")
+        before = len(list(fds.iterdir()))
+        address = urlsplit(neuron.url)
+        for _ in range(20):
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.close()
+            await writer.wait_closed()
+        async with asyncio.timeout(20):
+            while len(list(fds.iterdir())) > before + 2:
+                await asyncio.sleep(0.05)  # the kernel tells nobody when another socket is closed

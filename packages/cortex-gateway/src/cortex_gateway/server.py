@@ -19,6 +19,7 @@ from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config as HypercornConfig
 from prometheus_client import disable_created_metrics
 
+from cortex_gateway import connections
 from cortex_gateway.app import Gateway, MetricsApp
 from cortex_gateway.asgi import ASGIApp
 from cortex_gateway.identity.store import StoreError
@@ -207,6 +208,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _start(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str) -> asyncio.Task[None]:
+    connections.install()
     server = HypercornConfig()
     server.bind = [f"fd://{os.dup(listener.fileno())}"]
     server.backlog = BACKLOG

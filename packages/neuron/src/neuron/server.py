@@ -206,6 +206,9 @@ async def _serve_http(app: NeuronApp, sockets: list[socket.socket], stop: asynci
     from hypercorn.asyncio import serve as serve_hypercorn
     from hypercorn.config import Config
 
+    from neuron import connections
+
+    connections.install()
     config = Config()
     config.bind = [f"fd://{listener.detach()}" for listener in sockets]
     config.backlog = _BACKLOG
