@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("path", "request_", "stream"),
     [
-        (CHAT, GREEDY, True),
+        pytest.param(CHAT, GREEDY, True, marks=pytest.mark.full),
         (CHAT, SEEDED, True),
-        (CHAT, GREEDY, False),
+        pytest.param(CHAT, GREEDY, False, marks=pytest.mark.full),
         (MESSAGES, GREEDY, True),
         (MESSAGES, GREEDY, False),
     ],
@@ -74,6 +74,7 @@ async def test_an_engine_killed_while_it_loads_is_loaded_all_the_same(neuron: Ne
     assert "42" in (await neuron.ask(SHORT)).text
 
 
+@pytest.mark.full
 async def test_an_engine_killed_while_it_is_rebuilt_is_rebuilt_again(neuron: Neuron, undisturbed: Undisturbed) -> None:
     expected = await undisturbed.answers(neuron, [GREEDY])
     kill_in_rebuild = {"lever": "fail_load", "how": "kill", "phase": "warm_up", "epochs": [1]}

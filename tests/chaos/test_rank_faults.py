@@ -55,11 +55,13 @@ async def test_F12_a_rank_that_hangs_before_a_collective_is_named_by_its_stack(
     assert any("rank 1] " in line and "_hang" in line for line in log.splitlines())
 
 
+@pytest.mark.full
 async def test_a_rank_killed_while_the_group_loads_is_loaded_all_the_same(neuron: Neuron) -> None:
     await neuron.load(MODEL, {"lever": "fail_load", "how": "kill", "rank": 1, "epochs": [0]}, **TWO)
     assert sorted(neuron.engine_pids()) == [0, 1]
 
 
+@pytest.mark.full
 async def test_nan_logits_of_a_divided_model_end_one_request(neuron: Neuron, undisturbed: Undisturbed) -> None:
     requests = crowd(4)
     expected = await undisturbed.answers(neuron, requests, **TWO)

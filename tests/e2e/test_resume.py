@@ -148,7 +148,14 @@ async def read_all(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("number", "num_streams"), [(signal.SIGKILL, 50), (signal.SIGSTOP, 21), (signal.SIGTERM, 21)])
+@pytest.mark.parametrize(
+    ("number", "num_streams"),
+    [
+        (signal.SIGKILL, 50),
+        pytest.param(signal.SIGSTOP, 21, marks=pytest.mark.full),
+        pytest.param(signal.SIGTERM, 21, marks=pytest.mark.full),
+    ],
+)
 def test_streams_of_a_neuron_that_is_lost_are_completed_by_the_other(
     fleet: FleetOfNeurons, number: signal.Signals, num_streams: int
 ) -> None:

@@ -185,7 +185,11 @@ def _engine_rank(rank: int, world_size: int, cases: list[Case], folder: str) -> 
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS[-2:])], ids=["two", "four"])
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [(2, TWO_RANKS), pytest.param(4, FOUR_RANKS[-2:], marks=pytest.mark.full)],
+    ids=["two", "four"],
+)
 def test_engines_of_several_ranks_answer_as_one_rank_does(
     world_size: int, cases: list[Case], checkpoints: Path, tmp_path: Path
 ) -> None:
