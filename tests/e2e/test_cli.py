@@ -61,6 +61,8 @@ def test_exit_codes(fleet: FleetProcess, tmp_path: Path) -> None:
     assert cortex("status", "-e", "http://127.0.0.1:9").returncode == 3
     assert cortex("chat", "-e", fleet.url, "no/such", "hi").returncode == 4
     assert cortex("load", "nowhere/to-be-found", "-e", fleet.url).returncode in (1, 4)
+    # A load that failed for want of a network stays listed with its reason, until somebody says that it may go.
+    assert cortex("unload", "nowhere/to-be-found", "-e", fleet.url).returncode in (0, 4)
     assert cortex("status", "--nonsense").returncode == 2
     broken = tmp_path / "cortex.toml"
     broken.write_text("[gateway]\nlistn = 1\n")

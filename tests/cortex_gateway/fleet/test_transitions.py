@@ -104,6 +104,16 @@ def test_an_unload_takes_the_model_off_the_list_and_remembers_it() -> None:
     assert (list(again.models), list(again.unloaded)) == (["m"], [])
 
 
+def test_a_model_that_never_served_is_forgotten_when_it_is_unloaded() -> None:
+    failed = Polled(node="alpha", started_at=1, models={"m": ModelInfo(id="m", status="failed")})
+    node = after(
+        failed,
+        OperationStarted(node="alpha", model="m", kind="unload", at=2),
+        OperationEnded(node="alpha", model="m", kind="unload", at=3, succeeded=True),
+    )
+    assert (list(node.models), list(node.unloaded)) == ([], [])
+
+
 @pytest.mark.parametrize("kind", ["load", "unload"])
 def test_a_failed_operation_leaves_what_was_there(kind: str) -> None:
     node = after(

@@ -224,7 +224,7 @@ def _operation_ended(node: NodeSnapshot, event: OperationEnded) -> NodeSnapshot:
             load_failures={name: other for name, other in node.load_failures.items() if name != model},
         )
     unloaded = node.unloaded
-    if info is not None:
+    if info is not None and info.status != "failed":  # what never served here is not kept to come back
         unloaded = {**unloaded, model: msgspec.structs.replace(info, pinned=False)}
     return msgspec.structs.replace(
         after,
