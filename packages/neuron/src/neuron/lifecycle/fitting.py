@@ -12,6 +12,7 @@ import msgspec
 from cortex_core.errors import ApiError
 
 from neuron.lifecycle.capacity import KVCapacity, KVNeed
+from neuron.lifecycle.divisibility import indivisible
 from neuron.lifecycle.estimate import Footprint, ModelShape, StoredTensor, footprints
 from neuron.lifecycle.preflight import refusal
 from neuron.protocol import EngineConfig
@@ -272,9 +273,13 @@ def _facts(demand: _Demand, num_tokens: int) -> dict[str, object]:
 
 
 def _divides(shape: ModelShape, num_ranks: int) -> bool:
-    """Whether the model can be divided among so many ranks (`parallel/sharding.py`)."""
-    kv_heads = shape.num_kv_heads % num_ranks == 0 or num_ranks % shape.num_kv_heads == 0
-    return kv_heads and shape.num_heads % num_ranks == 0 and shape.intermediate_size % num_ranks == 0
+    """Whether the model can be divided among so many ranks, by the decision that loads are refused by."""
+    sizes = {
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "intermediate_size": shape.intermediate_size,
+    }
+    return indivisible(sizes, num_ranks, is_even=True) is None
 
 
 def _victims(case: _Case, residents: list[Resident]) -> list[str]:

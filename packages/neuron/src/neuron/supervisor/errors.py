@@ -8,7 +8,9 @@ from neuron.protocol import LogitsHealth, SequenceFailed
 
 
 class EngineLoadError(Exception):
-    """A group did not come up. kind: one of `protocol.LoadFailed`, or `died`, `start_timeout`, `stalled`."""
+    """A group did not come up. kind: one of `protocol.LoadFailed`, or `died`, `start_timeout`, `stalled`,
+    `load_timeout`.
+    """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
