@@ -150,14 +150,24 @@ def small_operation_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def sampling_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     from neuron.kernels.sampling import sample
+    from neuron.layers.sampling import TokenMasks, TokenPenalties
 
     rows = 2
     zeros = torch.zeros(rows)
+    counts = torch.zeros(rows + 1, dtype=torch.int32)
+    penalties = TokenPenalties(counts, zeros.long(), zeros, zeros.int(), torch.zeros(rows, 3), zeros.long())
     for vocab_size in (4096, 151936, 262144):
         logits = torch.zeros(rows, vocab_size)
         yield (
             f"sampling {vocab_size}",
             lambda logits=logits: sample(logits, zeros, zeros.int(), zeros, zeros, zeros.long()),  # type: ignore[misc]
+        )
+        masks = TokenMasks(torch.zeros(rows, -(-vocab_size // 32), dtype=torch.int32), zeros.int())
+        yield (
+            f"constrained sampling {vocab_size}",
+            lambda logits=logits, masks=masks: sample(  # type: ignore[misc]
+                logits, zeros, zeros.int(), zeros, zeros, zeros.long(), penalties=penalties, masks=masks
+            ),
         )
 
 

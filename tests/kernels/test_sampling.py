@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from neuron.engine.errors import RequestError
 from neuron.engine.noise import log_exponential_noise, noise_key
 from neuron.engine.sampler import Sampler
 from neuron.engine.sequence import Sequence
 from neuron.engine.token_bias import TokenBias
 from neuron.kernels import KernelUnsupported, sampling
+from neuron.layers.sampling import TokenMasks, TokenPenalties
 from neuron.protocol import Generate, SamplingParams
 from torch import Tensor
 
@@ -26,13 +30,16 @@ def small_structures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_CAPACITY", 128)
     monkeypatch.setattr(sampling, "_FIRST_CANDIDATES", 32)
     monkeypatch.setattr(sampling, "_CHUNK", 256)
+    monkeypatch.setattr(sampling, "_ENTRIES", 32)
 
 
 def normal(rows: int, scale: float, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Tensor:
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def run(device: torch.device, logits: Tensor, params: list[SamplingParams], position: int = 0) -> sampling.SampledRows:
+def run(
+    device: torch.device, logits: Tensor, params: list[SamplingParams], position: int = 0, **changes: Any
+) -> sampling.SampledRows:
     return sampling.sample(
         logits.to(device),
         torch.tensor([p.temperature for p in params], device=device),
@@ -40,6 +47,7 @@ def run(device: torch.device, logits: Tensor, params: list[SamplingParams], posi
         torch.tensor([p.top_p for p in params], device=device),
         torch.tensor([p.min_p for p in params], device=device),
         torch.tensor([noise_key(p.seed, position) for p in params], device=device),
+        **changes,
     )
 
 
@@ -160,10 +168,21 @@ def test_equal_logits_at_the_border_all_stay(device: torch.device) -> None:
     assert tokens.tolist() == expected_tokens(flat, [SamplingParams(seed=1), SamplingParams(seed=2)])
 
 
+def masks_of(device: torch.device, allowed: list[list[int] | None], vocab_size: int = VOCAB_SIZE) -> TokenMasks:
+    """Masks of the rows that are not None."""
+    bits = np.zeros((len(allowed), -(-vocab_size // 32) * 32), dtype=np.uint8)
+    for row, tokens in enumerate(allowed):
+        bits[row, tokens or []] = 1
+    kept = [row for row, tokens in enumerate(allowed) if tokens is not None]
+    rows = torch.full((len(allowed),), -1, dtype=torch.int32)
+    rows[kept] = torch.arange(len(kept), dtype=torch.int32)
+    words = np.packbits(bits[kept], axis=-1, bitorder="little").view(np.int32)
+    return TokenMasks(torch.from_numpy(words).to(device), rows.to(device))
+
+
 def test_masked_tokens_are_never_drawn(device: torch.device) -> None:
     """A grammar leaves few tokens, fewer than top_k asks for."""
     logits = normal(6, 1.0)
-    logits[:, 7:] = -math.inf
     params = [
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=5.0, seed=1),
@@ -172,7 +191,7 @@ def test_masked_tokens_are_never_drawn(device: torch.device) -> None:
         SamplingParams(temperature=5.0, top_k=300, top_p=0.999, min_p=1e-9, seed=4),
         SamplingParams(temperature=5.0, min_p=1e-9, seed=5),
     ]
-    rows = run(device, logits, params)
+    rows = run(device, logits, params, masks=masks_of(device, [list(range(7))] * 6))
     assert (rows.tokens < 7).all()
     assert rows.finite.all()
     assert torch.isfinite(rows.logprobs).all()
@@ -215,7 +234,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
 
 def test_frequencies_follow_the_probabilities(device: torch.device) -> None:
     """Chi-square over 200 draws of five tokens; the seeds are fixed, so the outcome is too."""
-    logits = torch.full((1, 64), -math.inf)
+    logits = torch.full((1, 64), -1e4)
     weights = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     logits[0, :5] = weights.log()
     keys = torch.tensor([noise_key(seed, 0) for seed in range(200)])
@@ -226,6 +245,108 @@ def test_frequencies_follow_the_probabilities(device: torch.device) -> None:
     counts = np.bincount(tokens.cpu().numpy(), minlength=5)[:5]
     expected = weights.numpy() * 200
     assert ((counts - expected) ** 2 / expected).sum() < 13.3  # 1 % level, four degrees of freedom
+
+
+def penalties_of(
+    device: torch.device, biases: list[TokenBias | None], pending: list[int] | None = None
+) -> TokenPenalties:
+    parts = [None if bias is None else bias.counted() for bias in biases]
+    columns = [np.concatenate([part[i] for part in parts if part is not None]) for i in range(3)]
+    starts = np.cumsum([0, *(0 if part is None else len(part[0]) for part in parts)], dtype=np.int32)
+    rates = [(0.0, 0.0, 1.0) if bias is None else bias.penalties for bias in biases]
+    return TokenPenalties(
+        torch.from_numpy(starts).to(device),
+        *(torch.from_numpy(column.copy()).to(device) for column in columns),
+        penalties=torch.tensor(rates).to(device),
+        pending=None if pending is None else torch.tensor(pending, device=device),
+    )
+
+
+PENALISED = [
+    SamplingParams(seed=1, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.3),
+    SamplingParams(seed=2),
+    SamplingParams(temperature=0.0, frequency_penalty=1.5, logit_bias={700: 2.0, 5: -100.0}),
+    SamplingParams(seed=3, top_p=0.8, repetition_penalty=0.6, logit_bias={VOCAB_SIZE - 1: 3.0}),
+    SamplingParams(seed=4, top_k=15, presence_penalty=-1.0, logit_bias=dict.fromkeys(range(0, 900, 2), 1.0)),
+]
+PROMPT = [3, 3, 700, 255, 256, VOCAB_SIZE - 1]
+OUTPUT = [700, 5, 5, 5, 1200, 700]
+
+
+def biases_of(params: list[SamplingParams], output: list[int]) -> list[TokenBias | None]:
+    return [TokenBias(p, PROMPT, output) if TokenBias.is_needed(p) else None for p in params]
+
+
+def biased_sequences(params: list[SamplingParams], output: list[int]) -> list[Sequence]:
+    sequences = [Sequence(Generate(row, PROMPT, p, 99, output_ids=tuple(output)), row) for row, p in enumerate(params)]
+    for sequence, bias in zip(sequences, biases_of(params, output), strict=True):
+        sequence.bias = bias
+    return sequences
+
+
+def test_penalties_and_bias_are_those_of_the_engine(device: torch.device) -> None:
+    """Tokens, the logits that are left behind, and log-probabilities of what the model said before."""
+    logits = normal(len(PENALISED), 2.0)
+    expected_logits = logits.clone()
+    expected = Sampler(VOCAB_SIZE, torch.device("cpu")).sample(expected_logits, biased_sequences(PENALISED, OUTPUT))
+    actual_logits = logits.to(device, copy=True)
+    listed = penalties_of(device, biases_of(PENALISED, OUTPUT))
+    actual = run(device, actual_logits, PENALISED, len(OUTPUT), penalties=listed)
+    assert actual.tokens.tolist() == [row.token for row in expected]
+    torch.testing.assert_close(actual_logits.cpu(), expected_logits, rtol=0, atol=2e-6)
+    exact = torch.log_softmax(logits.double(), dim=-1).gather(1, actual.tokens.cpu()[:, None])[:, 0]
+    torch.testing.assert_close(actual.logprobs.cpu().double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("pending", [700, 1200, 3, 42, VOCAB_SIZE - 1, -1])
+def test_a_pending_token_counts_as_if_it_were_listed(device: torch.device, pending: int) -> None:
+    """In the output already, in the prompt only, nowhere yet, in the last tile, none: the same bits either way."""
+    logits = normal(len(PENALISED), 2.0)
+    later = logits.to(device, copy=True)
+    now = logits.to(device, copy=True)
+    rows = len(PENALISED)
+    ahead = penalties_of(device, biases_of(PENALISED, OUTPUT), [pending] * rows)
+    behind = penalties_of(device, biases_of(PENALISED, OUTPUT + [pending] * (pending >= 0)))
+    first = run(device, later, PENALISED, penalties=ahead)
+    second = run(device, now, PENALISED, penalties=behind)
+    assert torch.equal(later, now)
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.logprobs, second.logprobs)
+
+
+def test_a_pending_tokens_logprob_is_of_the_models_logits(device: torch.device) -> None:
+    logits = normal(1, 1.0)
+    logits[0, 42] = 30.0
+    params = [SamplingParams(temperature=0.0, presence_penalty=2.0)]
+    rows = run(device, logits.clone(), params, penalties=penalties_of(device, [TokenBias(params[0], [1], [7])], [42]))
+    assert rows.tokens.tolist() == [42]
+    exact = torch.log_softmax(logits.double(), dim=-1)[0, 42].item()
+    assert rows.logprobs.item() == pytest.approx(exact, abs=2e-5)
+
+
+def test_masks_by_row_beside_rows_without_one(device: torch.device) -> None:
+    logits = normal(4, 2.0)
+    params = [SamplingParams(temperature=0.0), SamplingParams(seed=1), SamplingParams(seed=2), SamplingParams(seed=3)]
+    allowed = [[VOCAB_SIZE - 1], None, [31, 32, 900], []]
+    rows = run(device, logits.to(device, copy=True), params, masks=masks_of(device, allowed))
+    assert rows.tokens[0] == VOCAB_SIZE - 1
+    assert rows.tokens[1].item() == expected_tokens(logits, params)[1]
+    assert rows.tokens[2] in (31, 32, 900)
+    assert rows.tokens[3] == 0  # nothing is allowed
+    assert rows.finite.all()
+    exact = torch.log_softmax(logits.double(), dim=-1).gather(1, rows.tokens.cpu()[:, None])[:3, 0]
+    torch.testing.assert_close(rows.logprobs[:3].cpu().double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_poisoned_logit_is_seen_behind_a_mask_and_a_penalty(device: torch.device, poison: float) -> None:
+    logits = normal(2, 2.0)
+    logits[0, 700] = poison
+    params = [SamplingParams(temperature=0.0, logit_bias={700: -100.0})] * 2
+    listed = penalties_of(device, [TokenBias(p, [], []) for p in params])
+    rows = run(device, logits.to(device), params, penalties=listed, masks=masks_of(device, [[1, 2]] * 2))
+    assert rows.finite.tolist() == [False, True]
 
 
 def test_real_sizes_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,20 +374,35 @@ def test_the_engines_sampler_draws_the_same_through_the_kernel(
         SamplingParams(temperature=0.8, top_p=0.9, seed=1, logprobs=0),
         SamplingParams(temperature=1.0, logit_bias={7: 100.0}, seed=2),
         SamplingParams(temperature=0.6, top_k=20, top_p=0.95, presence_penalty=1.0, seed=3),
+        SamplingParams(temperature=0.6, top_p=0.95, seed=4, logprobs=1),
+        SamplingParams(temperature=0.6, top_p=0.95, seed=5),
     ]
     logits = normal(len(params), 2.0)
+    logits[5, 77] = math.nan
+
+    class FirstThousand:
+        """Stands in for a grammar."""
+
+        def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
+            mask[32:] = 0
 
     def draw() -> list[tuple[int, object]]:
         sequences = [Sequence(Generate(row, [1], p, 99), row) for row, p in enumerate(params)]
         for sequence in sequences:
             if TokenBias.is_needed(sequence.sampling):
                 sequence.bias = TokenBias(sequence.sampling, [1], [])
+        for row in (4, 5):
+            sequences[row].grammar = FirstThousand()  # type: ignore[assignment]
         sampled = Sampler(VOCAB_SIZE, device).sample(logits.to(device, copy=True), sequences)
-        assert all(row.error is None for row in sampled)
-        return [(row.token, row.logprobs) for row in sampled]
+        assert all(row.error is None for row in sampled[:5])
+        assert isinstance(sampled[5].error, RequestError)
+        assert sampled[5].error.health is not None
+        assert sampled[5].error.health.nan == 1
+        return [(row.token, row.logprobs) for row in sampled[:5]]
 
     monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda *_: None)
     expected = draw()
     monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda *_: sampling.sample)
     assert draw() == expected
     assert expected[2][0] == 7
+    assert expected[4][0] < 1024

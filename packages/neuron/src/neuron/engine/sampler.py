@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from neuron.engine.errors import EngineError, RequestError
 from neuron.engine.noise import log_exponential_noise, noise_key
 from neuron.engine.sequence import Sequence
 from neuron.layers.fused import fused_kernel
+from neuron.layers.sampling import TokenMasks, TokenPenalties
 from neuron.protocol import LogitsHealth, Logprobs, SamplingParams
 
 if TYPE_CHECKING:
@@ -78,16 +80,20 @@ class Sampler:
         return self._sample_mixed(logits, sequences)
 
     def _sample_mixed(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        finite = self._is_finite(logits)
         wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs >= 0]
-        broken = [row for row, is_finite in enumerate(finite.tolist()) if not is_finite]
-        errors: dict[int, EngineError] = {row: _not_finite(logits[row]) for row in broken}
         raw = logits[self._rows(wanted)] if wanted else None
-
-        self._apply_bias(logits, sequences)
-        errors |= self._apply_grammars(logits, sequences)
-
-        host_tokens: list[int] = self._choose(logits, sequences).tolist()
+        kernel = fused_kernel("sampling", "sample", self._device)
+        host_tokens: list[int]
+        if kernel is not None:
+            host_tokens, errors = self._sample_by_kernel(kernel, logits, sequences)
+        else:
+            finite = self._is_finite(logits).tolist()
+            errors = {row: _not_finite(logits[row]) for row, is_finite in enumerate(finite) if not is_finite}
+            self._apply_bias(logits, sequences)
+            rows, masks, refused = self._grammar_masks(sequences)
+            self._apply_masks(logits, rows, masks)
+            errors |= refused
+            host_tokens = self._choose(logits, sequences).tolist()
 
         logprobs: dict[int, Logprobs] = {}
         if raw is not None:
@@ -148,12 +154,13 @@ class Sampler:
         values = logits[where]
         logits[where] = torch.where(values > 0, values / factors, values * factors) + summands
 
-    def _apply_grammars(self, logits: Tensor, sequences: Rows[Sequence]) -> dict[int, RequestError]:
+    def _grammar_masks(
+        self, sequences: Rows[Sequence]
+    ) -> tuple[list[int], npt.NDArray[np.int32], dict[int, EngineError]]:
+        """(rows with a grammar, their masks as `TokenMasks` has them, errors of grammars that fail)."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
-        errors: dict[int, RequestError] = {}
-        if not rows:
-            return errors
         masks = np.full((len(rows), -(-self._vocab_size // 32)), -1, dtype=np.int32)
+        errors: dict[int, EngineError] = {}
         for index, row in enumerate(rows):
             grammar = sequences[row].grammar
             if grammar is not None:
@@ -161,26 +168,27 @@ class Sampler:
                     grammar.fill_mask(masks[index])
                 except RequestError as exc:
                     errors[row] = exc
+        return rows, masks, errors
+
+    def _apply_masks(self, logits: Tensor, rows: list[int], masks: npt.NDArray[np.int32]) -> None:
+        if not rows:
+            return
         if logits.device.type == "cpu":
             bits = torch.from_numpy(np.unpackbits(masks.view(np.uint8), axis=-1, bitorder="little"))
         else:
             words = torch.from_numpy(masks).to(self._device)
             bits = torch.bitwise_and(words[:, :, None] >> self._bit_index, 1).flatten(1)
         refused = bits[:, : self._vocab_size] == 0
-        if len(rows) == len(sequences):
+        if len(rows) == logits.shape[0]:
             logits.masked_fill_(refused, -math.inf)
         else:
             where = self._rows(rows)
             logits[where] = logits[where].masked_fill_(refused, -math.inf)
-        return errors
 
     # ------------------------------------------------------------------ drawing
 
     def _choose(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         """[R] int64: the best token of greedy rows, a drawn one of the others."""
-        kernel = fused_kernel("sampling", "sample", self._device)
-        if kernel is not None:
-            return self._choose_by_kernel(kernel, logits, sequences)
         tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
         greedy = [row for row, sequence in enumerate(sequences) if is_greedy(sequence.sampling)]
         if len(greedy) == len(sequences):
@@ -192,30 +200,66 @@ class Sampler:
             tokens[self._rows(rows)] = drawn
         return tokens
 
-    def _choose_by_kernel(
+    def _sample_by_kernel(
         self, kernel: Callable[..., SampledRows], logits: Tensor, sequences: Rows[Sequence]
-    ) -> Tensor:
-        """The same for rows of every kind at once, without a sync: parameters go to the device in two copies."""
+    ) -> tuple[list[int], dict[int, EngineError]]:
+        """Rows of every kind at once, all of it on the device: (tokens, errors by row)."""
         params = [sequence.sampling for sequence in sequences]
-        pinned = self._device.type == "cuda"
-        floats = torch.tensor(
+        floats = self._to_device(
             [
                 [0.0 if is_greedy(sampling) else sampling.temperature for sampling in params],
                 [sampling.top_p for sampling in params],
                 [sampling.min_p for sampling in params],
             ],
-            dtype=torch.float32,
-            pin_memory=pinned,
-        ).to(self._device, non_blocking=True)
-        integers = torch.tensor(
+            torch.float32,
+        )
+        integers = self._to_device(
             [
                 [sampling.top_k for sampling in params],
                 [noise_key(sequence.sampling.seed, sequence.num_output) for sequence in sequences],
             ],
-            dtype=torch.int64,
-            pin_memory=pinned,
-        ).to(self._device, non_blocking=True)
-        return kernel(logits, floats[0], integers[0], floats[1], floats[2], integers[1]).tokens
+            torch.int64,
+        )
+        masked, words, errors = self._grammar_masks(sequences)
+        masks = None
+        if masked:
+            mask_of_row = np.full(len(sequences), -1, dtype=np.int32)
+            mask_of_row[masked] = np.arange(len(masked))
+            masks = TokenMasks(self._to_device(words, torch.int32), self._to_device(mask_of_row, torch.int32))
+        sampled = kernel(
+            logits, floats[0], integers[0], floats[1], floats[2], integers[1],
+            penalties=self._penalties(sequences), masks=masks,
+        )  # fmt: skip
+        # Tokens and flags come to the host in one copy.
+        outcome = torch.where(sampled.finite, sampled.tokens, -1 - sampled.tokens).tolist()
+        broken = [row for row, token in enumerate(outcome) if token < 0]
+        return (
+            [token if token >= 0 else -1 - token for token in outcome],
+            {row: _not_finite(logits[row]) for row in broken} | errors,
+        )
+
+    def _penalties(self, sequences: Rows[Sequence]) -> TokenPenalties | None:
+        """What the kernel applies; None if no sequence has any."""
+        listed = [None if bias is None or not len(bias) else bias for bias in (item.bias for item in sequences)]
+        if not any(bias is not None for bias in listed):
+            return None
+        starts = np.cumsum([0, *(0 if bias is None else len(bias) for bias in listed)], dtype=np.int32)
+        parts = [bias.counted() for bias in listed if bias is not None]
+        tokens, biases, uses = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return TokenPenalties(
+            self._to_device(starts, torch.int32),
+            self._to_device(tokens, torch.int64),
+            self._to_device(biases, torch.float32),
+            self._to_device(uses, torch.int32),
+            self._to_device([(0.0, 0.0, 1.0) if bias is None else bias.penalties for bias in listed], torch.float32),
+        )
+
+    def _to_device(self, values: Any, dtype: torch.dtype) -> Tensor:
+        """A tensor of the values (nested lists or an array), copied without waiting for the device."""
+        host = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
+        if self._device.type != "cuda":
+            return host.to(self._device)
+        return host.pin_memory().to(self._device, non_blocking=True)
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Iterator[tuple[list[int], Tensor]]:
         """(rows, tokens [len(rows)]) for the rows that are sampled and not greedy."""
