@@ -20,6 +20,7 @@ _COMMANDS = {
     "logs": "cortex_cli.commands.logs:logs",
     "models": "cortex_cli.commands.models:models",
     "pin": "cortex_cli.commands.pin:pin",
+    "reload": "cortex_cli.commands.reload:reload",
     "serve": "cortex_cli.commands.serve:serve",
     "status": "cortex_cli.commands.status:status",
     "top": "cortex_cli.commands.top:top",

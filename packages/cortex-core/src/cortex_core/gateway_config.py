@@ -37,6 +37,7 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unstreamed_wait_s: Seconds = 300.0
     show_loading: bool = False
     drain_grace_s: Seconds = 30.0
+    config_watch_s: Seconds = 1.0
 
 
 class PollSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
 import aiohttp
 from cortex_core.catalogue import Catalogue
 from cortex_core.dialects.errors import dialect_of_path, error_body, headers_of, status_of
 from cortex_core.errors import ApiError
-from cortex_core.gateway_config import GatewayConfig, NeuronEntry
+from cortex_core.gateway_config import GatewayConfig
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,10 +24,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
+from cortex_gateway.configuration.reload import Reloader
+from cortex_gateway.configuration.value import Configuration, Current, with_secrets
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.merge import dead_aliases
 from cortex_gateway.fleet.neuron import NeuronClient, open_session
-from cortex_gateway.fleet.openai_server import OpenAIServer, secret_headers
+from cortex_gateway.fleet.openai_server import client_of
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.facts import price, widest_limit
@@ -35,9 +37,7 @@ from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
-from cortex_gateway.placement.affinity import Affinity
 from cortex_gateway.placement.placement import Placement
-from cortex_gateway.placement.situation import policy_of
 from cortex_gateway.placement.upkeep import Upkeep
 from cortex_gateway.placement.waiting import Waiting
 from cortex_gateway.relay.body import ClientGone, RequestBody
@@ -63,9 +63,15 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class Gateway:
     """One gateway. `startup` and `shutdown` are also what the ASGI lifespan calls; both belong to one event loop."""
 
-    def __init__(self, config: GatewayConfig, catalogue: Catalogue | None = None) -> None:
-        self.config = config
-        self.catalogue = catalogue if catalogue is not None else Catalogue()
+    def __init__(
+        self, config: GatewayConfig, catalogue: Catalogue | None = None, *, config_path: Path | str | None = None
+    ) -> None:
+        """config_path: the file that both were read from, to be read again when it changes. Raises `ConfigError` where
+        a server's secrets are not there."""
+        is_file = config_path is not None and Path(config.models_config).exists()
+        self.current = Current(
+            with_secrets(config, Catalogue() if catalogue is None else catalogue, has_catalogue_file=is_file)
+        )
         self.metrics = Metrics()
         self.access_log = AccessLog()
         self.fleet = Fleet(config.neurons, Activity(), config.breaker)
@@ -77,12 +83,17 @@ class Gateway:
         self.identity = Identity(
             config.entitlements,
             store_of(config.entitlements),
-            limit_of=lambda model: widest_limit(model, self.fleet.snapshot, self.catalogue),
-            cost_of=lambda model: price(model, self.catalogue),
+            limit_of=lambda model: widest_limit(model, self.fleet.snapshot, self.current.catalogue),
+            cost_of=lambda model: price(model, self.current.catalogue),
             on_refusal=self.metrics.key_refused,
         )
+        self.reloader: Reloader | None = None
+        if config_path is not None:
+            self.reloader = Reloader(
+                config_path, self.current, apply=self.apply, on_outcome=self.metrics.config_reloaded
+            )
         self._session: aiohttp.ClientSession | None = None
-        self._secret_headers: dict[str, dict[str, str]] = {}
+        self._neurons: dict[str, NeuronClient] = {}
         self._poller: Poller
         self.placement: Placement
         self.upkeep: Upkeep
@@ -93,49 +104,77 @@ class Gateway:
     # ------------------------------------------------------------------------------------------ lifespan
 
     async def startup(self) -> None:
-        """Raises `ConfigError` where a server's secrets are not there, `StoreError` where keys and budgets are not."""
-        self._secret_headers = {entry.name: secret_headers(entry, os.environ) for entry in self.config.neurons}
+        """Raises `StoreError` where keys and budgets are not there."""
         await self.identity.start()
         loop = asyncio.get_running_loop()
-        config, fleet, catalogue = self.config, self.fleet, self.catalogue
-        self._session = open_session(connect_timeout_s=config.gateway.upstream_connect_timeout_s)
-        neurons = {entry.name: self._client(self._session, entry) for entry in config.neurons}
-        canonical = {f"{profile.source}:{profile.id}": profile.id for profile in catalogue.models if profile.source}
-        self._poller = Poller(fleet, neurons, config.poll, canonical)
+        fleet, current = self.fleet, self.current
+        self._session = open_session(connect_timeout_s=current.config.gateway.upstream_connect_timeout_s)
+        neurons = self._neurons
+        neurons.update(self._clients(self._session, current.value))
+        self._poller = Poller(fleet, neurons, current)
         placement = self.placement = Placement(
             fleet,
             neurons,
             self._poller,
             self.metrics,
-            catalogue=catalogue,
-            policy=policy_of(config.routing, config.eviction),
+            current=current,
             waiting=self._waiting,
-            affinity=Affinity() if config.routing.affinity else None,
-            wait_s=config.gateway.load_wait_s,
             clock=loop.time,
         )
         self.upkeep = Upkeep(fleet, placement.loads, placement.situation)
-        self.relay = Relay(
-            self.identity, placement, self._poller, self.metrics, self.access_log, config.gateway, config.prompt_filters
-        )
-        models = ModelRoutes(fleet, catalogue)
+        self.relay = Relay(self.identity, placement, self._poller, self.metrics, self.access_log, current)
+        models = ModelRoutes(fleet, current)
         health = HealthRoutes(fleet, lambda: self.relay.is_draining)
-        admin = AdminRoutes(fleet, self._poller, placement.loads, placement, self.access_log, catalogue=catalogue)
+        admin = AdminRoutes(
+            fleet, self._poller, placement.loads, placement, self.access_log, current=current, reloader=self.reloader
+        )
         self._control = self._control_routes(models, health, admin)
         self._poller.start()
         self.upkeep.start()
         self._checking = asyncio.create_task(self._check_aliases())
+        if self.reloader is not None:
+            self.reloader.start()
 
-    def _client(self, session: aiohttp.ClientSession, entry: NeuronEntry) -> NeuronClient:
-        if entry.kind == "openai":
-            secrets = self._secret_headers[entry.name]
-            return OpenAIServer(session, entry.name, entry.endpoint, secrets, extensions=entry.extensions)
-        return NeuronClient(session, entry.name, entry.endpoint)
+    def _clients(self, session: aiohttp.ClientSession, value: Configuration) -> dict[str, NeuronClient]:
+        """A client for each server. What is as it was keeps the one it has."""
+        before = self.current.value
+        known = {entry.name: entry for entry in before.config.neurons}
+        clients = {}
+        for entry in value.config.neurons:
+            secrets = value.secret_headers[entry.name]
+            client = self._neurons.get(entry.name)
+            if client is None or known[entry.name] != entry or before.secret_headers[entry.name] != secrets:
+                client = client_of(session, entry, secrets)
+            clients[entry.name] = client
+        return clients
+
+    def apply(self, value: Configuration) -> None:
+        """From here on this is the configuration, for whoever decides something next. In one step: nothing is awaited.
+
+        Requests that have been sent to a neuron go on there, whatever becomes of it; those that wait are decided anew.
+        """
+        assert self._session is not None
+        before, clients = self.current.value, self._clients(self._session, value)
+        replaced = {name for name, client in self._neurons.items() if clients.get(name) is not client}
+        self.current.value = value
+        self._neurons.clear()
+        self._neurons.update(clients)
+        self.identity.adopt(value.config.entitlements)
+        self.fleet.reconfigure(value.config.neurons, value.config.breaker)
+        self.placement.loads.withdraw(replaced)
+        self._poller.follow()
+        if value.canonical != before.canonical:
+            self._poller.nudge_all()
+        if value.catalogue.aliases != before.catalogue.aliases:
+            self._checking.cancel()
+            self._checking = asyncio.create_task(self._check_aliases())
 
     async def shutdown(self) -> None:
         if self._session is None:
             return
         self._checking.cancel()
+        if self.reloader is not None:
+            await self.reloader.stop()
         await self.upkeep.stop()
         await self._poller.stop()
         await self.placement.loads.stop()
@@ -145,6 +184,7 @@ class Gateway:
 
     async def drain(self, grace_s: float) -> None:
         """Take no more work, let what runs finish within `grace_s`, then end it in its own dialect."""
+        log.info("draining for up to %g s", grace_s)
         self.relay.is_draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
@@ -157,8 +197,9 @@ class Gateway:
         """Once every node was asked: name the aliases that lead nowhere."""
         while any(node.health == "unknown" for node in self.fleet.snapshot.nodes.values()):
             await self.fleet.changed()
-        for alias in dead_aliases(self.fleet.snapshot, self.catalogue):
-            log.warning("alias %s: no such model: %s", alias, self.catalogue.aliases[alias])
+        catalogue = self.current.catalogue
+        for alias in dead_aliases(self.fleet.snapshot, catalogue):
+            log.warning("alias %s: no such model: %s", alias, catalogue.aliases[alias])
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -253,7 +294,7 @@ class Gateway:
 
     def _for_operators(self, endpoint: Endpoint) -> Endpoint:
         async def guarded(request: Request) -> Response:
-            require_operator(request, from_loopback=self.config.entitlements.admin_from_loopback)
+            require_operator(request, from_loopback=self.current.config.entitlements.admin_from_loopback)
             return await endpoint(request)
 
         return guarded
@@ -274,6 +315,7 @@ class Gateway:
             ("/admin/models/unpin", admin.unpin, "POST"),
             ("/admin/fleet", admin.fleet, "GET"),
             ("/admin/log", admin.log, "GET"),
+            ("/admin/reload", admin.reload, "POST"),
         ):
             routes.append(Route(path, self._for_operators(endpoint), methods=[method]))
         # Only to answer other methods with 405: a POST never gets here.

@@ -60,14 +60,19 @@ class RunningGateway:
 
 @asynccontextmanager
 async def running(
-    config: GatewayConfig, catalogue: Catalogue | None = None, *, grace_s: float | None = None
+    config: GatewayConfig,
+    catalogue: Catalogue | None = None,
+    *,
+    grace_s: float | None = None,
+    config_path: Path | str | None = None,
 ) -> AsyncIterator[RunningGateway]:
     """A listening gateway in this event loop; leaving the context drains it (`grace_s`: config's by default).
 
-    Port 0 in `listen` or `metrics_listen` takes a free one. Raises `OSError` where a port cannot be bound,
+    Port 0 in `listen` or `metrics_listen` takes a free one. config_path: the file that `config` and `catalogue` were
+    read from; it is watched. Raises `OSError` where a port cannot be bound,
     `ConfigError` where a secret is missing, `StoreError` where keys and budgets cannot be reached.
     """
-    gateway = Gateway(config, catalogue)
+    gateway = Gateway(config, catalogue, config_path=config_path)
     write_timeout_s = config.gateway.write_timeout_s
     with (
         bind(config.gateway.listen, write_timeout_s=write_timeout_s) as listener,
@@ -85,7 +90,7 @@ async def running(
             yield started
         finally:
             try:
-                await gateway.drain(config.gateway.drain_grace_s if grace_s is None else grace_s)
+                await gateway.drain(gateway.current.config.gateway.drain_grace_s if grace_s is None else grace_s)
                 await _close(server, stop)
             finally:
                 await gateway.shutdown()
@@ -95,10 +100,15 @@ async def running(
 def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_path: Path | str | None = None) -> int:
     """Run a gateway until SIGTERM or SIGINT; returns the exit code. A second signal skips the drain.
 
-    Without `catalogue` the one named in the configuration is read. Uses uvloop where it is installed.
+    Without `catalogue` the one named in the configuration is read; then, where `config_path` says which file that was,
+    both are read again on SIGHUP and when they change. Uses uvloop where it is installed.
     """
     configure_logging()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series
+    is_from_files = catalogue is None and config_path is not None
+    if is_from_files:
+        # Until the loop can take it: a reload that comes too early must not be the end.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         catalogue = catalogue if catalogue is not None else load_catalogue(config.models_config)
     except ConfigError as error:
@@ -107,7 +117,7 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     log.info("starting cortex neurons=%d listen=%s", len(config.neurons), config.gateway.listen)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
-            runner.run(_serve(config, catalogue, config_path))
+            runner.run(_serve(config, catalogue, config_path, reloads=is_from_files))
         except ConfigError as error:
             log.error("configuration refused\n%s", error)
             return EXIT_CONFIG
@@ -120,9 +130,9 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     return 0
 
 
-async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path | str | None) -> None:
+async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path | str | None, *, reloads: bool) -> None:
     loop = asyncio.get_running_loop()
-    asked_to_stop = asyncio.Event()
+    asked_to_stop, asked_to_reload = asyncio.Event(), asyncio.Event()
     main = asyncio.current_task()
 
     def on_signal() -> None:
@@ -131,13 +141,14 @@ async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path 
             if main is not None:
                 main.cancel()
             return
-        log.info("draining for up to %g s", config.gateway.drain_grace_s)
         asked_to_stop.set()
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, on_signal)
+    if reloads:
+        loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
     with suppress(asyncio.CancelledError):
-        async with running(config, catalogue) as started:
+        async with running(config, catalogue, config_path=config_path if reloads else None) as started:
             log.info("prometheus metrics exporter on %s/metrics", started.metrics_url)
             num_models, num_neurons = len(catalogue.models), len(config.neurons)
             log.info(
@@ -151,12 +162,22 @@ async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path 
             )
             stopping = asyncio.ensure_future(asked_to_stop.wait())
             failing = asyncio.ensure_future(started.wait_failed())
-            done, pending = await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+            reloading = asyncio.ensure_future(_reload_when(asked_to_reload, started.gateway))
+            waited_for = {stopping, failing, reloading}
+            done, pending = await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             for future in pending:
                 future.cancel()
             for future in done:
                 future.result()
     log.info("stopped")
+
+
+async def _reload_when(asked: asyncio.Event, gateway: Gateway) -> None:
+    while True:
+        await asked.wait()
+        asked.clear()
+        if gateway.reloader is not None:
+            await gateway.reloader.try_reload("signal")
 
 
 # ---------------------------------------------------------------------------------------------- the server

@@ -5,6 +5,7 @@ Polled figures are seconds old. A node's load is what it last said plus what was
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Protocol
 
 from cortex_core.fleet import ModelLoad
@@ -50,7 +51,7 @@ class Activity:
         self._answers.setdefault(node, set()).add(answer)
 
     def unlisten(self, node: str, answer: Answer) -> None:
-        self._answers[node].discard(answer)
+        self._answers.get(node, set()).discard(answer)
 
     def is_heard_since(self, node: str, moment: float) -> bool:
         """Whether a piece of any answer has arrived from the node since then."""
@@ -60,6 +61,14 @@ class Activity:
 
     def in_flight(self, node: str, model: str) -> int:
         return self._in_flight.get((node, model), 0)
+
+    def leaving(self, nodes: Container[str]) -> dict[str, int]:
+        """Requests in flight on nodes that are not among these: taken out of the configuration, they go on there."""
+        found: dict[str, int] = {}
+        for (node, _), count in self._in_flight.items():
+            if node not in nodes:
+                found[node] = found.get(node, 0) + count
+        return found
 
     def total_in_flight(self) -> int:
         return sum(self._in_flight.values())
@@ -93,3 +102,10 @@ class Activity:
         for key in [key for key in self._last_used if key[0] == node and key[1] not in models]:
             if key not in self._in_flight:
                 del self._last_used[key]
+
+    def forget(self, node: str) -> None:
+        """The node is no more, or another server has its name. What is in flight there is counted to its end."""
+        self._answers.pop(node, None)
+        for counters in (self._at_poll, self._last_used):
+            for key in [key for key in counters if key[0] == node]:
+                del counters[key]

@@ -70,7 +70,7 @@ class Breakers:
     """The breakers of one gateway. Changed by leases, read by the decisions."""
 
     def __init__(self, settings: BreakerSection, on_change: Callable[[str, str, Breaker], None] | None = None) -> None:
-        self._settings = settings
+        self.settings = settings
         self._on_change = on_change
         self._breakers: dict[Key, Breaker] = {}
 
@@ -89,14 +89,14 @@ class Breakers:
         return True
 
     def answering(self, node: str, model: str) -> None:
-        self._set(node, model, answering(self.get(node, model), self._settings))
+        self._set(node, model, answering(self.get(node, model), self.settings))
 
     def succeeded(self, node: str, model: str) -> None:
         if (node, model) in self._breakers:
             self._set(node, model, CLOSED)
 
     def failed(self, node: str, model: str, now: float) -> None:
-        self._set(node, model, failed(self.get(node, model), now, self._settings))
+        self._set(node, model, failed(self.get(node, model), now, self.settings))
 
     def abandoned(self, node: str, model: str, now: float) -> None:
         self._set(node, model, abandoned(self.get(node, model), now))

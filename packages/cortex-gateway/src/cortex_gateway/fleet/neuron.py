@@ -55,13 +55,19 @@ def open_session(*, connect_timeout_s: float) -> aiohttp.ClientSession:
 
 
 class NeuronClient:
-    """One neuron. `endpoint` is its configured base URL; what it says of its own address is not asked."""
+    """One neuron. `endpoint` is its configured base URL; what it says of its own address is not asked.
+
+    num_requests are those of this gateway under way there; answered_at is when the neuron last began to answer a poll,
+    on the loop's clock.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, name: str, endpoint: str) -> None:
         self.name = name
         self._session = session
         self._base = endpoint.rstrip("/")
         self._urls: dict[str, URL] = {}
+        self.num_requests = 0
+        self.answered_at = 0.0
 
     def url(self, path: str) -> URL:
         url = self._urls.get(path)

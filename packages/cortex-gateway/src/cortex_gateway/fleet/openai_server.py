@@ -120,6 +120,13 @@ def _model_info(listed: _Listed) -> ModelInfo:
     )
 
 
+def client_of(session: aiohttp.ClientSession, entry: NeuronEntry, secrets: Mapping[str, str]) -> NeuronClient:
+    """The client for a server of the configuration. secrets: its `secret_headers`."""
+    if entry.kind == "openai":
+        return OpenAIServer(session, entry.name, entry.endpoint, secrets, extensions=entry.extensions)
+    return NeuronClient(session, entry.name, entry.endpoint)
+
+
 def secret_headers(entry: NeuronEntry, environ: Mapping[str, str]) -> dict[str, str]:
     """The headers of a server's configuration with their values. Raises `ConfigError`, which names no value."""
     references = dict(entry.headers)

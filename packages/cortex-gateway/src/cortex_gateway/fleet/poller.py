@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from cortex_core.fleet import DiscoveryResponse, HealthResponse
-from cortex_core.gateway_config import PollSection
 
+from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.fleet.transitions import Polled, PollMissed
@@ -20,108 +20,146 @@ WATCH_INTERVAL_S = 0.25
 """How often a node is asked while a request or an operator waits for something to change there."""
 
 
+class _Polling:
+    """One neuron's polls. is_due: at once, whatever the interval; started_at: of the last one, on the loop's clock."""
+
+    __slots__ = ("is_due", "lock", "num_watchers", "started_at", "task", "wake")
+
+    def __init__(self) -> None:
+        self.is_due = False
+        self.lock = asyncio.Lock()
+        self.num_watchers = 0
+        self.started_at = 0.0
+        self.wake = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+
 class Poller:
     """One task per node, so that a slow node delays nobody else.
 
-    `canonical` maps what a neuron may call a model (`scheme:org/name`) to its id in the catalogue.
+    `neurons` are those of the configuration, by name; it changes when that does, and `follow` is to be called then.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        neurons: Mapping[str, NeuronClient],
-        settings: PollSection,
-        canonical: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, fleet: Fleet, neurons: Mapping[str, NeuronClient], current: Current) -> None:
         self._fleet = fleet
         self._neurons = neurons
-        self._settings = settings
-        self._canonical = canonical or {}
-        self._wakes = {name: asyncio.Event() for name in neurons}
-        self._due_at = dict.fromkeys(neurons, 0.0)
-        self._locks = {name: asyncio.Lock() for name in neurons}
-        self._num_watchers = dict.fromkeys(neurons, 0)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._current = current
+        self._polled: dict[NeuronClient, _Polling] = {}
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._run(name), name=f"poll-{name}") for name in self._neurons]
+        self.follow()
+
+    def follow(self) -> None:
+        """Poll who is in the configuration now, whoever is new there at once. Who is not any more is only asked for
+        signs of life, as long as it answers requests of ours."""
+        for neuron in self._neurons.values():
+            if neuron not in self._polled:
+                polling = self._polled[neuron] = _Polling()
+                polling.task = asyncio.create_task(self._run(neuron, polling), name=f"poll-{neuron.name}")
+        for polling in self._polled.values():
+            polling.wake.set()
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        tasks = [polling.task for polling in self._polled.values() if polling.task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def nudge(self, node: str) -> None:
         """Poll soon: something was seen that the snapshot does not show."""
-        self._due_at[node] = 0.0
-        self._wakes[node].set()
+        polling = self._polling(node)
+        if polling is not None:
+            polling.is_due = True
+            polling.wake.set()
+
+    def nudge_all(self) -> None:
+        for node in self._neurons:
+            self.nudge(node)
 
     @contextmanager
     def watching(self, node: str) -> Iterator[None]:
         """While held, the node is polled every quarter of a second, however many hold it."""
-        self._num_watchers[node] += 1
-        self._wakes[node].set()
+        polling = self._polling(node)
+        if polling is None:
+            yield
+            return
+        polling.num_watchers += 1
+        polling.wake.set()
         try:
             yield
         finally:
-            self._num_watchers[node] -= 1
-
-    def answered_at(self, node: str) -> float:
-        """When the node last began to answer a poll, on the loop's clock."""
-        return self._fleet.snapshot.nodes[node].polled_at
+            polling.num_watchers -= 1
 
     async def refresh(self, node: str) -> bool:
-        """Poll now and apply the answer; False if the node did not answer."""
-        async with self._locks[node]:
-            return await self._poll(self._neurons[node])
+        """Poll now and apply the answer; False if the node did not answer, or is not in the configuration any more."""
+        neuron = self._neurons.get(node)
+        if neuron is None:
+            return False
+        async with self._polled[neuron].lock:
+            return await self._poll(neuron)
 
     async def refresh_stale(self, max_age_s: float) -> None:
         """Poll every healthy node whose last answer is older than that; however many ask, each is polled once."""
 
-        async def refresh(node: str) -> None:
-            async with self._locks[node]:
-                if asyncio.get_running_loop().time() - self.answered_at(node) > max_age_s:
-                    await self._poll(self._neurons[node])
+        async def refresh(neuron: NeuronClient) -> None:
+            async with self._polled[neuron].lock:
+                if asyncio.get_running_loop().time() - neuron.answered_at > max_age_s:
+                    await self._poll(neuron)
 
-        nodes = [node.name for node in self._fleet.snapshot.nodes.values() if node.health == "healthy"]
-        await asyncio.gather(*(refresh(node) for node in nodes))
+        nodes = self._fleet.snapshot.nodes
+        healthy = [neuron for name, neuron in self._neurons.items() if nodes[name].health == "healthy"]
+        await asyncio.gather(*(refresh(neuron) for neuron in healthy))
 
     async def refresh_all(self) -> None:
         await asyncio.gather(*(self.refresh(name) for name in self._neurons))
 
-    async def _run(self, node: str) -> None:
-        wake, now = self._wakes[node], asyncio.get_running_loop().time
-        while True:
-            started_at = now()
-            self._due_at[node] = started_at + self._settings.interval_s
+    def _polling(self, node: str) -> _Polling | None:
+        neuron = self._neurons.get(node)
+        return None if neuron is None else self._polled.get(neuron)
+
+    def _is_configured(self, neuron: NeuronClient) -> bool:
+        return self._neurons.get(neuron.name) is neuron
+
+    async def _run(self, neuron: NeuronClient, polling: _Polling) -> None:
+        now = asyncio.get_running_loop().time
+        while self._is_configured(neuron) or neuron.num_requests:
+            polling.started_at = now()
+            polling.is_due = False
             try:
-                await self.refresh(node)
+                async with polling.lock:
+                    await self._poll(neuron)
             except Exception:
-                log.exception("polling node %s failed", node)
-            while (remaining := self._next_poll_at(node, started_at) - now()) > 0:
-                wake.clear()
+                log.exception("polling node %s failed", neuron.name)
+            while (remaining := self._next_poll_at(polling) - now()) > 0:
+                polling.wake.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(remaining):
-                        await wake.wait()
+                        await polling.wake.wait()
+        del self._polled[neuron]
 
-    def _next_poll_at(self, node: str, last_started_at: float) -> float:
-        due_at = self._due_at[node]
-        return min(due_at, last_started_at + WATCH_INTERVAL_S) if self._num_watchers[node] else due_at
+    def _next_poll_at(self, polling: _Polling) -> float:
+        if polling.is_due:
+            return 0.0
+        interval_s = self._current.config.poll.interval_s
+        return polling.started_at + (min(interval_s, WATCH_INTERVAL_S) if polling.num_watchers else interval_s)
 
     async def _poll(self, neuron: NeuronClient) -> bool:
-        fleet, timeout_s = self._fleet, self._settings.timeout_s
-        node = fleet.snapshot.nodes[neuron.name]
+        fleet, settings = self._fleet, self._current.config.poll
         started_at = asyncio.get_running_loop().time()
+        if not self._is_configured(neuron):
+            return await self._look_for_life(neuron, started_at)
+        node = fleet.snapshot.nodes[neuron.name]
         fleet.activity.begin_poll(neuron.name)
         try:
-            models, health = await asyncio.gather(neuron.models(timeout_s), self._health(neuron))
+            models, health = await asyncio.gather(neuron.models(settings.timeout_s), self._health(neuron))
         except NeuronError as error:
+            if not self._is_configured(neuron):
+                return False
             fleet.apply(
                 PollMissed(
                     node=neuron.name,
                     error=error.message,
-                    unhealthy_after=self._settings.unhealthy_after,
+                    unhealthy_after=settings.unhealthy_after,
                     is_alive=fleet.activity.is_heard_since(neuron.name, started_at),
                 )
             )
@@ -129,7 +167,10 @@ class Poller:
         discovery = node.discovery
         if discovery is None or (health is not None and health.uptime_secs < node.uptime_secs):
             discovery = await self._discovery(neuron)
-        canonical = self._canonical
+        neuron.answered_at = started_at
+        if not self._is_configured(neuron):
+            return False  # Taken out meanwhile: what it says is about no node any more.
+        canonical = self._current.value.canonical
         by_id = {canonical.get(info.id, info.id): info for info in models}
         loads = {} if health is None else {canonical.get(load.id, load.id): load for load in health.models}
         fleet.apply(
@@ -147,16 +188,25 @@ class Poller:
         fleet.breakers.forget_absent(neuron.name, present)
         return True
 
+    async def _look_for_life(self, neuron: NeuronClient, started_at: float) -> bool:
+        try:
+            await neuron.models(self._current.config.poll.timeout_s)
+        except NeuronError as error:
+            log.info("node %s, taken out of the configuration, does not answer: %s", neuron.name, error.message)
+            return False
+        neuron.answered_at = started_at
+        return False
+
     async def _health(self, neuron: NeuronClient) -> HealthResponse | None:
         try:
-            return await neuron.health(self._settings.timeout_s)
+            return await neuron.health(self._current.config.poll.timeout_s)
         except NeuronError as error:
             log.debug("health of node %s: %s", neuron.name, error.message)
             return None
 
     async def _discovery(self, neuron: NeuronClient) -> DiscoveryResponse | None:
         try:
-            return await neuron.discovery(self._settings.timeout_s)
+            return await neuron.discovery(self._current.config.poll.timeout_s)
         except NeuronError as error:
             log.warning("discovery of node %s: %s", neuron.name, error.message)
             return None

@@ -10,7 +10,7 @@ from cortex_core.gateway_config import BreakerSection, NeuronEntry
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.breaker import Breaker, Breakers
 from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex_gateway.fleet.transitions import FleetEvent, reduce
+from cortex_gateway.fleet.transitions import FleetEvent, reduce, with_neurons
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,7 @@ class Fleet:
     def __init__(
         self, neurons: tuple[NeuronEntry, ...], activity: Activity, breaker: BreakerSection = DEFAULT_BREAKER
     ) -> None:
-        self.snapshot = FleetSnapshot(
-            nodes={
-                neuron.name: NodeSnapshot(name=neuron.name, endpoint=neuron.endpoint.rstrip("/"), kind=neuron.kind)
-                for neuron in neurons
-            }
-        )
+        self.snapshot = with_neurons(FleetSnapshot(), neurons)
         self.activity = activity
         self.breakers = Breakers(breaker, self._breaker_changed)
         self._changed: asyncio.Future[None] | None = None
@@ -44,6 +39,17 @@ class Fleet:
         self.snapshot = after
         _log_health(before.nodes[event.node], after.nodes[event.node])
         _log_models(before.nodes[event.node], after.nodes[event.node])
+        self.wake()
+
+    def reconfigure(self, neurons: tuple[NeuronEntry, ...], breaker: BreakerSection) -> None:
+        """Know these neurons from now on. Everyone looks again: the version changes even where the nodes do not."""
+        before = self.snapshot
+        self.snapshot = after = with_neurons(before, neurons)
+        self.breakers.settings = breaker
+        for name, node in before.nodes.items():
+            if after.nodes.get(name) is not node:
+                self.activity.forget(name)
+                self.breakers.forget_absent(name, frozenset())
         self.wake()
 
     def _breaker_changed(self, node: str, model: str, breaker: Breaker) -> None:

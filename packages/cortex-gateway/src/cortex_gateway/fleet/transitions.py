@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelLoad
+from cortex_core.gateway_config import NeuronEntry
 
 from cortex_gateway.fleet.snapshot import (
     FleetSnapshot,
@@ -86,6 +89,17 @@ class DefragDone(msgspec.Struct, frozen=True):
 
 
 FleetEvent = Polled | PollMissed | OperationStarted | OperationEnded | Pinned | DefragDue | DefragDone
+
+
+def with_neurons(snapshot: FleetSnapshot, neurons: Iterable[NeuronEntry]) -> FleetSnapshot:
+    """The snapshot with these nodes: those it has at the same place stay as they are, all others are unknown yet."""
+    nodes = {}
+    for neuron in neurons:
+        known, endpoint = snapshot.nodes.get(neuron.name), neuron.endpoint.rstrip("/")
+        is_same = known is not None and (known.endpoint, known.kind) == (endpoint, neuron.kind)
+        fresh = NodeSnapshot(name=neuron.name, endpoint=endpoint, kind=neuron.kind)
+        nodes[neuron.name] = known if known is not None and is_same else fresh
+    return FleetSnapshot(nodes=nodes, version=snapshot.version + 1)
 
 
 def reduce(snapshot: FleetSnapshot, event: FleetEvent) -> FleetSnapshot:

@@ -27,7 +27,7 @@ FLUSH_S = 5.0
 class Bookkeeper:
     def __init__(self, store: Store, *, ttl_s: float, now_ms: Callable[[], int]) -> None:
         self._store = store
-        self._ttl_ms = int(ttl_s * 1000)
+        self.ttl_s = ttl_s
         self._now_ms = now_ms
         self._owner = secrets.token_hex(8)
         self._numbers = itertools.count()
@@ -60,6 +60,10 @@ class Bookkeeper:
     async def written(self) -> None:
         """Everything settled so far is in the store."""
         await self._written.wait()
+
+    @property
+    def _ttl_ms(self) -> int:
+        return int(self.ttl_s * 1000)
 
     @property
     def num_live(self) -> int:

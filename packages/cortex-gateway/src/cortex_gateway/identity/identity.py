@@ -139,6 +139,15 @@ class Identity:
         self._keyring = Keyring(section.keys, store, now_ms=now_ms, refresh_s=section.key_refresh_s)
         self.bookkeeper = Bookkeeper(store, ttl_s=section.reservation_ttl_s, now_ms=now_ms)
 
+    def adopt(self, section: EntitlementsSection) -> None:
+        """Other keys and limits from now on. What keys that stay have reserved and used goes on counting, and who has
+        been admitted stays so."""
+        known = set(self._section.keys)
+        self._section = section
+        warn_of_plain_keys([entry for entry in section.keys if entry not in known])
+        self._keyring.adopt(section.keys, refresh_s=section.key_refresh_s)
+        self.bookkeeper.ttl_s = section.reservation_ttl_s
+
     @property
     def is_off(self) -> bool:
         """Nobody is asked who they are: no key is known and none is required."""

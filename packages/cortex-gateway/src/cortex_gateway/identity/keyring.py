@@ -37,7 +37,14 @@ class Keyring:
         self._by_digest: dict[bytes, Principal] = {}
         self.is_stale = False
         """The store could not be asked last time: a key we do not know may be valid all the same."""
-        self._adopt([])
+        self._records: Sequence[KeyRecord] = ()
+        self._adopt()
+
+    def adopt(self, configured: Sequence[KeyEntry], *, refresh_s: float) -> None:
+        """The configuration has these keys now."""
+        self._configured = tuple(configured)
+        self._refresh_s = refresh_s
+        self._adopt()
 
     @property
     def is_empty(self) -> bool:
@@ -85,16 +92,19 @@ class Keyring:
     async def _look(self) -> None:
         version = await self._store.version()
         if version != self._version:
-            self._adopt(await self._store.keys())
+            self._records = await self._store.keys()
             self._version = version
+            self._adopt()
         if self.is_stale:
             log.info("the key store answers again")
         self.is_stale = False
         self._looked_at = time.monotonic()
 
-    def _adopt(self, records: Sequence[KeyRecord]) -> None:
+    def _adopt(self) -> None:
         now_ms = self._now_ms()
-        valid = {record.entry.name: (record.entry, record.expires_ms) for record in records if record.is_valid(now_ms)}
+        valid = {
+            record.entry.name: (record.entry, record.expires_ms) for record in self._records if record.is_valid(now_ms)
+        }
         valid |= {entry.name: (entry, None) for entry in self._configured}
         self._by_digest = {
             entry.digest: Principal(entry, self._meters.setdefault(name, KeyMeters()), expires_ms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -149,6 +149,19 @@ class Metrics:
             (*_KEY, "reason"),
             registry=registry,
         )
+        self.reloads = Counter(
+            "cortex_config_reloads",
+            "Times the configuration was read again, by what asked for it and what came of it.",
+            ("trigger", "outcome"),
+            registry=registry,
+        )
+        for trigger in ("signal", "file", "admin"):
+            for outcome in ("applied", "unchanged", "refused"):
+                self.reloads.labels(trigger, outcome)
+        self.config_valid = Gauge(
+            "cortex_config_valid", "0 if the files were refused when they were last read.", registry=registry
+        )
+        self.config_valid.set(1)
         self._series: dict[tuple[str, str], _ModelSeries] = {}
 
     def observe_fleet(self, fleet: Fleet, waiting: Waiting) -> None:
@@ -174,6 +187,10 @@ class Metrics:
     def key_refused(self, principal: Principal, reason: str) -> None:
         self.key_refusals.labels(principal.account_id, principal.key_id, reason).inc()
 
+    def config_reloaded(self, trigger: str, outcome: str) -> None:
+        self.reloads.labels(trigger, outcome).inc()
+        self.config_valid.set(outcome != "refused")
+
     def load_finished(self, model: str, node: str, outcome: str, reason: str, seconds: float) -> None:
         self.loads.labels(model, node, outcome, reason).inc()
         if outcome == "loaded":
@@ -198,12 +215,20 @@ class FleetCollector(Collector):
         in_flight = GaugeMetricFamily(
             "cortex_in_flight", "Requests this gateway has running on a model.", labels=list(_RESIDENT)
         )
+        leaving = GaugeMetricFamily(
+            "cortex_leaving_requests",
+            "Requests that go on on nodes that are not in the configuration any more.",
+            labels=["node"],
+        )
         for node in snapshot.nodes.values():
             healthy.add_metric([node.name], 1.0 if node.is_routable else 0.0)
             for model in node.models:
                 in_flight.add_metric([node.name, model], self._fleet.activity.in_flight(node.name, model))
+        for name, count in self._fleet.activity.leaving(snapshot.nodes).items():
+            leaving.add_metric([name], count)
         yield healthy
         yield in_flight
+        yield leaving
         breaker_state = GaugeMetricFamily(
             "cortex_breaker_state", "Circuit breaker: 0 closed, 1 half-open, 2 open.", labels=list(_RESIDENT)
         )

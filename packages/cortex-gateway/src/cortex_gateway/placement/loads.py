@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Literal
 
 from cortex_core.errors import ApiError
@@ -42,6 +42,21 @@ class RoomLost(Exception):
     """A victim turned out to be busy: nothing was loaded, and the decision has to be made anew."""
 
 
+class Withdrawn(RoomLost):
+    """The node was taken out of the configuration meanwhile, or another server has its name now."""
+
+
+async def joined(operation: asyncio.Task[None]) -> None:
+    """Wait for an operation without owning it. Raises what it raised, and `Withdrawn`."""
+    try:
+        await asyncio.shield(operation)
+    except asyncio.CancelledError:
+        waiter = asyncio.current_task()
+        if operation.cancelled() and not (waiter is not None and waiter.cancelling()):
+            raise Withdrawn from None
+        raise
+
+
 class Loads:
     """Carries out what the router decided. Each operation is a task of its own; joining one is awaiting it."""
 
@@ -65,8 +80,8 @@ class Loads:
         self._unloads: dict[Key, asyncio.Task[None]] = {}
 
     def running(self, node: str, model: str) -> asyncio.Task[None] | None:
-        """The load under way there, to be awaited through `asyncio.shield`. Raises `ApiError`, `RoomLost`."""
-        return self._loads.get((node, model))
+        """The load under way there, to be awaited through `joined`. Raises `ApiError`, `RoomLost`."""
+        return _alive(self._loads.get((node, model)))
 
     def start(
         self,
@@ -82,7 +97,7 @@ class Loads:
         The model counts as loading and the victims as unloading before this returns, so that no other request
         is decided on a picture in which they are not.
         """
-        task = self._loads.get((node, model))
+        task = self.running(node, model)
         if task is None:
             self._begin(node, model, "load")
             unloads = [self.unload(node, victim, reason="room") for victim in victims]
@@ -92,7 +107,7 @@ class Loads:
 
     def unload(self, node: str, model: str, *, reason: UnloadReason) -> asyncio.Task[None]:
         """Start an unload, or join the one under way. The task raises `NeuronError`."""
-        task = self._unloads.get((node, model))
+        task = _alive(self._unloads.get((node, model)))
         if task is None:
             self._begin(node, model, "unload")
             task = asyncio.create_task(self._unload(node, model, reason), name=f"unload-{model}-{node}")
@@ -101,7 +116,7 @@ class Loads:
 
     def recycle(self, node: str, model: str, spec: ModelSpec) -> asyncio.Task[None]:
         """Unload and load again, in one go: requests meanwhile wait for the load. Joins a load under way."""
-        task = self._loads.get((node, model))
+        task = self.running(node, model)
         if task is None:
             self._begin(node, model, "load")
             task = asyncio.create_task(self._recycle(node, model, spec), name=f"recycle-{model}-{node}")
@@ -115,10 +130,18 @@ class Loads:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def withdraw(self, nodes: Container[str]) -> None:
+        """These nodes are no more what they were: what is under way there is left to them, and whoever waits for it
+        decides anew."""
+        for key, task in [*self._loads.items(), *self._unloads.items()]:
+            if key[0] in nodes:
+                task.cancel()
+
     @staticmethod
     def _keep(tasks: dict[Key, asyncio.Task[None]], key: Key, task: asyncio.Task[None]) -> None:
         def forget(done: asyncio.Task[None]) -> None:
-            del tasks[key]
+            if tasks.get(key) is done:
+                del tasks[key]
             if not done.cancelled():
                 done.exception()  # seen: nobody may be waiting
 
@@ -154,21 +177,24 @@ class Loads:
                 raise RoomLost from error
             raise failed from error
         finally:
-            loaded = outcome == "loaded"
-            if loaded:
-                self._fleet.activity.mark(node, model, self._clock())
-            self._fleet.apply(
-                OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=loaded, failure=failure)
-            )
-            self._metrics.load_finished(model, node, outcome, reason, self._clock() - started_at)
-            self._poller.nudge(node)
+            if not _is_left():
+                loaded = outcome == "loaded"
+                if loaded:
+                    self._fleet.activity.mark(node, model, self._clock())
+                self._fleet.apply(
+                    OperationEnded(
+                        node=node, model=model, kind="load", at=self._clock(), succeeded=loaded, failure=failure
+                    )
+                )
+                self._metrics.load_finished(model, node, outcome, reason, self._clock() - started_at)
+                self._poller.nudge(node)
         log.info("loaded %s on %s in %.1f s", model, node, self._clock() - started_at)
 
     async def _load_making_room(self, node: str, model: str, spec: ModelSpec) -> None:
         for round_ in range(MAX_EVICTION_ROUNDS + 1):
             log.info("loading %s on %s", model, node)
             try:
-                await self._neurons[node].load(spec, LOAD_TIMEOUT_S)
+                await self._client(node).load(spec, LOAD_TIMEOUT_S)
                 return
             except NeuronError as error:
                 victim = self._next_victim(node, model)
@@ -192,16 +218,17 @@ class Loads:
     async def _unload(self, node: str, model: str, reason: UnloadReason) -> None:
         succeeded = False
         try:
-            await self._neurons[node].unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
+            await self._client(node).unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
             succeeded = True
         except NeuronError as error:
             log.warning("unloading %s from %s failed: %s", model, node, error.message)
             raise
         finally:
-            self._fleet.apply(
-                OperationEnded(node=node, model=model, kind="unload", at=self._clock(), succeeded=succeeded)
-            )
-            self._poller.nudge(node)
+            if not _is_left():
+                self._fleet.apply(
+                    OperationEnded(node=node, model=model, kind="unload", at=self._clock(), succeeded=succeeded)
+                )
+                self._poller.nudge(node)
         self._metrics.evicted(model, node, reason)
         log.info("unloaded %s from %s (%s)", model, node, reason)
 
@@ -209,15 +236,12 @@ class Loads:
         """One operation, from the outside: the model counts as loading from the first to the last moment."""
         was_pinned = self._fleet.snapshot.nodes[node].is_pinned(model)
         try:
-            await self._neurons[node].unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
+            await self._client(node).unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
         except NeuronError as error:
             log.info("not recycling %s on %s now: %s", model, node, error.message)
             self._fleet.apply(OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=False))
             self._poller.nudge(node)
             raise RoomLost from error
-        except asyncio.CancelledError:
-            self._fleet.apply(OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=False))
-            raise
         self._metrics.evicted(model, node, "defrag")
         now = self._clock()
         self._fleet.apply(
@@ -235,7 +259,7 @@ class Loads:
         """
         is_kept_here = False
         try:
-            await self._neurons[node].pin(self._name_on(node, model), pinned, PIN_TIMEOUT_S)
+            await self._client(node).pin(self._name_on(node, model), pinned, PIN_TIMEOUT_S)
         except NeuronError as error:
             if error.status not in (404, 405) or error.kind == "model_not_found":
                 raise
@@ -243,10 +267,29 @@ class Loads:
         self._fleet.apply(Pinned(node=node, model=model, pinned=pinned, is_kept_here=is_kept_here))
         return not is_kept_here
 
+    def _client(self, node: str) -> NeuronClient:
+        """Raises `NeuronError` for a node that is not in the configuration any more."""
+        neuron = self._neurons.get(node)
+        if neuron is None:
+            raise NeuronError(f"{node} is not in the configuration any more")
+        return neuron
+
     def _name_on(self, node: str, model: str) -> str:
         """What the node itself calls the model."""
-        info = self._fleet.snapshot.nodes[node].models.get(model)
+        snapshot = self._fleet.snapshot.nodes.get(node)
+        info = snapshot.models.get(model) if snapshot is not None else None
         return info.id if info is not None else model
+
+
+def _alive(task: asyncio.Task[None] | None) -> asyncio.Task[None] | None:
+    """None for one that is being withdrawn: it has a moment left, but nothing to give."""
+    return None if task is None or task.cancelling() > 0 else task
+
+
+def _is_left() -> bool:
+    """Whether the present operation was left to its node: then it is not ours to say what became of it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def load_failed(model: str, node: str, error: NeuronError) -> ApiError:

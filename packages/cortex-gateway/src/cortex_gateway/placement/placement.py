@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from cortex_core.catalogue import Catalogue
 from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress
 
+from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.activity import Answer
 from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.fleet.poller import Poller
@@ -18,9 +18,9 @@ from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.affinity import UNKNOWN, Affinity, Hints, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse, RouteReason
-from cortex_gateway.placement.loads import Loads, RoomLost
+from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
 from cortex_gateway.placement.router import decide
-from cortex_gateway.placement.situation import Policy, Situation
+from cortex_gateway.placement.situation import Situation
 from cortex_gateway.placement.waiting import Waiting
 
 MAX_CACHED_NAMES = 4096
@@ -47,6 +47,7 @@ class Lease:
         "_fleet",
         "_is_judged",
         "_is_try",
+        "_neurons",
         "_status",
         "model",
         "neuron",
@@ -55,31 +56,48 @@ class Lease:
     )
 
     def __init__(
-        self, fleet: Fleet, neuron: NeuronClient, model: str, neuron_model: str, route: str, clock: Callable[[], float]
+        self,
+        fleet: Fleet,
+        neurons: Mapping[str, NeuronClient],
+        node: str,
+        model: str,
+        neuron_model: str,
+        route: str,
+        clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._neurons = neurons
         self._clock = clock
-        self.neuron = neuron
+        self.neuron = neuron = neurons[node]
         self.model = model
         self.neuron_model = neuron_model
         self.route = route
         self._answer: Answer | None = None
         self._status: int | None = None
         self._is_judged = False
-        self._is_try = fleet.breakers.begun(neuron.name, model)
-        fleet.activity.begin(neuron.name, model, clock())
+        self._is_try = fleet.breakers.begun(node, model)
+        neuron.num_requests += 1
+        fleet.activity.begin(node, model, clock())
+
+    @property
+    def _is_of_a_node(self) -> bool:
+        """Whether the node still is this neuron, or the configuration says otherwise by now: then this lease runs to
+        its end, and tells nobody."""
+        return self._neurons.get(self.neuron.name) is self.neuron
 
     def answered(self, status: int, answer: Answer) -> None:
         """The status line came. What follows of the answer counts as a sign of life of the node."""
         self._status = status
         self._answer = answer
+        if not self._is_of_a_node:
+            return
         self._fleet.activity.listen(self.neuron.name, answer)
         if self._is_try and status < 400:
             self._fleet.breakers.answering(self.neuron.name, self.model)
 
     def failed(self) -> None:
         """The node did not answer, or broke off."""
-        if not self._is_judged:
+        if not self._is_judged and self._is_of_a_node:
             self._is_judged = True
             self._fleet.breakers.failed(self.neuron.name, self.model, self._clock())
 
@@ -97,7 +115,14 @@ class Lease:
         if self._answer is not None:
             fleet.activity.unlisten(node, self._answer)
         fleet.activity.end(node, self.model)
-        status = self._status
+        self.neuron.num_requests -= 1
+        if self._is_of_a_node:
+            self._judge(kind)
+        if fleet.has_waiters:
+            fleet.wake()
+
+    def _judge(self, kind: type[BaseException] | None) -> None:
+        fleet, node, status = self._fleet, self.neuron.name, self._status
         if not self._is_judged and status is not None and status >= 500:
             self.failed()
         elif not self._is_judged and status is not None and status != 429 and kind is None:
@@ -105,8 +130,6 @@ class Lease:
             fleet.breakers.succeeded(node, self.model)
         if self._is_try and not self._is_judged:
             fleet.breakers.abandoned(node, self.model, self._clock())
-        if fleet.has_waiters:
-            fleet.wake()
 
 
 class Placement:
@@ -119,22 +142,17 @@ class Placement:
         poller: Poller,
         metrics: Metrics,
         *,
-        catalogue: Catalogue,
-        policy: Policy,
+        current: Current,
         waiting: Waiting,
-        affinity: Affinity | None,
-        wait_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._neurons = neurons
         self._poller = poller
         self._metrics = metrics
-        self._catalogue = catalogue
-        self._policy = policy
+        self._current = current
         self._waiting = waiting
-        self._affinity = affinity
-        self._wait_s = wait_s
+        self._affinity = Affinity()
         self._clock = clock
         self._resolved: dict[str, str] = {}
         self._resolved_version = -1
@@ -149,7 +167,7 @@ class Placement:
         resolved = self._resolved.get(name)
         if resolved is None:
             served = {name} if snapshot.has_model(name) else ()
-            resolved = self._resolved[name] = self._catalogue.resolve(name, served)
+            resolved = self._resolved[name] = self._current.catalogue.resolve(name, served)
         return resolved
 
     def situation(self, *, neurons_only: bool = False) -> Situation:
@@ -157,9 +175,9 @@ class Placement:
         snapshot = self._fleet.snapshot
         return Situation(
             snapshot=snapshot.neurons_only() if neurons_only else snapshot,
-            catalogue=self._catalogue,
+            catalogue=self._current.catalogue,
             activity=self._fleet.activity,
-            policy=self._policy,
+            policy=self._current.policy,
             now=self._clock(),
             waiting=self._waiting,
             breakers=self._fleet.breakers,
@@ -196,7 +214,7 @@ class Placement:
         progress once the budget is spent (the load goes on).
         """
         began = self._clock()
-        budget_s = self._wait_s if wait_s is None else wait_s
+        budget_s = self._current.config.gateway.load_wait_s if wait_s is None else wait_s
         try:
             async with asyncio.timeout(budget_s):
                 with self._waiting.joined(model, began):
@@ -246,7 +264,9 @@ class Placement:
         if load is not None:
             try:
                 with self._poller.watching(node):  # for its progress
-                    await asyncio.shield(load)
+                    await joined(load)
+            except Withdrawn:
+                return
             except RoomLost:
                 pass
             except ApiError:
@@ -271,11 +291,11 @@ class Placement:
         return info.id if info is not None else model
 
     def _is_known(self, model: str) -> bool:
-        return self._catalogue.profile(model) is not None or self._fleet.snapshot.has_model(model)
+        return self._current.catalogue.profile(model) is not None or self._fleet.snapshot.has_model(model)
 
     def _shares(self, model: str, hints: Hints | None) -> Shares | None:
         """Which nodes know the request; None where there is nothing to choose between."""
-        if hints is None or self._affinity is None:
+        if hints is None or not self._current.config.routing.affinity:
             return None
         if sum(1 for node in self._fleet.snapshot.nodes.values() if model in node.models) < 2:
             return None
@@ -285,11 +305,11 @@ class Placement:
         self, decision: Forward, model: str, route: RouteReason, hints: Hints | None, shares: Shares | None
     ) -> Lease:
         node = decision.node
-        if shares is not None and hints is not None and self._affinity is not None:
+        if shares is not None and hints is not None:
             self._affinity.record(model, hints, node, shares)
             if decision.reason in ("session", "prefix"):
                 self._metrics.affinity.labels(model, node, decision.reason).inc()
-        return Lease(self._fleet, self._neurons[node], model, self.neuron_model(node, model), route, self._clock)
+        return Lease(self._fleet, self._neurons, node, model, self.neuron_model(node, model), route, self._clock)
 
     # ------------------------------------------------------------------------------------------ what to tell clients
 

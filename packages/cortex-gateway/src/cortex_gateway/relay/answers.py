@@ -13,6 +13,7 @@ import aiohttp
 from cortex_core.errors import ApiError
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, RawHeaders, Send
+from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.fleet.openai_server import OpenAIServer
 from cortex_gateway.relay.charge import generated_tokens
@@ -44,9 +45,9 @@ class BrokenStream(Exception):
 class AnswerRelay:
     """own_headers: what the gateway adds to every answer."""
 
-    def __init__(self, own_headers: Callable[[Exchange], RawHeaders], *, ping_interval_s: float) -> None:
+    def __init__(self, own_headers: Callable[[Exchange], RawHeaders], current: Current) -> None:
         self._own_headers = own_headers
-        self._ping_interval_s = ping_interval_s
+        self._current = current
 
     async def relay(
         self,
@@ -93,7 +94,8 @@ class AnswerRelay:
             if translation is None:
                 await self._events(exchange, response, events, first, send, loop)
                 return
-            pinged = PingedSend(send, exchange.surface.ping, self._ping_interval_s, loop)
+            interval_s = self._current.config.gateway.ping_interval_s
+            pinged = PingedSend(send, exchange.surface.ping, interval_s, loop)
             try:
                 await self._events(exchange, response, events, first, pinged, loop)
             finally:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from cortex_core.errors import ApiError
 
-from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.relay.exchange import Exchange
 
 log = logging.getLogger(__name__)
@@ -22,24 +22,22 @@ class IdleWatch:
     after its last byte, a ping of the neuron included, `cut` is called.
     """
 
-    __slots__ = ("_cut", "_exchange", "_handle", "_loop", "_node", "_poller", "_silence_s", "_since", "_timeout_s")
+    __slots__ = ("_cut", "_exchange", "_handle", "_loop", "_neuron", "_silence_s", "_since", "_timeout_s")
 
     def __init__(
         self,
         exchange: Exchange,
-        node: str,
+        neuron: NeuronClient,
         timeout_s: float,
-        poller: Poller,
         loop: asyncio.AbstractEventLoop,
         *,
         silence_s: float,
         cut: Callable[[], None],
     ) -> None:
         self._exchange = exchange
-        self._node = node
+        self._neuron = neuron
         self._loop = loop
         self._timeout_s = timeout_s
-        self._poller = poller
         self._since = loop.time()
         self._silence_s = silence_s
         self._cut = cut
@@ -59,20 +57,22 @@ class IdleWatch:
         if self._silence_s > 0 and exchange.stream is not None and exchange.stream.is_resumable:
             waits.append(last + self._silence_s - now)
             if waits[0] <= 0:
-                log.warning("request %s: node %s fell silent", exchange.request_id, self._node)
+                log.warning("request %s: node %s fell silent", exchange.request_id, self._neuron.name)
                 self._cut()
                 return
         elif self._silence_s > 0:
             waits.append(self._silence_s)
         if self._timeout_s > 0:
             if not exchange.response_started:
-                last = max(last, self._poller.answered_at(self._node))
+                last = max(last, self._neuron.answered_at)
             waits.append(last + self._timeout_s - now)
         remaining = min(waits)
         if remaining > 0:
             self._handle = self._loop.call_later(remaining, self._check)
             return
-        log.warning("request %s: nothing moved on node %s for %g s", exchange.request_id, self._node, self._timeout_s)
+        log.warning(
+            "request %s: nothing moved on node %s for %g s", exchange.request_id, self._neuron.name, self._timeout_s
+        )
         exchange.interrupt(
             ApiError(
                 "timeout",

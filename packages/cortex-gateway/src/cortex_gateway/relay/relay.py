@@ -14,11 +14,12 @@ from functools import partial
 import aiohttp
 from cortex_core.dialects.errors import error_body, headers_of, status_of
 from cortex_core.errors import ApiError
-from cortex_core.gateway_config import GatewaySection, PromptFiltersSection
+from cortex_core.gateway_config import GatewaySection
 from cortex_core.hop import RESUME_HEADER, resume_body
 from multidict import CIMultiDict
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send
+from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import describe
 from cortex_gateway.fleet.openai_server import OpenAIServer
 from cortex_gateway.fleet.poller import Poller
@@ -65,22 +66,24 @@ class Relay:
         poller: Poller,
         metrics: Metrics,
         access_log: AccessLog,
-        settings: GatewaySection,
-        prompt_filters: PromptFiltersSection,
+        current: Current,
     ) -> None:
         self._identity = identity
         self._placement = placement
         self._poller = poller
         self._metrics = metrics
         self._access_log = access_log
-        self._settings = settings
-        self._prompt_filters = prompt_filters
-        self._body_memory = BodyMemory(settings.max_body_memory_bytes)
-        self._answers = AnswerRelay(self._own_headers, ping_interval_s=settings.ping_interval_s)
+        self._current = current
+        self._body_memory = BodyMemory(self._settings.max_body_memory_bytes)
+        self._answers = AnswerRelay(self._own_headers, current)
         self._active: set[Exchange] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self.is_draining = False
+
+    @property
+    def _settings(self) -> GatewaySection:
+        return self._current.config.gateway
 
     # ------------------------------------------------------------------------------------------ drain
 
@@ -103,10 +106,12 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         exchange = Exchange(surface, scope, task, loop.time())
+        settings = self._settings
+        self._body_memory.max_bytes = settings.max_body_memory_bytes
         body = RequestBody(
             receive,
-            max_bytes=self._settings.max_body_bytes,
-            timeout_s=self._settings.body_timeout_s,
+            max_bytes=settings.max_body_bytes,
+            timeout_s=settings.body_timeout_s,
             memory=self._body_memory,
         )
 
@@ -278,9 +283,8 @@ class Relay:
 
         watch = IdleWatch(
             exchange,
-            lease.neuron.name,
+            lease.neuron,
             self._settings.upstream_idle_timeout_s,
-            self._poller,
             loop,
             silence_s=self._settings.stream_silence_s,
             cut=cut,
@@ -332,7 +336,8 @@ class Relay:
         neuron = lease.neuron
         if isinstance(neuron, OpenAIServer):
             if exchange.translation is None:
-                exchange.translation = translation_of(exchange.surface, payload, exchange.model, self._prompt_filters)
+                filters = self._current.config.prompt_filters
+                exchange.translation = translation_of(exchange.surface, payload, exchange.model, filters)
             translation = exchange.translation
             request = foreign_headers(
                 headers,

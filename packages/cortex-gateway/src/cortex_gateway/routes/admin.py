@@ -10,13 +10,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from cortex_core.catalogue import Catalogue, load_spec
+from cortex_core.catalogue import load_spec
+from cortex_core.config import ConfigError
 from cortex_core.dialects.errors import openai_error_body
 from cortex_core.errors import ApiError, invalid, model_not_found
 from cortex_core.fleet import LoadProgress, ModelSpec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from cortex_gateway.configuration.reload import Reloader
+from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronError
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.snapshot import NodeSnapshot
@@ -25,7 +28,7 @@ from cortex_gateway.identity.principal import Principal
 from cortex_gateway.observability.access_log import AccessLog
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
 from cortex_gateway.placement.evictor import plan_room
-from cortex_gateway.placement.loads import Loads, RoomLost
+from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
 from cortex_gateway.placement.placement import Placement, refused
 from cortex_gateway.placement.router import spec_of
 
@@ -46,14 +49,16 @@ class AdminRoutes:
         placement: Placement,
         access_log: AccessLog,
         *,
-        catalogue: Catalogue,
+        current: Current,
+        reloader: Reloader | None,
     ) -> None:
         self._fleet = fleet
         self._poller = poller
         self._loads = loads
         self._placement = placement
         self._access_log = access_log
-        self._catalogue = catalogue
+        self._current = current
+        self._reloader = reloader
 
     # ------------------------------------------------------------------------------------------ load
 
@@ -76,8 +81,10 @@ class AdminRoutes:
             chosen, load = await self._start(model, node)
             try:
                 if load is not None:
-                    await asyncio.shield(load)
+                    await joined(load)
                 return {"model": model, "node": chosen, "status": "loaded"}
+            except Withdrawn:
+                continue
             except RoomLost:
                 with self._poller.watching(chosen):
                     await self._fleet.changed()
@@ -154,7 +161,7 @@ class AdminRoutes:
         running = self._loads.running(node.name, model)
         if running is not None:
             return running
-        profile = self._catalogue.profile(model)
+        profile = self._current.catalogue.profile(model)
         if profile is None or node.discovery is None:
             known = node.unloaded.get(model)
             return self._loads.start(
@@ -180,7 +187,7 @@ class AdminRoutes:
         if not having:
             raise model_not_found(wanted.model)
         try:
-            await asyncio.gather(*(asyncio.shield(self._loads.unload(node, model, reason="admin")) for node in having))
+            await asyncio.gather(*(joined(self._loads.unload(node, model, reason="admin")) for node in having))
         except NeuronError as error:
             raise ApiError(
                 "conflict" if error.status is not None else "internal",
@@ -188,6 +195,10 @@ class AdminRoutes:
                 code="unload_failed",
                 status=None if error.status is not None else 502,
             ) from error
+        except Withdrawn:
+            raise ApiError(
+                "conflict", f"{model} was not unloaded: the configuration has changed meanwhile.", code="unload_failed"
+            ) from None
         return json({"model": model, "nodes": having, "status": "unloaded"})
 
     # ------------------------------------------------------------------------------------------ pins
@@ -240,7 +251,15 @@ class AdminRoutes:
             {"model": queue.model, "requests": queue.num_requests, "waited_s": round(now - queue.since, 3)}
             for queue in self._placement.situation().waiting.in_order()
         ]
-        return json({"nodes": nodes, "in_flight": self._fleet.activity.total_in_flight(), "waiting": waiting})
+        activity = self._fleet.activity
+        return json(
+            {
+                "nodes": nodes,
+                "in_flight": activity.total_in_flight(),
+                "leaving": activity.leaving(self._fleet.snapshot.nodes),
+                "waiting": waiting,
+            }
+        )
 
     def _node(self, node: NodeSnapshot, now: float) -> dict[str, Any]:
         models = []
@@ -251,7 +270,7 @@ class AdminRoutes:
                     "id": model,
                     "status": node.status(model),
                     "in_flight": self._fleet.activity.in_flight(node.name, model),
-                    "residency_priority": self._catalogue.residency(model),
+                    "residency_priority": self._current.catalogue.residency(model),
                     "pinned": node.is_pinned(model),
                     "breaker": self._fleet.breakers.get(node.name, model).state,
                     "vram_used_mb": info.vram_used_mb if info is not None else None,
@@ -305,6 +324,25 @@ class AdminRoutes:
                 "not_found", f"No node is called `{name}`; known: {known}.", code="node_not_found", param="node"
             )
         return node
+
+    # ------------------------------------------------------------------------------------------ configuration
+
+    async def reload(self, request: Request) -> Response:
+        """Read the configuration again; answers when it applies. Refused whole if anything is wrong with it."""
+        if self._reloader is None:
+            raise ApiError(
+                "conflict", "This gateway was not started from configuration files.", code="no_configuration_file"
+            )
+        try:
+            reloaded = await self._reloader.reload("admin")
+        except ConfigError as error:
+            raise ApiError(
+                "conflict",
+                f"The configuration was refused, the running one stays:\n{error}",
+                code="configuration_refused",
+                extras={"faults": error.faults},
+            ) from None
+        return json({**msgspec.to_builtins(reloaded), "summary": str(reloaded)})
 
     # ------------------------------------------------------------------------------------------ log
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from cortex_core.catalogue import Catalogue
 from cortex_core.dialects.models import (
     ModelEntry,
     anthropic_model_body,
@@ -17,6 +16,7 @@ from cortex_core.errors import model_not_found
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.merge import merge_models
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.principal import Principal
@@ -30,9 +30,9 @@ def speaks_anthropic(request: Request) -> bool:
 class ModelRoutes:
     """Answers from the snapshot: cheap, and never waiting for a neuron."""
 
-    def __init__(self, fleet: Fleet, catalogue: Catalogue) -> None:
+    def __init__(self, fleet: Fleet, current: Current) -> None:
         self._fleet = fleet
-        self._catalogue = catalogue
+        self._current = current
         self._created = int(time.time())
         self._entries: list[ModelEntry] = []
         self._version = -1
@@ -52,16 +52,16 @@ class ModelRoutes:
 
     def _visible(self, request: Request) -> list[ModelEntry]:
         """What the key that asks may use; everything for those without one."""
-        entries = self._current()
+        entries = self._listed()
         principal: Principal | None = getattr(request.state, "principal", None)
         if principal is None or principal.may_use_all:
             return entries
-        aliases = self._catalogue.aliases
+        aliases = self._current.catalogue.aliases
         return [entry for entry in entries if principal.may_use(entry.id, aliases.get(entry.id, entry.id))]
 
-    def _current(self) -> list[ModelEntry]:
+    def _listed(self) -> list[ModelEntry]:
         snapshot = self._fleet.snapshot
         if snapshot.version != self._version:
-            self._entries = merge_models(snapshot, self._catalogue, self._created)
+            self._entries = merge_models(snapshot, self._current.catalogue, self._created)
             self._version = snapshot.version
         return self._entries

@@ -1,0 +1,126 @@
+"""Read the files again, check everything, and apply it whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from cortex_core.config import ConfigError
+from cortex_core.gateway_config import GatewayConfig
+
+from cortex_gateway.configuration.difference import Difference, difference, restart_needed
+from cortex_gateway.configuration.value import Configuration, Current, read_configuration
+from cortex_gateway.configuration.watch import Prints, Settling, prints_of
+
+log = logging.getLogger(__name__)
+
+Trigger = Literal["signal", "file", "admin"]
+Outcome = Literal["applied", "unchanged", "refused"]
+
+IDLE_LOOK_S = 1.0
+"""How often a reloader that is not to watch looks whether it is again."""
+
+
+class Reloaded(msgspec.Struct, frozen=True):
+    """changes apply now; needs_restart are settings of the files that this process does not follow."""
+
+    outcome: Outcome
+    changes: Difference
+    needs_restart: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.needs_restart:
+            return str(self.changes)
+        return f"{self.changes}; a restart is needed for {' '.join(self.needs_restart)}"
+
+
+class Reloader:
+    """One reload at a time, asked for or because a file has changed."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        current: Current,
+        *,
+        apply: Callable[[Configuration], None],
+        on_outcome: Callable[[Trigger, Outcome], None],
+    ) -> None:
+        # Absolute, but with its links: what they lead to is looked up at each reading.
+        self._path = Path(path).absolute()
+        self._current = current
+        self._apply = apply
+        self._on_outcome = on_outcome
+        self._reading = asyncio.Lock()
+        self._settling = Settling()
+        self._watching: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Watch the files. What was written since they were read for the start is noticed too."""
+        self._watching = asyncio.create_task(self._watch(), name="watch-configuration")
+
+    async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watching
+
+    async def reload(self, trigger: Trigger) -> Reloaded:
+        """Raises `ConfigError` where anything is wrong; then everything is as it was."""
+        async with self._reading:
+            before = self._current.value
+            # Taken before they are read: what is written meanwhile is noticed at the next look.
+            self._settling.take(await asyncio.to_thread(self._prints, before.config))
+            try:
+                after = await asyncio.to_thread(read_configuration, self._path, before)
+            except ConfigError as error:
+                log.error("configuration refused, the running one stays (%s)\n%s", trigger, error)
+                self._on_outcome(trigger, "refused")
+                raise
+            changes = difference(before, after)
+            pending = restart_needed(self._current.started_with, after)
+            if changes:
+                self._apply(after)
+            reloaded = Reloaded("applied" if changes else "unchanged", changes, pending)
+            # The first look after a start finds nothing, and so may a mere touch: that is no news.
+            if changes or trigger != "file":
+                log.info("configuration reloaded (%s): %s", trigger, reloaded)
+                self._on_outcome(trigger, reloaded.outcome)
+            return reloaded
+
+    async def try_reload(self, trigger: Trigger) -> None:
+        """As `reload`, where nobody waits for the outcome but the log."""
+        try:
+            await self.reload(trigger)
+        except ConfigError:
+            pass
+        except Exception:
+            log.exception("reloading the configuration failed")
+
+    def _prints(self, config: GatewayConfig) -> Prints:
+        return prints_of((str(self._path), *sorted(files_named_in(config))))
+
+    async def _watch(self) -> None:
+        while True:
+            interval_s = self._current.config.gateway.config_watch_s
+            await asyncio.sleep(interval_s or IDLE_LOOK_S)
+            if not interval_s:
+                continue
+            if self._settling.is_due(await asyncio.to_thread(self._prints, self._current.config)):
+                await self.try_reload("file")
+
+
+def files_named_in(config: GatewayConfig) -> set[str]:
+    """The catalogue, and files with secrets."""
+    references = [
+        reference
+        for entry in config.neurons
+        for reference in (entry.api_key, *entry.headers.values())
+        if reference is not None
+    ]
+    secrets = {reference.removeprefix("file:") for reference in references if reference.startswith("file:")}
+    return {config.models_config, *secrets}

@@ -1,0 +1,44 @@
+"""When files have changed and been written to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+Print = tuple[int, int, int, int, int]
+Prints = tuple[tuple[str, Print | None], ...]
+"""Of each file what tells whether it is another one now; None where there is none."""
+
+
+def prints_of(paths: Iterable[str]) -> Prints:
+    """Links are followed: editors replace a file by renaming, configuration management swaps a link."""
+    return tuple((path, _print(path)) for path in paths)
+
+
+def _print(path: str) -> Print | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class Settling:
+    """Look by look: a change is due once two looks in a row have seen the same, so that nobody reads half a file."""
+
+    def __init__(self) -> None:
+        self._taken: Prints | None = None
+        self._seen: Prints | None = None
+
+    def take(self, prints: Prints) -> None:
+        """The files were read when they looked like this."""
+        self._taken = prints
+
+    def is_due(self, prints: Prints) -> bool:
+        """Whether to read what looks like this now; then it counts as taken."""
+        has_settled = prints == self._seen
+        self._seen = prints
+        if prints == self._taken or not has_settled:
+            return False
+        self._taken = prints
+        return True
