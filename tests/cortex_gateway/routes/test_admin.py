@@ -188,3 +188,10 @@ def test_only_the_loopback_may_and_no_page_of_elsewhere() -> None:
             require_operator(request)
         assert refused.value.status == 403
     assert not is_loopback("localhost.example")
+
+
+@pytest.mark.parametrize("last", ["²", "-1", "x", "", "9" * 5000])
+async def test_a_number_of_log_lines_that_is_none_is_a_400_and_a_huge_one_means_all(start: Start, last: str) -> None:
+    client = await start()
+    async with client.get("/admin/log", params={"last": last}) as response:
+        assert response.status == (200 if last.isascii() and last.isdigit() else 400), await response.text()

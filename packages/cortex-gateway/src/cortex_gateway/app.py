@@ -37,6 +37,7 @@ from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
+from cortex_gateway.openapi import description
 from cortex_gateway.placement.placement import Placement
 from cortex_gateway.placement.upkeep import Upkeep
 from cortex_gateway.placement.waiting import Waiting
@@ -56,6 +57,8 @@ MAX_CONTROL_BODY = 2**20
 CONTROL_BODY_TIMEOUT_S = 30.0
 QUIET_PATHS = frozenset(("/", "/health", "/api/hello"))
 """Probes: they need no key, and their access lines are written at DEBUG."""
+OPEN_PATHS = QUIET_PATHS | {"/openapi.json"}
+"""What needs no key. The document tells of the API and nothing of the fleet."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -255,7 +258,7 @@ class Gateway:
                 await preflight(send_with_ids, headers)
                 return
             principal = None
-            if scope["path"] not in QUIET_PATHS and not self.identity.is_off:
+            if scope["path"] not in OPEN_PATHS and not self.identity.is_off:
                 # Admin routes have their own rule: `require_operator`.
                 is_required = not scope["path"].startswith("/admin/")
                 principal = await self.identity.authenticate(headers, is_required=is_required)
@@ -304,6 +307,7 @@ class Gateway:
             Route("/", health.health, methods=["GET"]),
             Route("/health", health.health, methods=["GET"]),
             Route("/api/hello", health.hello, methods=["GET"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
         ]
         for prefix in ("/v1", ""):
             routes.append(Route(f"{prefix}/models", models.catalogue, methods=["GET"]))
@@ -352,6 +356,10 @@ class MetricsApp:
 
 
 # ---------------------------------------------------------------------------------------------- control plane
+
+
+async def openapi(request: Request) -> Response:
+    return Response(description(), media_type="application/json")
 
 
 async def refuse_method(request: Request) -> Response:

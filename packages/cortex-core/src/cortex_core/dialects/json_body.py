@@ -22,6 +22,9 @@ _decode = msgspec.json.Decoder().decode
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHOWN_CHARACTERS = 64
 
+MAX_MODEL_NAME = 512
+"""Names end up in caches, log lines and messages; a client must not choose how large those get."""
+
 Default = TypeVar("Default")
 
 
@@ -155,6 +158,12 @@ class Fields:
         if not value and not may_be_empty:
             raise invalid(f"{self.at(name)}: must not be empty", param=self.at(name))
         return value
+
+    def model_name(self) -> str:
+        name = self.required_string("model")
+        if len(name) > MAX_MODEL_NAME:
+            raise invalid(f"model: no name is longer than {MAX_MODEL_NAME} characters", param="model")
+        return name
 
     def choice(self, name: str, allowed: tuple[str, ...]) -> str | None:
         value = self.string(name)

@@ -80,7 +80,7 @@ def parse(body: bytes) -> Request:
     # Nothing to generate is a sensible wish where the prompt comes back as text; scoring it takes a step.
     max_tokens = openai_fields.max_tokens(fields, "max_tokens", minimum=0 if echo and logprobs is None else 1)
     return Request(
-        model=openai_fields.model_name(fields),
+        model=fields.model_name(),
         prompts=prompts,
         sampling=openai_fields.sampling(fields),
         limits=Limits(
@@ -107,7 +107,7 @@ def _prompts(fields: Fields, suffix: str | None) -> tuple[RawPrompt, ...]:
         raise wrong_type("prompt", "a string, an array of strings, or token ids", value)
     if not value:
         raise invalid("prompt: must not be empty", param="prompt")
-    if type(value[0]) is int:
+    if _is_integer(value[0]):
         return (RawPrompt(token_ids=_token_ids(value, "prompt"), suffix=suffix),)
     if len(value) > MAX_PROMPTS:
         raise invalid(f"prompt: at most {MAX_PROMPTS} prompts, got {len(value)}", param="prompt")
@@ -126,11 +126,16 @@ def _token_ids(items: list[Any], path: str) -> tuple[int, ...]:
     if not items:
         raise invalid(f"{path}: must not be empty", param=path)
     for index, item in enumerate(items):
-        if type(item) is not int:
+        if not _is_integer(item):
             raise wrong_type(f"{path}[{index}]", "a token id", item)
         if not 0 <= item <= MAX_TOKEN_ID:
             raise invalid(f"{path}[{index}]: not a token id", param=f"{path}[{index}]")
-    return tuple(items)
+    return tuple(map(int, items))
+
+
+def _is_integer(item: Any) -> bool:
+    """`3.0` is one, too."""
+    return type(item) is int or (type(item) is float and item.is_integer())
 
 
 def _count_choices(request: Request) -> int:

@@ -19,10 +19,8 @@ REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 THINKING_TYPES = ("enabled", "adaptive", "auto", "disabled")
 
 _MAX_TOKEN_ID = 2**31 - 1
-
-
-def model_name(body: Fields) -> str:
-    return body.required_string("model")
+MAX_TOKEN_ID_DIGITS = 9
+"""No vocabulary has a thousand million tokens."""
 
 
 def max_tokens(body: Fields, name: str, *, minimum: int = 1) -> int | None:
@@ -62,7 +60,7 @@ def logit_bias(body: Fields) -> dict[int, float]:
         return {}
     result: dict[int, float] = {}
     for key in biases.values:
-        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= _MAX_TOKEN_ID):
+        if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_ID_DIGITS):
             path = biases.at(key[:20])
             raise invalid(f"{path}: keys are token ids, got {show(key)}", param=path)
         bias = biases.number(key, -100, 100)

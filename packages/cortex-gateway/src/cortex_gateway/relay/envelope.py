@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 
 import msgspec
+from cortex_core.dialects.json_body import MAX_MODEL_NAME
 from cortex_core.errors import ApiError, invalid
-
-MAX_MODEL_NAME = 512
-"""Names end up in caches, log lines and messages; a client must not choose how large those get."""
 
 
 class Envelope(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.snapshot import NodeSnapshot
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.principal import Principal
-from cortex_gateway.observability.access_log import AccessLog
+from cortex_gateway.observability.access_log import KEPT_LINES, AccessLog
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
 from cortex_gateway.placement.evictor import plan_room
 from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
@@ -350,9 +350,9 @@ class AdminRoutes:
         """The last access lines, a JSON document each; with `follow=1` also those to come, until the client leaves."""
         query = request.query_params
         last = query.get("last", "100")
-        if not last.isdigit():
-            raise invalid(f"`last` must be a number of lines, not {last!r}.", param="last")
-        lines = self._access_log.last(int(last))
+        if not (last.isascii() and last.isdigit()):
+            raise invalid(f"`last` must be a number of lines, not {last[:64]!r}.", param="last")
+        lines = self._access_log.last(int(last) if len(last) < 10 else KEPT_LINES)
         if query.get("follow") != "1":
             return Response(b"".join(line + b"\n" for line in lines), media_type="application/x-ndjson")
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -30,7 +30,8 @@ class NeuronApp:
 
     def __init__(self, services: Services) -> None:
         self._limits = services.config.server
-        self._router = Router(routes=list(_routes(services)), redirect_slashes=False, default=_not_found)
+        self.routes = tuple(_routes(services))
+        self._router = Router(routes=self.routes, redirect_slashes=False, default=_not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -109,6 +110,7 @@ def _routes(services: Services) -> Iterator[Route]:
     yield _route("GET", "/health", control.health)
     yield _route("GET", "/version", control.version)
     yield _route("GET", "/metrics", control.metrics)
+    yield _route("GET", "/openapi.json", control.openapi)
     yield _route("GET", "/models", control.models)
     yield _route("POST", "/models/load", control.load)
     yield _route("POST", "/models/unload", control.unload)

@@ -25,6 +25,7 @@ from cortex_core.fleet import HealthResponse, ModelInfo, ModelSpec, PinRequest, 
 from neuron.api.exchange import Exchange
 from neuron.api.inference import no_engine
 from neuron.api.metrics import CONTENT_TYPE
+from neuron.api.openapi import description
 from neuron.api.services import Services
 from neuron.config import HARNESS
 from neuron.lifecycle.served_model import ServedModel
@@ -68,6 +69,9 @@ class Control:
 
     async def metrics(self, exchange: Exchange) -> None:
         await exchange.respond(200, self._services.metrics.render(), content_type=CONTENT_TYPE.encode())
+
+    async def openapi(self, exchange: Exchange) -> None:
+        await exchange.respond(200, description(self._services.build.package_version))
 
     # ------------------------------------------------------------------ models
 

@@ -52,7 +52,8 @@ class Tokens:
 
         def work() -> dict[str, Any]:
             fields = decode_object(body)
-            model_id = exchange.resolved_model or fields.required_string("model")
+            model_id = exchange.resolved_model or fields.model_name()
+            shows_strings = fields.boolean("return_token_strs")
             text = self._services.manager.text_of(model_id)
             ids = _tokenized(text, fields, body)
             model = self._services.manager.find(model_id)
@@ -61,7 +62,7 @@ class Tokens:
                 "max_model_len": model.max_model_len if model is not None else 0,
                 "tokens": ids,
             }
-            if fields.boolean("return_token_strs"):
+            if shows_strings:
                 answer["token_strs"] = [text.tokenizer.token_text(token_id) for token_id in ids]
             return answer
 
@@ -74,7 +75,7 @@ class Tokens:
 
         def work() -> dict[str, str]:
             fields = decode_object(body)
-            text = self._text(exchange, fields.required_string("model"))
+            text = self._text(exchange, fields.model_name())
             return {"prompt": text.tokenizer.decode(_token_ids(fields, text.tokenizer.vocab_size))}
 
         async with exchange.watched():
@@ -91,7 +92,7 @@ def _tokenized(text: TextModel, fields: Fields, body: bytes) -> list[int]:
     if not fields.has("prompt"):
         raise missing("prompt")
     raw = fields.required_string("prompt", may_be_empty=True)
-    if fields.get("add_special_tokens") is False or not raw:
+    if not fields.boolean("add_special_tokens", True) or not raw:
         return text.tokenizer.encode(raw)
     (prompt,) = text.render(Request(model="", prompts=(RawPrompt(text=raw),)))
     return prompt.token_ids
@@ -104,11 +105,11 @@ def _token_ids(fields: Fields, vocab_size: int) -> list[int]:
     if type(tokens) is not list:
         raise wrong_type("tokens", "an array", tokens)
     for index, token in enumerate(tokens):
-        if type(token) is not int:
+        if type(token) is not int and not (type(token) is float and token.is_integer()):
             raise wrong_type(f"tokens[{index}]", "an integer", token)
         if not 0 <= token < vocab_size:
-            raise _not_in_vocabulary(index, token, vocab_size)
-    return tokens
+            raise _not_in_vocabulary(index, int(token), vocab_size)
+    return [int(token) for token in tokens]
 
 
 def _not_in_vocabulary(index: int, token: int, vocab_size: int) -> ApiError:

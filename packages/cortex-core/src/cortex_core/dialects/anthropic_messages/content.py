@@ -88,8 +88,8 @@ def read_messages(fields: Fields) -> Messages:
             turns.append(Turn("assistant", parts))
             call_names.update((part.id, part.name) for part in parts if isinstance(part, ToolCallPart))
         elif role == "system":
-            text = _system_parts(message, added_tools)
-            if text and not (index < last_user and _is_cleared(message)):
+            text, is_cleared = _system_parts(message, added_tools), _is_cleared(message)
+            if text and not (index < last_user and is_cleared):
                 turns.append(Turn("system", text))
         else:
             raise one_of(message.at("role"), role, ROLES)

@@ -108,7 +108,7 @@ def _request(fields: Fields, max_tokens: int | None, drops_attribution: bool) ->
     tool_choice, parallel_tool_calls = _tool_choice(fields, tools)
     system, dropped = _system(fields, drops_attribution)
     return Request(
-        model=fields.required_string("model"),
+        model=fields.model_name(),
         turns=(*system, *messages.turns),
         tools=tools,
         tool_choice=tool_choice,
@@ -183,14 +183,11 @@ def _tool(tool: Fields) -> ToolDefinition | None:
     if kind != "custom":
         return None
     name = tool.required_string("name")
-    if name == DEFERRED_TOOL_PLACEHOLDER and tool.boolean("defer_loading"):
+    description, strict, is_deferred = tool.string("description"), tool.boolean("strict"), tool.boolean("defer_loading")
+    if name == DEFERRED_TOOL_PLACEHOLDER and is_deferred:
         return None
-    return ToolDefinition(
-        name=name,
-        description=tool.string("description"),
-        parameters=tool.required_object("input_schema").values,
-        strict=tool.boolean("strict"),
-    )
+    parameters = tool.required_object("input_schema").values
+    return ToolDefinition(name=name, description=description, parameters=parameters, strict=strict)
 
 
 def _tool_choice(fields: Fields, tools: tuple[ToolDefinition, ...]) -> tuple[ToolChoice, bool]:
@@ -223,9 +220,14 @@ def _response_format(fields: Fields) -> ResponseFormat | None:
     """`output_config.format`, formerly `output_format`."""
     output_config = fields.object("output_config")
     current = None if output_config is None else output_config.object("format")
-    output_format = fields.object("output_format") if current is None else current
-    if output_format is None:
-        return None
+    former = fields.object("output_format")
+    chosen, other = (former, None) if current is None else (current, former)
+    if other is not None:
+        _constraint(other)  # what is overruled must be sound all the same
+    return None if chosen is None else _constraint(chosen)
+
+
+def _constraint(output_format: Fields) -> ResponseFormat | None:
     kind = output_format.required_string("type")
     if kind == "text":
         return None

@@ -108,7 +108,7 @@ def parse(body: bytes) -> Request:
     max_completion_tokens = openai_fields.max_tokens(fields, "max_completion_tokens")
     max_tokens = openai_fields.max_tokens(fields, "max_tokens")
     return Request(
-        model=openai_fields.model_name(fields),
+        model=fields.model_name(),
         turns=turns,
         tools=tools,
         tool_choice=_tool_choice(fields, tools),
@@ -339,10 +339,9 @@ def _response_format(fields: Fields) -> ResponseFormat | None:
     """`json_schema` without a schema asks for any object. `guided_json` is the older extension for the same."""
     response_format = fields.object("response_format")
     kind = "text" if response_format is None else response_format.required_string("type")
+    guided = openai_fields.json_schema(fields.get("guided_json"), "guided_json") if fields.has("guided_json") else None
     if response_format is None or kind == "text":
-        if fields.has("guided_json"):
-            return ResponseFormat("json_schema", openai_fields.json_schema(fields.get("guided_json"), "guided_json"))
-        return None
+        return None if guided is None else ResponseFormat("json_schema", guided)
     if kind == "json_object":
         return ResponseFormat("json_object")
     if kind != "json_schema":

@@ -154,7 +154,8 @@ class _Reader:
         self.turns.append(Turn("user" if role == "user" else "system", _parts(item, "content", images=role == "user")))
 
     def _call(self, item: Fields, arguments: str) -> None:
-        call_id = item.string("call_id") or item.string("id") or ""
+        own_id = item.string("id")
+        call_id = item.string("call_id") or own_id or ""
         name = flat_name(item.string("namespace"), item.required_string("name"))
         self._call_names[call_id] = name
         self._say((ToolCallPart(call_id, name, arguments),))
@@ -215,10 +216,9 @@ def _output(item: Fields) -> tuple[TextPart | ImagePart, ...]:
 def _thought(item: Fields) -> tuple[Part, ...]:
     """The raw thought where there is one, else its summary (which is the whole of it in our own items)."""
     carried = item.get("encrypted_content")
-    for name in ("content", "summary"):
-        value = item.get(name)
-        texts = _parts(item, name, images=False) if value else ()
-        text = "".join(part.text for part in texts if isinstance(part, TextPart))
+    content, summary = (_parts(item, name, images=False) for name in ("content", "summary"))
+    for parts in (content, summary):
+        text = "".join(part.text for part in parts if isinstance(part, TextPart))
         if text:
             return (ThinkingPart(text),)
     text = unwrap(carried if isinstance(carried, str) else None) or ""

@@ -76,7 +76,7 @@ MAX_TOP_LOGPROBS = 20
 def parse(body: bytes) -> Request:
     """Raises `ApiError`, and nothing else, whatever the bytes."""
     fields = decode_object(body)
-    return _request(fields, openai_fields.model_name(fields))
+    return _request(fields, fields.model_name())
 
 
 def parse_input_tokens(body: bytes) -> Request:
@@ -89,6 +89,8 @@ def _request(fields: Fields, model: str) -> Request:
     given = read_input(fields)
     tools = read_tools((*fields.objects("tools"), *given.added_tools))
     for update in given.updates:  # an item in the input may change settings; the last word counts
+        _reasoning(fields, None)  # what is overruled must be sound all the same
+        _response_format(fields)
         fields = Fields(
             {**fields.values, **{name: update.get(name) for name in ("reasoning", "text") if update.has(name)}}
         )

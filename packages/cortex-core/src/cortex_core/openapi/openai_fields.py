@@ -1,0 +1,85 @@
+"""Schemas of the request fields that the OpenAI surfaces share; see `cortex_core.dialects.openai_fields`."""
+
+from __future__ import annotations
+
+from cortex_core.dialects.openai_fields import (
+    MAX_CHOICES,
+    MAX_STOP_SEQUENCES,
+    REASONING_EFFORTS,
+    THINKING_TYPES,
+)
+from cortex_core.dialects.openai_images import DETAILS
+from cortex_core.openapi.schema import (
+    BOOLEAN,
+    JSON_SCHEMA,
+    NAME,
+    TEXT,
+    Properties,
+    Schema,
+    any_of,
+    array,
+    choice,
+    fields,
+    integer,
+    number,
+    optional,
+    tagged,
+)
+
+TOKEN_LIMIT = optional(integer(1))
+"""Clamped to the window, never refused for being large."""
+
+STOP = any_of(NAME, array(NAME, maxItems=MAX_STOP_SEQUENCES), {"type": "null"})
+STREAM_OPTIONS = optional(fields({}, {"include_usage": optional(BOOLEAN)}))
+EFFORT = optional(choice(*REASONING_EFFORTS))
+CHOICES = optional(integer(1, MAX_CHOICES))
+ARGUMENTS = optional({"type": ["string", "object"], "description": "JSON text; the object itself is understood too."})
+
+SAMPLING: Properties = {
+    "temperature": optional(number(0, 2)),
+    "top_p": optional(number(0, 1)),
+    "top_k": optional(integer(-1)),
+    "min_p": optional(number(0, 1)),
+    "presence_penalty": optional(number(-2, 2)),
+    "frequency_penalty": optional(number(-2, 2)),
+    "repetition_penalty": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 10},
+    "logit_bias": {
+        "type": ["object", "null"],
+        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "additionalProperties": number(-100, 100),
+        "description": "Biases by token id.",
+    },
+    "seed": optional(integer(-(2**63), 2**64 - 1)),
+}
+
+THINKING: Properties = {
+    "enable_thinking": optional(BOOLEAN),
+    "chat_template_kwargs": optional(fields({}, {"enable_thinking": optional(BOOLEAN)})),
+    "thinking": optional(fields({"type": choice(*THINKING_TYPES)}, {"budget_tokens": TOKEN_LIMIT})),
+}
+
+_URL: Schema = {
+    "type": "string",
+    "pattern": "^([hH][tT][tT][pP][sS]?://|"
+    "[dD][aA][tT][aA]:[iI][mM][aA][gG][eE]/[A-Za-z0-9_.+-]+(;[A-Za-z0-9_-]+=[^;,]*)*;[bB][aA][sS][eE]64,[\\s\\S])",
+    "description": "An http or https URL, or `data:image/png;base64,…`.",
+}
+IMAGE_URL = any_of(_URL, fields({"url": _URL}, {"detail": optional(choice(*DETAILS))}))
+
+RESPONSE_FORMATS = [tagged("type", "text"), tagged("type", "json_object")]
+
+FUNCTION: Schema = fields(
+    {"name": NAME},
+    {"description": optional(TEXT), "parameters": optional({"type": "object"}), "strict": optional(BOOLEAN)},
+)
+
+GRAMMAR: Properties = {"syntax": choice("lark", "regex"), "definition": NAME}
+
+
+def custom_tool(grammar: Schema) -> Properties:
+    """What a custom tool may have beside its name. grammar: its format of the type `grammar`."""
+    return {"description": optional(TEXT), "format": any_of(tagged("type", "text"), grammar, {"type": "null"})}
+
+
+SCHEMA_FORMAT: Properties = {"name": optional(TEXT), "strict": optional(BOOLEAN)}
+ANY_SCHEMA = JSON_SCHEMA
