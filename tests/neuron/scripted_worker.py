@@ -140,6 +140,8 @@ class ScriptedWorker:
                 weight_bytes=100,
                 load_seconds=0.1,
                 step_deadline_s=self.step_deadline_s,
+                read_bytes=100,
+                read_seconds=0.05,
             )
         )
 

@@ -91,6 +91,7 @@ async def test_every_metric_family_is_emitted(neuron: RunningNeuron) -> None:
     assert described - no_device_here <= sampled
     assert f'neuron_requests_total{{model="{neuron.model}",outcome="ok",route="chat_completion"}}' in text
     assert "neuron_time_to_first_token_seconds_bucket" in text and "neuron_model_load_seconds_bucket" in text
+    assert f'neuron_weights_read_bytes_per_second{{model="{neuron.model}"}} 2000.0' in text
     assert 'model=""' not in text
 
 

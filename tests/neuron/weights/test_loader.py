@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from neuron.models.registry import build_model
 from neuron.parallel.group import ParallelGroup
 from neuron.weights import materialise
 from neuron.weights.loader import load_dummy_weights, load_weights
+from neuron.weights.pipeline import HostTransfer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -193,17 +196,41 @@ def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
         load_weights(model_of(), save(tmp_path, tensors))
 
 
-def test_a_file_that_shrinks_after_it_was_checked_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [None, ParallelGroup(0, 2)])
+def test_a_file_that_shrinks_after_it_was_checked_is_named(tmp_path: Path, parallel: ParallelGroup | None) -> None:
     save(tmp_path, tensors_of())
     file = tmp_path / "model.safetensors"
-    content = file.read_bytes()
+    before = threading.active_count()
+    with pytest.raises(BadCheckpoint, match=r"it has become shorter\): .* of model.safetensors"):
+        load_weights(model_of(parallel=parallel), tmp_path, progress=lambda done, total: os.truncate(file, 2000))
+    assert threading.active_count() == before
 
-    def damage(done: int, total: int) -> None:
+
+def test_a_file_that_is_replaced_while_it_is_read_does_not_matter(tmp_path: Path) -> None:
+    file = save(tmp_path, tensors_of()) / "model.safetensors"
+
+    def replace(done: int, total: int) -> None:
         file.unlink(missing_ok=True)
-        file.write_bytes(content[:100])
+        file.write_bytes(b"something else")
 
-    with pytest.raises(BadCheckpoint, match=r"model.safetensors cannot be read"):
-        load_weights(model_of(), tmp_path, progress=damage)
+    model = model_of()
+    load_weights(model, tmp_path, progress=replace)
+    assert torch.equal(model.get_parameter("norm.weight"), tensors_of()["model.norm.weight"])
+
+
+def test_large_matrices_are_read_in_pieces(tmp_path: Path) -> None:
+    class Small(HostTransfer):
+        block_bytes = 48
+
+    tensors, reports = tensors_of(torch.bfloat16), list[int]()
+    save(tmp_path, tensors)
+    for parallel in (None, ParallelGroup(1, 2)):
+        model, usual = model_of(parallel=parallel), model_of(parallel=parallel)
+        load_weights(model, tmp_path, transfer=Small(), progress=lambda done, total: reports.append(done))
+        load_weights(usual, tmp_path)
+        for (name, ours), theirs in zip(model.named_parameters(), usual.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+    assert len(reports) > 2 * len(tensors)
 
 
 def test_no_memory_is_a_model_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,32 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from neuron.layers.placement import Slices
 from neuron.models.errors import BadCheckpoint
-from neuron.weights.safetensors_reader import CheckpointReader, read_header
+from neuron.weights.pipeline import HostTransfer, Piece, transfer_pieces
+from neuron.weights.safetensors_reader import CheckpointReader, bytes_per_element
+from neuron.weights.slices import runs_of
 from safetensors.torch import save_file
+from torch import Tensor
 
 A = torch.arange(12.0).view(3, 4)
 B = torch.arange(6, dtype=torch.bfloat16)
 EVERYTHING = (slice(0, 3), slice(0, 4))
+
+
+def read(reader: CheckpointReader, name: str, source: Slices) -> Tensor:
+    info = reader.tensors[name]
+    dtype = reader.dtype_of(info)
+    target = torch.empty([part.stop - part.start for part in source], dtype=dtype)
+    runs = tuple(runs_of(info.shape, source, offset=info.offset, item_bytes=bytes_per_element(info.dtype)))
+    piece = Piece(name, reader.descriptor(info.file), runs, dtype, target)
+    transfer_pieces([piece], HostTransfer(), num_threads=2, on_bytes=lambda num_bytes: None)
+    return target
 
 
 @pytest.fixture
@@ -36,15 +51,15 @@ def test_what_is_in_a_checkpoint(form: str, request: pytest.FixtureRequest) -> N
         assert reader.tensors["a"].shape == (3, 4)
         assert reader.tensors["b"].dtype == "BF16"
         assert reader.total_bytes == 12 * 4 + 6 * 2
-        assert torch.equal(reader.read("a", EVERYTHING), A)
-        assert torch.equal(reader.read("b", (slice(0, 6),)), B)
+        assert torch.equal(read(reader, "a", EVERYTHING), A)
+        assert torch.equal(read(reader, "b", (slice(0, 6),)), B)
 
 
 def test_slices_are_read(single: Path) -> None:
     with CheckpointReader(single) as reader:
-        assert torch.equal(reader.read("a", (slice(1, 3), slice(0, 4))), A[1:3])
-        assert torch.equal(reader.read("a", (slice(0, 3), slice(2, 4))), A[:, 2:])
-        assert torch.equal(reader.read("b", (slice(3, 5),)), B[3:5])
+        assert torch.equal(read(reader, "a", (slice(1, 3), slice(0, 4))), A[1:3])
+        assert torch.equal(read(reader, "a", (slice(0, 3), slice(2, 4))), A[:, 2:])
+        assert torch.equal(read(reader, "b", (slice(3, 5),)), B[3:5])
 
 
 def test_the_only_file_may_have_any_name(single: Path) -> None:
@@ -123,17 +138,35 @@ def test_a_damaged_header_is_named(tmp_path: Path, header: bytes) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(BadCheckpoint, match=r"model.safetensors is"):
-        read_header(file)
+        CheckpointReader(tmp_path)
 
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(BadCheckpoint, match="a header of 4611686018427387904 bytes in a file of 10"):
-        read_header(file)
+        CheckpointReader(tmp_path)
 
 
 def test_integers_are_not_weights(tmp_path: Path) -> None:
     save_file({"a": torch.arange(4)}, tmp_path / "model.safetensors")
     with CheckpointReader(tmp_path) as reader, pytest.raises(BadCheckpoint, match=r"dtype I64 is not supported.*: a"):
-        reader.read("a", (slice(0, 4),))
+        read(reader, "a", (slice(0, 4),))
+
+
+def test_open_files_outlive_their_folder(single: Path) -> None:
+    with CheckpointReader(single) as reader:
+        (single / "model.safetensors").unlink()
+        assert torch.equal(read(reader, "a", EVERYTHING), A)
+
+
+def test_descriptors_take_the_place_of_files_and_are_closed(
+    single: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("copy") / "copy"
+    save_file({"a": A + 1, "b": B}, other)
+    number = os.open(other, os.O_RDONLY)
+    with CheckpointReader(single, opened={"model.safetensors": number}) as reader:
+        assert torch.equal(read(reader, "a", EVERYTHING), A + 1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)

@@ -144,7 +144,8 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     """All ranks are ready; sent by rank 0. max_model_len: positions a sequence may have, capped by the KV cache.
 
     weight_bytes and kv_bytes_per_token are sums over ranks; num_pages the minimum, which all of them use.
-    step_deadline_s: see EngineStats.
+    step_deadline_s: see EngineStats. read_bytes, read_seconds: what all ranks read of the checkpoint, and how long the
+    slowest took until it was in place; 0 where nothing was read.
     """
 
     epoch: int
@@ -158,6 +159,8 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     weight_bytes: int
     load_seconds: float
     step_deadline_s: float = 60.0
+    read_bytes: int = 0
+    read_seconds: float = 0.0
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed", array_like=True):

@@ -190,11 +190,21 @@ class _Snapshot(Collector):
                 "neuron_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.", labels=label
             ),
         }
+        read_bytes = GaugeMetricFamily(
+            "neuron_weights_read_bytes", "Bytes of the checkpoint that the last load or rebuild read.", labels=label
+        )
+        read_rate = GaugeMetricFamily(
+            "neuron_weights_read_bytes_per_second", "How fast they were read and put in place.", labels=label
+        )
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {**gauges, **counters}
         for model in models:
             if model.loaded is not None:
                 for field, family in families.items():
                     family.add_metric((model.id,), getattr(model.stats, field))
+                num_bytes, seconds = model.loaded.read_bytes, model.loaded.read_seconds
+                read_bytes.add_metric((model.id,), num_bytes)
+                read_rate.add_metric((model.id,), num_bytes / seconds if seconds > 0 else 0.0)
+        yield from (read_bytes, read_rate)
         yield from gauges.values()
         yield from counters.values()
 

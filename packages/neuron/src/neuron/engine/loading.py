@@ -35,7 +35,7 @@ from neuron.parallel.control import Figures, FollowerLink, LeaderLink
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.rendezvous import join_group
 from neuron.protocol import EngineConfig, Loaded, LoadProgress
-from neuron.weights.loader import load_dummy_weights, load_weights
+from neuron.weights.loader import WeightsRead, load_dummy_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -206,10 +206,11 @@ def _load_rank(
 
     report.phase("weights")
     model = build_model(hf_config, device=device, dtype=dtype, parallel=group)
+    read = WeightsRead(0, 0.0)
     if config.load_format == "dummy":
         load_dummy_weights(model, seed=0)
     else:
-        load_weights(model, path, progress=report.levers.slowed(report.weights))
+        read = load_weights(model, path, progress=report.levers.slowed(report.weights))
 
     report.phase("kv_cache")
     shape = model.config
@@ -237,6 +238,8 @@ def _load_rank(
     figures = Figures(
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         kv_bytes_per_token=layout.bytes_per_token,
+        read_bytes=read.num_bytes,
+        read_seconds=read.seconds,
     )
     if link is not None:
         # Warming up has collectives: it begins when the last rank has read its weights.
@@ -289,6 +292,8 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         weight_bytes=figures.weight_bytes,
         load_seconds=time.perf_counter() - started,
         step_deadline_s=engine.stats().step_deadline_s,
+        read_bytes=figures.read_bytes,
+        read_seconds=figures.read_seconds,
     )
     logger.info(
         "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",

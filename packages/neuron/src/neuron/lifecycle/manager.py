@@ -515,7 +515,7 @@ def _log_loaded(model: ServedModel, event: GroupLoaded) -> None:
     loaded = event.loaded
     logger.info(
         "construction complete model=%s architecture=%s dtype=%s devices=%s max_model_len=%d kv_tokens=%d "
-        "kv_bytes_per_token=%d weight_mb=%d load_s=%.1f epoch=%d",
+        "kv_bytes_per_token=%d weight_mb=%d load_s=%.1f read_gb_per_s=%.2f epoch=%d",
         model.id,
         loaded.architecture,
         loaded.dtype,
@@ -525,5 +525,6 @@ def _log_loaded(model: ServedModel, event: GroupLoaded) -> None:
         loaded.kv_bytes_per_token,
         loaded.weight_bytes // 2**20,
         model.load_seconds or loaded.load_seconds,
+        loaded.read_bytes / loaded.read_seconds / 1e9 if loaded.read_seconds else 0.0,
         loaded.epoch,
     )

@@ -32,19 +32,26 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Figures(msgspec.Struct, frozen=True, array_like=True):
-    """Of loading, 0 while unknown. num_pages: of the KV cache, page 0 included; bytes are those that a rank holds."""
+    """Of loading, 0 while unknown. num_pages: of the KV cache, page 0 included; bytes are those that a rank holds.
+
+    read_bytes, read_seconds: what was read of the checkpoint, and how long that took.
+    """
 
     num_pages: int = 0
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
+    read_bytes: int = 0
+    read_seconds: float = 0.0
 
 
 def together(figures: Collection[Figures]) -> Figures:
-    """Of a whole group: the pages that every rank has, and the sums of bytes."""
+    """Of a whole group: the pages that every rank has, the sums of bytes, the time of the slowest."""
     return Figures(
         num_pages=min(one.num_pages for one in figures),
         weight_bytes=sum(one.weight_bytes for one in figures),
         kv_bytes_per_token=sum(one.kv_bytes_per_token for one in figures),
+        read_bytes=sum(one.read_bytes for one in figures),
+        read_seconds=max(one.read_seconds for one in figures),
     )
 
 

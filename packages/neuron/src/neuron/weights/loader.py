@@ -1,10 +1,12 @@
-"""Filling a model from a checkpoint: plan, verify, then read each tensor's slice straight into its place."""
+"""Filling a model from a checkpoint: plan, verify, then read each tensor's slice into its place."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,13 @@ from neuron.models.decoder import CausalLM
 from neuron.models.errors import BadCheckpoint
 from neuron.weights.dummy import load_dummy_weights
 from neuron.weights.materialise import finish, materialise
+from neuron.weights.pipeline import Piece, Transfer, make_transfer, num_reader_threads, transfer_pieces
 from neuron.weights.safetensors_reader import CheckpointReader, TensorInfo, bytes_per_element
+from neuron.weights.slices import runs_of
 
-__all__ = ["Progress", "canonical_name", "load_dummy_weights", "load_weights"]
+__all__ = ["Progress", "WeightsRead", "canonical_name", "load_dummy_weights", "load_weights"]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -49,29 +55,62 @@ class _Read:
         return _num_elements(self.placement.source) * bytes_per_element(self.info.dtype)
 
 
-def load_weights(model: CausalLM, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class WeightsRead:
+    """Of one rank: bytes of the checkpoint that it read, and seconds until they were in place."""
+
+    num_bytes: int
+    seconds: float
+
+
+def load_weights(
+    model: CausalLM,
+    path: str | os.PathLike[str],
+    *,
+    opened: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+    transfer: Transfer | None = None,
+    num_threads: int | None = None,
+) -> WeightsRead:
     """Read this rank's part of the checkpoint in folder `path` into `model`, on its device and in its dtype.
 
-    progress(bytes_done, bytes_total) counts the bytes this rank reads; called before the first and after each
-    tensor. Everything is verified against the file headers first. Raises `BadCheckpoint` naming the tensors that are
-    missing, unexpected, of the wrong shape or unreadable, and `ModelError` (`out_of_memory`).
+    opened: descriptors by file name to be read in place of the files, and closed. progress(bytes_done, bytes_total)
+    counts the bytes this rank reads; called before the first and after each piece of at most some megabytes.
+    transfer, num_threads: how, where not as usual. Everything is verified against the file headers first. Raises
+    `BadCheckpoint` naming the tensors that are missing, unexpected, of the wrong shape or unreadable, and `ModelError`
+    (`out_of_memory`).
     """
-    with CheckpointReader(Path(path)) as reader:
+    started = time.perf_counter()
+    num_threads = num_threads or num_reader_threads(model.group.world_size)
+    with CheckpointReader(Path(path), opened=opened) as reader:
         reads = _plan(model, reader)
         reads.sort(key=lambda read: (read.info.file, read.info.offset))
         bytes_total = sum(read.num_bytes for read in reads)
         bytes_done = 0
-        if progress is not None:
-            progress(0, bytes_total)
+
+        def on_bytes(num_bytes: int) -> None:
+            nonlocal bytes_done
+            bytes_done += num_bytes
+            if progress is not None:
+                progress(bytes_done, bytes_total)
+
+        on_bytes(0)
         with torch.inference_mode(False), torch.no_grad():
-            for read in reads:
-                target = materialise(model, read.module, read.placement.parameter)[read.placement.target]
-                source = reader.read(read.info.name, read.placement.source)
-                target.copy_(source.to(target.device))
-                bytes_done += read.num_bytes
-                if progress is not None:
-                    progress(bytes_done, bytes_total)
+            transfer = transfer or make_transfer(model.device)
+            pieces = [piece for read in reads for piece in _pieces(model, reader, read, transfer.block_bytes)]
+            transfer_pieces(pieces, transfer, num_threads=num_threads, on_bytes=on_bytes)
+    read = WeightsRead(bytes_total, time.perf_counter() - started)
+    logger.info(
+        "weights read bytes=%d seconds=%.3f gb_per_s=%.2f threads=%d from=%s to=%s",
+        read.num_bytes,
+        read.seconds,
+        read.num_bytes / read.seconds / 1e9,
+        num_threads,
+        "memory" if opened else "files",
+        model.device,
+    )
     finish(model)
+    return read
 
 
 def canonical_name(name: str) -> str:
@@ -79,6 +118,25 @@ def canonical_name(name: str) -> str:
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     return name.removeprefix("language_model.")
+
+
+def _pieces(model: CausalLM, reader: CheckpointReader, read: _Read, block_bytes: int) -> Iterator[Piece]:
+    """A slice as runs of whole rows of it, each as many as a block holds."""
+    info, source = read.info, read.placement.source
+    target = materialise(model, read.module, read.placement.parameter)[read.placement.target]
+    num_rows = target.shape[0] if target.dim() else 1
+    rows_at_once = max(1, block_bytes // (read.num_bytes // num_rows))
+    for row in range(0, num_rows, rows_at_once):
+        end = min(row + rows_at_once, num_rows)
+        rows = (slice(source[0].start + row, source[0].start + end), *source[1:]) if source else source
+        runs = runs_of(info.shape, rows, offset=info.offset, item_bytes=bytes_per_element(info.dtype))
+        yield Piece(
+            f"{info.name} of {info.file.name}",
+            reader.descriptor(info.file),
+            tuple(runs),
+            reader.dtype_of(info),
+            target[row:end] if source else target,
+        )
 
 
 def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
@@ -97,9 +155,8 @@ def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
                 missing.append(name)
             elif info.shape != placement.checkpoint_shape:
                 misshapen.append(f"{name} {list(info.shape)} (expected {list(placement.checkpoint_shape)})")
-            elif info.dtype.startswith(("I", "U", "BOOL", "F8")):
-                raise BadCheckpoint(f"dtype {info.dtype} is not supported for weights", tensors=[name])
             elif _num_elements(placement.source):
+                reader.dtype_of(info)
                 reads.append(_Read(info, module, placement))
     if model.lm_head.is_tied:
         available.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice

@@ -1,4 +1,4 @@
-"""A safetensors checkpoint folder: what is in it, checked before anything is read, and sliced reads.
+"""A safetensors checkpoint folder: what is in it and where, checked before anything is read.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
 """
@@ -12,13 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from neuron.layers.placement import Slices
 from neuron.models.errors import BadCheckpoint
 
 _SINGLE_FILE = "model.safetensors"
@@ -36,7 +32,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint, from its file's header. offset: of its data within the file's data section."""
+    """One tensor of a checkpoint, from its file's header. offset: of its data from the beginning of the file."""
 
     name: str
     dtype: str
@@ -47,50 +43,52 @@ class TensorInfo:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint folder. Opening reads and verifies headers only.
+    """The tensors of a checkpoint folder and the open files they lie in. Opening reads and verifies headers only.
 
     Takes `model.safetensors.index.json` with its shards, `model.safetensors`, or the only `*.safetensors` there is.
-    A context manager; files stay open (memory-mapped) while it is. Raises `BadCheckpoint`.
+    opened: descriptors, by file name, to be read instead of the files of that name (copies in memory); they are
+    closed with the others. What happens to the folder after the opening no longer matters, unless a file is cut short.
+    A context manager. Raises `BadCheckpoint`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._handles: dict[Path, Any] = {}
+    def __init__(self, path: Path, *, opened: Mapping[str, int] | None = None) -> None:
+        self._descriptors: dict[Path, int] = {path / name: number for name, number in (opened or {}).items()}
         self.tensors: dict[str, TensorInfo] = {}
-        files, expected = _list_files(path)
-        for file in files:
-            for info in read_header(file):
-                if info.name in self.tensors:
-                    raise BadCheckpoint(f"two files of {path} hold the same tensor", tensors=[info.name])
-                self.tensors[info.name] = info
-        absent = sorted(expected - self.tensors.keys())
-        if absent:
-            raise BadCheckpoint("the index names tensors that no shard holds", tensors=absent)
+        try:
+            files, expected = _list_files(path)
+            for file in files:
+                for info in read_header(file, self._open(file)):
+                    if info.name in self.tensors:
+                        raise BadCheckpoint(f"two files of {path} hold the same tensor", tensors=[info.name])
+                    self.tensors[info.name] = info
+            absent = sorted(expected - self.tensors.keys())
+            if absent:
+                raise BadCheckpoint("the index names tensors that no shard holds", tensors=absent)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def total_bytes(self) -> int:
         """Size of all tensors together."""
         return sum(info.num_bytes for info in self.tensors.values())
 
-    def read(self, name: str, source: Slices) -> Tensor:
-        """A part of a tensor, on the CPU in its stored dtype. Only the pages of the file that hold it are touched.
+    def descriptor(self, file: Path) -> int:
+        """The open file, for positioned reads by any thread."""
+        return self._descriptors[file]
 
-        source: one slice per dimension. Raises `BadCheckpoint` if the file is damaged or its dtype is not a float's.
-        """
-        info = self.tensors[name]
-        if info.dtype not in _DTYPES:
-            raise BadCheckpoint(f"dtype {info.dtype} is not supported for weights", tensors=[name])
-        try:
-            handle = self._handles.get(info.file)
-            if handle is None:
-                handle = self._handles[info.file] = safe_open(info.file, framework="pt", device="cpu")
-            part: Tensor = handle.get_slice(name)[source] if info.shape else handle.get_tensor(name)
-        except (SafetensorError, OSError) as exc:
-            raise BadCheckpoint(f"{info.file.name} cannot be read ({exc})", tensors=[name]) from exc
-        return part
+    def dtype_of(self, info: TensorInfo) -> torch.dtype:
+        """Raises `BadCheckpoint` if it is not a float's."""
+        dtype = _DTYPES.get(info.dtype)
+        if dtype is None:
+            raise BadCheckpoint(f"dtype {info.dtype} is not supported for weights", tensors=[info.name])
+        return dtype
 
     def close(self) -> None:
-        """Unmap the files."""
-        self._handles.clear()
+        """Close the files."""
+        for number in self._descriptors.values():
+            os.close(number)
+        self._descriptors.clear()
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -99,6 +97,14 @@ class CheckpointReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open(self, file: Path) -> int:
+        if file not in self._descriptors:
+            try:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as exc:
+                raise BadCheckpoint(f"{file.name} cannot be read: {exc}") from exc
+        return self._descriptors[file]
 
 
 def bytes_per_element(dtype: str) -> int:
@@ -134,24 +140,22 @@ def _list_files(path: Path) -> tuple[list[Path], set[str]]:
     raise BadCheckpoint(f"{path} has no safetensors file (other weight formats are not supported)")
 
 
-def read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one file, in order of their data, checked against its size. Raises `BadCheckpoint`."""
+def read_header(file: Path, descriptor: int) -> list[TensorInfo]:
+    """The tensors of one open file, in order of their data, checked against its size. Raises `BadCheckpoint`."""
     try:
-        with file.open("rb") as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-                raise BadCheckpoint(
-                    f"{file.name} is damaged: a header of {header_bytes} bytes in a file of {file_bytes}"
-                )
-            header = json.loads(stream.read(header_bytes))
+        file_bytes = os.fstat(descriptor).st_size
+        header_bytes = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+            raise BadCheckpoint(f"{file.name} is damaged: a header of {header_bytes} bytes in a file of {file_bytes}")
+        header = json.loads(os.pread(descriptor, header_bytes, 8))
+        data_start = 8 + header_bytes
         tensors = [
             TensorInfo(
                 name=name,
                 dtype=entry["dtype"],
                 shape=tuple(entry["shape"]),
                 file=file,
-                offset=entry["data_offsets"][0],
+                offset=data_start + entry["data_offsets"][0],
                 num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
             )
             for name, entry in header.items()
@@ -161,10 +165,11 @@ def read_header(file: Path) -> list[TensorInfo]:
         raise BadCheckpoint(f"{file.name} cannot be read: {exc}") from exc
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
         raise BadCheckpoint(f"{file.name} is damaged: its header is not a safetensors header ({exc!r})") from exc
-    data_bytes = file_bytes - 8 - header_bytes
     for info in tensors:
-        if info.offset < 0 or info.offset + info.num_bytes > data_bytes:
-            raise BadCheckpoint(f"{file.name} is truncated: {data_bytes} bytes of data", tensors=[info.name])
+        if info.offset < data_start or info.num_bytes < 0 or info.offset + info.num_bytes > file_bytes:
+            raise BadCheckpoint(
+                f"{file.name} is truncated: {file_bytes - data_start} bytes of data", tensors=[info.name]
+            )
         if info.dtype in _DTYPES and info.num_bytes != math.prod(info.shape) * bytes_per_element(info.dtype):
             raise BadCheckpoint(f"{file.name} is damaged: size and shape disagree", tensors=[info.name])
     return sorted(tensors, key=lambda info: info.offset)
