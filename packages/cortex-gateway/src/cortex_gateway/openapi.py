@@ -59,6 +59,17 @@ def operations() -> Iterator[Operation]:
     yield _order("pin", "Let nothing displace a model.", {**nodes, **kept, "status": {"const": "pinned"}}, errors)
     yield _order("unpin", "Let it be displaced again.", {**nodes, **kept, "status": {"const": "unpinned"}}, errors)
     yield Operation(
+        method="post",
+        path="/admin/reload",
+        name="reload",
+        about="Read the configuration again; answers when it applies, 409 where it is refused.",
+        tag="admin",
+        answers={JSON: fields({"outcome": choice("applied", "unchanged"), "summary": TEXT})},
+        errors=(*_ADMIN_ERRORS, 409),
+        parameters=(ANTHROPIC_VERSION,),
+        speaks="both",
+    )
+    yield Operation(
         method="get",
         path="/admin/fleet",
         name="fleet",
