@@ -21,6 +21,7 @@ from cortex_core.gateway_config import (
     PromptFiltersSection,
     RoutingSection,
 )
+from cortex_core.telemetry import TelemetrySection
 from cortex_gateway.server import running
 from hypothesis import HealthCheck, settings
 
@@ -69,6 +70,7 @@ def start(stack: AsyncExitStack) -> Start:
         routing: dict[str, Any] | None = None,
         breaker: dict[str, Any] | None = None,
         prompt_filters: dict[str, Any] | None = None,
+        telemetry: dict[str, Any] | None = None,
         grace_s: float = 0.0,
         wait_polled: bool = True,
     ) -> Client:
@@ -81,6 +83,8 @@ def start(stack: AsyncExitStack) -> Start:
             routing=msgspec.convert(routing or {}, RoutingSection),
             breaker=msgspec.convert(breaker or {}, BreakerSection),
             prompt_filters=msgspec.convert(prompt_filters or {}, PromptFiltersSection),
+            # Off unless a test asks for them, whatever the environment of the tests says.
+            telemetry=msgspec.convert({"traces": False, **(telemetry or {})}, TelemetrySection),
             neurons=tuple(
                 each.entry if isinstance(each, FakeOpenAI) else NeuronEntry(name=each.name, endpoint=each.url)
                 for each in neurons

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from cortex_core.catalogue import Catalogue, ModelProfile
+from cortex_core.gateway_config import PollSection
 from cortex_gateway.fleet.snapshot import NodeSnapshot
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
@@ -282,7 +285,9 @@ async def test_tokens_that_flow_count_as_life_whatever_polls_say(neuron: FakeNeu
         reading = asyncio.ensure_future(response.read())
         healths = set()
         neuron.models_hang = True
-        client.started.gateway._poller._settings = type(client.started.gateway.config.poll)(timeout_s=0.2)
+        current = client.started.gateway.current
+        impatient = msgspec.structs.replace(current.config, poll=PollSection(timeout_s=0.2))
+        current.value = dataclasses.replace(current.value, config=impatient)
         for _ in range(4):
             await refresh(client)
             healths.add(node_of(client).health)

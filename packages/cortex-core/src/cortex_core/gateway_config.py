@@ -14,6 +14,7 @@ import msgspec
 from cortex_core.config import ConfigError, load_config
 from cortex_core.entitlements import EntitlementsSection, entitlement_faults
 from cortex_core.secret_references import SecretReference, absolute
+from cortex_core.telemetry import TelemetrySection
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -108,6 +109,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eviction: EvictionSection = EvictionSection()
     entitlements: EntitlementsSection = EntitlementsSection()
     prompt_filters: PromptFiltersSection = PromptFiltersSection()
+    telemetry: TelemetrySection = TelemetrySection()
     neurons: tuple[NeuronEntry, ...] = ()
     models_config: str = "/etc/cortex/models.toml"
 

@@ -6,7 +6,8 @@ A gateway sends `x-cortex-hop: 1`; the neuron then writes comments into an event
 - `: cortex-tokens […]`, behind the events of each write: the `Batch` of token ids that the events came from. What
   lies before a mark and after the mark before it belongs together: a gateway that passes on whole writes only always
   knows which tokens its client has seen the text of.
-- `: cortex-usage {…}`, just before the last event. The last write has no tokens behind it.
+- `: cortex-usage {…}`, just before the last event: the tokens, and in `finish` why each choice ended. The last write
+  has no tokens behind it.
 - `: cortex-unfinished`, before an error that is no fault of the request: another neuron may go on.
 
 When a neuron dies in the middle, the gateway sends the client's request to another one with `x-cortex-resume: N`: the

@@ -11,12 +11,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiohttp
 from cortex_core.catalogue import Catalogue
 from cortex_core.dialects.errors import dialect_of_path, error_body, headers_of, status_of
 from cortex_core.errors import ApiError
 from cortex_core.gateway_config import GatewayConfig
+from cortex_core.trace_context import read_trace_context
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -37,6 +39,7 @@ from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
+from cortex_gateway.observability.telemetry import Telemetry
 from cortex_gateway.openapi import description
 from cortex_gateway.placement.placement import Placement
 from cortex_gateway.placement.upkeep import Upkeep
@@ -50,6 +53,9 @@ from cortex_gateway.routes.admin import AdminRoutes, require_operator
 from cortex_gateway.routes.health import HealthRoutes
 from cortex_gateway.routes.models import ModelRoutes, speaks_anthropic
 from cortex_gateway.routes.surface import Surface
+
+if TYPE_CHECKING:
+    from cortex_gateway.observability.tracing import RequestTrace
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +103,7 @@ class Gateway:
             )
         self._session: aiohttp.ClientSession | None = None
         self._neurons: dict[str, NeuronClient] = {}
+        self._telemetry: Telemetry
         self._poller: Poller
         self.placement: Placement
         self.upkeep: Upkeep
@@ -107,7 +114,8 @@ class Gateway:
     # ------------------------------------------------------------------------------------------ lifespan
 
     async def startup(self) -> None:
-        """Raises `StoreError` where keys and budgets are not there."""
+        """Raises `ConfigError` where traces are on and cannot be, `StoreError` where keys and budgets are not there."""
+        self._telemetry = Telemetry(self.current.config.telemetry, clock=asyncio.get_running_loop().time)
         await self.identity.start()
         loop = asyncio.get_running_loop()
         fleet, current = self.fleet, self.current
@@ -125,7 +133,15 @@ class Gateway:
             clock=loop.time,
         )
         self.upkeep = Upkeep(fleet, placement.loads, placement.situation)
-        self.relay = Relay(self.identity, placement, self._poller, self.metrics, self.access_log, current)
+        self.relay = Relay(
+            self.identity,
+            placement,
+            self._poller,
+            self.metrics,
+            self.access_log,
+            current,
+            self._telemetry.tracing,
+        )
         models = ModelRoutes(fleet, current)
         health = HealthRoutes(fleet, lambda: self.relay.is_draining)
         admin = AdminRoutes(
@@ -183,6 +199,7 @@ class Gateway:
         await self.placement.loads.stop()
         await self._session.close()
         await self.identity.stop()
+        await self._telemetry.close()
         self._session = None
 
     async def drain(self, grace_s: float) -> None:
@@ -241,6 +258,13 @@ class Gateway:
         if header(headers, b"origin") is not None:
             own_headers += CORS_HEADERS
         status = 0
+        context = read_trace_context(headers)
+        trace_id = context.trace_id if context is not None else None
+        trace: RequestTrace | None = None
+        tracing = self._telemetry.tracing
+        if tracing is not None and scope["path"] not in QUIET_PATHS:
+            trace = tracing.begin(scope, route=self._route_of(scope["path"]), started_at=started_at)
+            trace_id = trace.trace_id
 
         async def send_with_ids(message: Message) -> None:
             nonlocal status
@@ -278,9 +302,20 @@ class Gateway:
             answer: RawHeaders = [JSON_CONTENT_TYPE]
             await body.respond(send_with_ids, status_of(error, dialect), answer, error_body(error, dialect, request_id))
         finally:
-            self._log_control(scope, request_id, status, loop.time() - started_at)
+            now = loop.time()
+            if trace is not None:
+                attributes = {"http.response.status_code": status or None, "cortex.request_id": request_id}
+                trace.end(attributes, error_type=str(status) if status >= 500 else None, error=None, now=now)
+            self._log_control(scope, request_id, status, now - started_at, trace_id)
 
-    def _log_control(self, scope: Scope, request_id: str, status: int, duration: float) -> None:
+    def _route_of(self, path: str) -> str | None:
+        """The path without what clients put into it; None where it is none of ours."""
+        for prefix in ("/v1/models/", "/models/"):
+            if path.startswith(prefix):
+                return f"{prefix}{{model}}"
+        return path if any(isinstance(route, Route) and route.path == path for route in self._control.routes) else None
+
+    def _log_control(self, scope: Scope, request_id: str, status: int, duration: float, trace_id: str | None) -> None:
         quiet = scope["path"] in QUIET_PATHS and status < 500
         self.access_log.write(
             AccessRecord(
@@ -291,6 +326,7 @@ class Gateway:
                 outcome="client_gone" if status == CLIENT_GONE_STATUS else "ok" if status < 400 else "rejected",
                 duration_ms=round(duration * 1000, 2),
                 client=scope["client"][0] if scope.get("client") else None,
+                trace_id=trace_id,
             ),
             logging.DEBUG if quiet else logging.INFO,
         )

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from cortex_core.config import ConfigError, load_config
 from cortex_core.fleet import ModelSpec
+from cortex_core.telemetry import TelemetrySection
 
 HARNESS = "candle"
 """The one harness name peers know; it stands for our own engine."""
@@ -161,6 +162,7 @@ class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()
     prompt_filters: PromptFilters = PromptFilters()
+    telemetry: TelemetrySection = TelemetrySection()
     debug_levers: bool = False
 
     @property

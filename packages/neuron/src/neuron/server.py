@@ -21,8 +21,10 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+from cortex_core.config import ConfigError
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
+from cortex_core.telemetry import open_span_export
 
 from neuron.api.app import NeuronApp
 from neuron.api.metrics import Metrics
@@ -31,6 +33,7 @@ from neuron.build_info import read_build_info
 from neuron.config import HARNESS, NeuronConfig, without_effect
 from neuron.hardware.monitor import HardwareMonitor
 from neuron.lifecycle.activation import Activator
+from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 from neuron.lifecycle.manager import ModelManager
 from neuron.lifecycle.memory_ledger import MemoryLedger
 from neuron.lifecycle.served_model import ServedModel
@@ -40,20 +43,31 @@ from neuron.supervisor.incarnation import WorkerCommand, worker_command
 
 logger = logging.getLogger(__name__)
 
+EXIT_CONFIG = 2
 UNLOAD_TIMEOUT_S = 20.0
 SERVER_GRACE_S = 5.0
 _BACKLOG = 1024
 
 
 class Daemon:
-    """One neuron. `bind`, then `serve` until `request_stop`."""
+    """One neuron. `bind`, then `serve` until `request_stop`.
+
+    Raises `ConfigError` where what telemetry needs is not installed.
+    """
 
     def __init__(self, config: NeuronConfig, *, command: WorkerCommand = worker_command) -> None:
         self._config = config
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._runtime_dir, self._runtime_lock = _make_runtime_dir()
         build = read_build_info()
+        self._span_export = open_span_export(
+            config.telemetry,
+            service="neuron",
+            version=build.package_version,
+            package="helexa-neuron",
+            environ=os.environ,
+        )
+        self._runtime_dir, self._runtime_lock = _make_runtime_dir()
         hardware = HardwareMonitor(harnesses=(HARNESS,) if config.has_engine else ())
         discovery = hardware.discovery
         sources = Sources(config.harness.candle)
@@ -89,6 +103,10 @@ class Daemon:
             metrics=metrics,
             build=build,
         )
+        if self._span_export is not None:
+            from neuron.api.spans import RequestSpans
+
+            self.services.spans = RequestSpans(self._span_export.tracer)
         self._sockets: list[socket.socket] = []
 
     def bind(self) -> str:
@@ -135,6 +153,8 @@ class Daemon:
             stop.cancel()
             activation.cancel()
             await services.manager.shutdown(timeout_s=UNLOAD_TIMEOUT_S)
+            if self._span_export is not None:
+                await run_in_daemon_thread(self._span_export.close, name="traces-close")
             await self._served.close()
             services.hardware.stop()
             services.text_pool.shutdown(wait=False, cancel_futures=True)
@@ -168,7 +188,11 @@ def serve(config: NeuronConfig, *, on_ready: Callable[[str], None]) -> int:
     """Run a daemon until a signal ends it; `on_ready` gets the URL once it listens. Returns the exit code."""
 
     async def main() -> int:
-        daemon = Daemon(config)
+        try:
+            daemon = Daemon(config)
+        except ConfigError as exc:
+            logger.error("configuration refused\n%s", exc)
+            return EXIT_CONFIG
         try:
             url = daemon.bind()
         except OSError as exc:

@@ -19,6 +19,8 @@ _encode = msgspec.json.Encoder().encode
 class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Fields that do not apply are left out. Times are milliseconds; `status` 499 is a client that hung up.
     `key` and `account` are ids, never secrets. `dropped`: filters that took something out of a translated prompt.
+    `attempts`: times it was sent to a node; `resumes`: times another node went on with its stream. `finish`: why each
+    choice ended. `trace_id`: of its W3C trace.
 
     `outcome`: ok, rejected (an error of the gateway's own), upstream_error (an error of the neuron's, passed on),
     upstream_failed (no or no usable answer), timeout, client_gone, shutdown, error (a fault of the gateway).
@@ -38,13 +40,16 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     dropped: tuple[str, ...] = ()
     stream: bool = False
     attempts: int = 0
+    resumes: int = 0
     ttft_ms: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    finish: tuple[str, ...] = ()
     client: str | None = None
     key: str | None = None
     account: str | None = None
+    trace_id: str | None = None
     error: str | None = None
 
 

@@ -30,8 +30,8 @@ MAX_RETRY_WAITING_S = 60
 FRESH_S = 0.1
 """Before a load, nodes whose last poll is older than this are asked again: another gateway may have begun it."""
 
-OnWait = Callable[[str, RouteReason], None]
-"""Told where a request waits, and why: (node, reason)."""
+OnWait = Callable[[Hold | Load, RouteReason], None]
+"""Told what a request waits for, and what its route will be."""
 
 
 class Lease:
@@ -243,7 +243,7 @@ class Placement:
                 case Load():
                     route = "cold"
                     if on_wait is not None:
-                        on_wait(decision.node, route)
+                        on_wait(decision, route)
                     if not is_fresh:
                         await self._poller.refresh_stale(FRESH_S)
                         is_fresh = True
@@ -255,7 +255,7 @@ class Placement:
                     if decision.reason == "loading" or self.loads.running(decision.node, model) is not None:
                         route = "cold"
                     if on_wait is not None:
-                        on_wait(decision.node, route)
+                        on_wait(decision, route)
                     await self._join(decision.node, model, decision.until)
 
     async def _join(self, node: str, model: str, until: float | None) -> None:

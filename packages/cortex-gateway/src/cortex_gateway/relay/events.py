@@ -16,17 +16,23 @@ MAX_HELD_BYTES = 2**20
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one request; None is unknown, which is not 0."""
+    """Tokens of one request, None is unknown, which is not 0; and why each choice ended, where that is known."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    finish: tuple[str, ...] = ()
 
 
 _usage_decoder = msgspec.json.Decoder(Usage)
 _COUNT = re.compile(
     rb'"((?:prompt|completion|cached|input|output|cache_read_input|cache_creation_input)_tokens)"\s*:\s*(\d{1,12})'
 )
+_FINISH = re.compile(rb'"(?:finish|stop)_reason"\s*:\s*"([a-z_]{1,32})"')
+_FINISH_WORDS = {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
+"""Anthropic's words in `cortex_core.events`'; the others are the same."""
+_FINISH_TAIL = 4096
+"""The reason is among the last things of an answer, and all of a long one need not be searched for it."""
 
 
 class ForeignStream(Exception):
@@ -187,8 +193,9 @@ def _end_of_last_event(chunk: bytes) -> int:
 
 def scan_usage(tail: bytes) -> Usage:
     """The last count of each kind in a piece of JSON. Quotes inside strings are escaped, so text cannot match."""
+    finish = tuple(_FINISH_WORDS.get(word, word) for word in map(bytes.decode, _FINISH.findall(tail[-_FINISH_TAIL:])))
     if b'_tokens"' not in tail:
-        return Usage()
+        return Usage(finish=finish)
     counts = {name: int(count) for name, count in _COUNT.findall(tail)}
     cached = counts.get(b"cache_read_input_tokens")
     if cached is None:
@@ -200,4 +207,5 @@ def scan_usage(tail: bytes) -> Usage:
         prompt_tokens=prompt,
         completion_tokens=counts.get(b"completion_tokens", counts.get(b"output_tokens")),
         cached_tokens=cached,
+        finish=finish,
     )

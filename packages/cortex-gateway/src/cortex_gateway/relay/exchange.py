@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cortex_core.errors import ApiError
+from cortex_core.trace_context import read_trace_context
 
 from cortex_gateway.asgi import Scope
 from cortex_gateway.identity.estimate import Usage as Charge
 from cortex_gateway.identity.identity import Grant
 from cortex_gateway.identity.principal import Principal
+from cortex_gateway.placement.decision import Hold, Load, RouteReason
 from cortex_gateway.relay.body import ClientGone
 from cortex_gateway.relay.events import EventRelay, Usage
 from cortex_gateway.relay.opening import StreamOpening
 from cortex_gateway.relay.translation import TranslatedStream, Translation
 from cortex_gateway.routes.surface import Surface
+
+if TYPE_CHECKING:
+    from cortex_gateway.observability.tracing import RequestTrace
 
 Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeout", "client_gone", "shutdown", "error"]
 
@@ -37,7 +42,8 @@ class Exchange:
 
     opening: keeps a client's stream alive while no neuron answers. stream: what has been relayed of a stream, over all
     the neurons that wrote it; None before the first byte. translation: how a server that is no neuron is asked, where
-    one is. is_sending: something is on its way to the client, who may be slow.
+    one is. is_sending: something is on its way to the client, who may be slow. trace: its spans, where telemetry is on;
+    trace_id: of the trace that it belongs to, by its spans or by what the client says.
     """
 
     __slots__ = (
@@ -69,6 +75,8 @@ class Exchange:
         "stream",
         "surface",
         "task",
+        "trace",
+        "trace_id",
         "translation",
         "usage",
         "wants_cors",
@@ -97,6 +105,14 @@ class Exchange:
         self.is_stream = False
         self.is_sending = False
         self.wants_cors = False
+        self.trace_id: str | None = None
+        self.trace: RequestTrace | None = None
+        for name, _ in scope["headers"]:
+            if name == b"origin":
+                self.wants_cors = True
+            elif name == b"traceparent":
+                context = read_trace_context(scope["headers"])
+                self.trace_id = context.trace_id if context is not None else None
         self.status = 0
         self.outcome: Outcome = "ok"
         self.error: str | None = None
@@ -118,9 +134,11 @@ class Exchange:
         is_open = self.opening is not None and await self.opening.close()
         return is_open or self.response_started
 
-    def waits(self, node: str, route: str) -> None:
-        """The request waits for this node: what its headers say if they go out before a neuron answers."""
-        self.node, self.route = node, route
+    def waits(self, decision: Hold | Load, route: RouteReason) -> None:
+        """The request waits for a node: what its headers say if they go out before a neuron answers."""
+        self.node, self.route = decision.node, route
+        if self.trace is not None:
+            self.trace.waits(decision)
 
     def error_event(self, error: ApiError) -> bytes:
         """The end of a stream that has begun."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from cortex_core.hop import HOP_HEADER, RESOLVED_MODEL_HEADER
@@ -48,6 +49,8 @@ _DROP_FROM_RESPONSE = HOP_BY_HOP | {
     b"alt-svc",
 }
 
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
 TRACE_HEADERS = frozenset((b"traceparent", b"tracestate", b"baggage"))
 
 EVENT_STREAM_HEADERS: RawHeaders = [
@@ -86,9 +89,7 @@ def foreign_headers(
     """
     if is_translated:
         forwarded: CIMultiDict[str] = CIMultiDict({"content-type": "application/json", "accept": "text/event-stream"})
-        for name, value in headers:
-            if name in TRACE_HEADERS:
-                forwarded.add(name.decode("latin-1"), value.decode("latin-1"))
+        forwarded.extend(_end_to_end([pair for pair in headers if pair[0] in TRACE_HEADERS]))
     else:
         forwarded = _end_to_end(headers)
     forwarded.add("x-request-id", request_id)
@@ -109,7 +110,10 @@ def _end_to_end(headers: RawHeaders) -> CIMultiDict[str]:
             continue
         if name.startswith((b"x-cortex-", b"x-helexa-", b"proxy-")):
             continue
-        add(name.decode("latin-1"), value.decode("latin-1"))
+        text = value.decode("latin-1")
+        if not text.isprintable() and _CONTROL_CHARACTER.search(text):
+            continue  # Servers let them in, clients do not let them out: no reason to fail the request.
+        add(name.decode("latin-1"), text)
     for token in named_by_connection:
         forwarded.popall(token.decode("latin-1"), None)
     return forwarded

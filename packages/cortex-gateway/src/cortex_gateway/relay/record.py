@@ -1,4 +1,4 @@
-"""The end of every request: its metrics and its one access line."""
+"""The end of every request: its metrics, its one access line and, where it has one, its span."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.metrics import MIN_RATE_WINDOW_S, Metrics
 from cortex_gateway.relay.events import Usage
 from cortex_gateway.relay.exchange import Exchange
+from cortex_gateway.relay.spans import end_trace
 
 
 def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: float) -> None:
@@ -31,6 +32,8 @@ def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: flo
     principal, translation = exchange.principal, exchange.translation
     if principal is not None and exchange.charged is not None:
         metrics.charged(principal, exchange.charged)
+    if exchange.trace is not None:
+        end_trace(exchange.trace, exchange, usage, ttft_s=ttft, now=now)
     access_log.write(
         AccessRecord(
             id=exchange.request_id,
@@ -47,13 +50,16 @@ def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: flo
             dropped=translation.dropped if translation is not None else (),
             stream=exchange.is_stream,
             attempts=exchange.num_attempts,
+            resumes=exchange.num_resumes,
             ttft_ms=None if ttft is None else round(ttft * 1000, 2),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
+            finish=usage.finish,
             client=exchange.client,
             key=principal.key_id if principal is not None else None,
             account=principal.account_id if principal is not None else None,
+            trace_id=exchange.trace_id,
             error=exchange.error,
         )
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 import aiohttp
 from cortex_core.dialects.errors import error_body, headers_of, status_of
@@ -49,9 +51,13 @@ from cortex_gateway.relay.hints import RequestHints
 from cortex_gateway.relay.idle import IdleWatch
 from cortex_gateway.relay.opening import StreamOpening
 from cortex_gateway.relay.record import record
+from cortex_gateway.relay.spans import begin_attempt, end_attempt
 from cortex_gateway.relay.translation import translation_of
 from cortex_gateway.relay.translation_errors import UpstreamFault
 from cortex_gateway.routes.surface import Surface
+
+if TYPE_CHECKING:
+    from cortex_gateway.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +73,7 @@ class Relay:
         metrics: Metrics,
         access_log: AccessLog,
         current: Current,
+        tracing: Tracing | None = None,
     ) -> None:
         self._identity = identity
         self._placement = placement
@@ -74,6 +81,7 @@ class Relay:
         self._metrics = metrics
         self._access_log = access_log
         self._current = current
+        self._tracing = tracing
         self._body_memory = BodyMemory(self._settings.max_body_memory_bytes)
         self._answers = AnswerRelay(self._own_headers, current)
         self._active: set[Exchange] = set()
@@ -108,6 +116,9 @@ class Relay:
         exchange = Exchange(surface, scope, task, loop.time())
         settings = self._settings
         self._body_memory.max_bytes = settings.max_body_memory_bytes
+        if self._tracing is not None:
+            exchange.trace = self._tracing.begin(scope, route=exchange.path, started_at=exchange.started_at)
+            exchange.trace_id = exchange.trace.trace_id
         body = RequestBody(
             receive,
             max_bytes=settings.max_body_bytes,
@@ -156,9 +167,6 @@ class Relay:
             try:
                 if self.is_draining:
                     raise shutting_down()
-                for name, _ in headers:
-                    if name == b"origin":
-                        exchange.wants_cors = True
                 if not self._identity.is_off:
                     exchange.principal = await self._identity.authenticate(headers)
                 payload = await body.read(headers)
@@ -275,6 +283,8 @@ class Relay:
         if lease.route == "cold":
             series.cold_starts.inc()
         path, payload, request = self._outgoing(exchange, lease, payload, headers)
+        if exchange.trace is not None:
+            begin_attempt(exchange.trace, exchange, lease, path, request)
         response: aiohttp.ClientResponse | None = None
 
         def cut() -> None:
@@ -294,6 +304,8 @@ class Relay:
         try:
             response = await lease.neuron.post(path, payload, request)
             lease.answered(response.status, exchange)
+            if exchange.trace is not None:
+                exchange.trace.answered(response.status)
             series.duration.observe(loop.time() - exchange.started_at)
             await self._answers.relay(exchange, response, lease.neuron, send, loop)
         except (aiohttp.ClientError, OSError) as exc:
@@ -322,6 +334,8 @@ class Relay:
             raise
         finally:
             watch.cancel()
+            if exchange.trace is not None:
+                end_attempt(exchange.trace, exchange, sys.exc_info()[1])
             if response is not None:
                 response.release() if response.content.at_eof() else response.close()
 

@@ -22,7 +22,7 @@ from cortex_core.dialects.openai_chat_client import (
     write_request,
 )
 from cortex_core.errors import ApiError
-from cortex_core.events import Event, Failure
+from cortex_core.events import Event, Failure, Finish
 from cortex_core.events import Usage as UsageEvent
 from cortex_core.gateway_config import PromptFiltersSection
 
@@ -191,17 +191,27 @@ def _in_own_words(request: Request, error: ApiError) -> ApiError:
     return error
 
 
-def _known_usage(usage: UsageEvent | None) -> Usage:
+def _known_usage(usage: UsageEvent | None, finish: tuple[str, ...]) -> Usage:
     """No prompt has no tokens: 0 is what a server says that says nothing."""
     if usage is None or not usage.prompt_tokens:
-        return Usage()
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        return Usage(finish=finish)
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, finish)
 
 
 class TranslatedStream:
     """Chunks of a chat stream in, events of the caller's dialect out. To the relay's loop it is an `EventRelay`."""
 
-    __slots__ = ("_fault", "_projector", "_reader", "_request", "_unsent", "_usage", "has_begun", "num_events")
+    __slots__ = (
+        "_fault",
+        "_finish",
+        "_projector",
+        "_reader",
+        "_request",
+        "_unsent",
+        "_usage",
+        "has_begun",
+        "num_events",
+    )
 
     head = None
     batches = b""
@@ -214,6 +224,7 @@ class TranslatedStream:
         self._projector = projector
         self._fault: ApiError | None = None
         self._unsent = b""
+        self._finish: tuple[str, ...] = ()
         self._usage: UsageEvent | None = None
         self.has_begun = False
         self.num_events = 0
@@ -239,7 +250,7 @@ class TranslatedStream:
         return unsent + self._projector.fail(error)
 
     def usage(self) -> Usage:
-        return _known_usage(self._usage)
+        return _known_usage(self._usage, self._finish)
 
     def _project(self, events: list[Event]) -> bytes:
         self.num_events += len(events)
@@ -247,7 +258,7 @@ class TranslatedStream:
         if self.has_begun and len(events) == 1:
             event = events[0]
             kind = type(event)
-            if kind is not UsageEvent and kind is not Failure:
+            if kind is not UsageEvent and kind is not Failure and kind is not Finish:
                 return project(event)
         parts: list[bytes] = []
         for event in events:
@@ -261,7 +272,9 @@ class TranslatedStream:
                 # How long the prompt is, chat says last; both dialects say it again at the end.
                 parts.append(self._projector.begin(0))
             parts.append(project(event))
-            if isinstance(event, UsageEvent):
+            if isinstance(event, Finish):
+                self._finish += (event.reason,)
+            elif isinstance(event, UsageEvent):
                 self._usage = event
                 parts.append(self._projector.end())
         return b"".join(parts)
@@ -274,6 +287,7 @@ class TranslatedAnswer:
         self._request = request
         self._reader = reader
         self._collector = collector
+        self._finish: tuple[str, ...] = ()
         self._usage: UsageEvent | None = None
 
     def feed(self, chunk: bytes) -> None:
@@ -284,13 +298,15 @@ class TranslatedAnswer:
         return self._collector.body()
 
     def usage(self) -> Usage:
-        return _known_usage(self._usage)
+        return _known_usage(self._usage, self._finish)
 
     def _collect(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, Failure):
                 raise UpstreamFault(_in_own_words(self._request, event.error))
-            if isinstance(event, UsageEvent):
+            if isinstance(event, Finish):
+                self._finish += (event.reason,)
+            elif isinstance(event, UsageEvent):
                 self._usage = event
             self._collector.feed(event)
 

@@ -16,6 +16,7 @@ from cortex_core.dialects.errors import status_of
 from cortex_core.dialects.interface import Dialect
 from cortex_core.errors import ApiError, invalid
 from cortex_core.hop import RESUME_HEADER, ResumeState, StreamHead, split_resume
+from cortex_core.trace_context import read_trace_context
 
 from neuron.api.asgi import ClientGone
 from neuron.api.exchange import Exchange
@@ -43,7 +44,14 @@ class Inference:
         self._route = route
 
     async def __call__(self, exchange: Exchange) -> None:
-        record = RequestRecord(self._services.metrics, route=self._route, request_id=exchange.request_id)
+        record = RequestRecord(
+            self._services.metrics,
+            route=self._route,
+            path=exchange.path,
+            request_id=exchange.request_id,
+            trace=read_trace_context(exchange.headers),
+            spans=self._services.spans,
+        )
         try:
             await self._serve(exchange, record)
         except ClientGone:
@@ -67,6 +75,7 @@ class Inference:
         async with exchange.watched():
             request = await services.off_loop(lambda: self._dialect.parse(body), is_long=is_long)
             record.asked_model, record.stream, record.dropped = request.model, request.stream, request.dropped
+            record.request, record.is_resumed = request, state is not None
             record.principal = exchange.principal
             if not services.config.has_engine:
                 raise no_engine()

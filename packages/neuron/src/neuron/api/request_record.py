@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
+from cortex_core.conversation import Request
 from cortex_core.events import Usage
+from cortex_core.trace_context import TraceContext
 from prometheus_client import Histogram
 
 from neuron.api.metrics import Metrics
+
+if TYPE_CHECKING:
+    from neuron.api.spans import RequestSpans
 
 logger = logging.getLogger("neuron.request")
 
@@ -16,16 +22,31 @@ logger = logging.getLogger("neuron.request")
 class RequestRecord:
     """outcome: `ok`, `client_gone`, or an error's code. Times are seconds since arrival.
 
-    dropped: names of the filters that took something out of the prompt.
+    dropped: names of the filters that took something out of the prompt. trace: what the request belongs to, if it says
+    so. spans: set where telemetry is on.
     """
 
-    def __init__(self, metrics: Metrics, *, route: str, request_id: str) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        route: str,
+        path: str,
+        request_id: str,
+        trace: TraceContext | None = None,
+        spans: RequestSpans | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._spans = spans
         self._began = time.monotonic()
         self._last_token: float | None = None
         self._has_ended = False
         self._inter_token: Histogram | None = None
         self.route = route
+        self.path = path
+        self.trace = trace
+        self.request: Request | None = None
+        self.is_resumed = False
         self.request_id = request_id
         self.model = ""
         self.asked_model = ""
@@ -59,6 +80,10 @@ class RequestRecord:
             self._inter_token.observe((now - self._last_token) / num_tokens)
         self._last_token = now
 
+    @property
+    def last_token_s(self) -> float | None:
+        return None if self._last_token is None else self._last_token - self._began
+
     def end(self, outcome: str, *, status: int | None = None, detail: str = "") -> None:
         """Whatever happened; only the first call counts."""
         if self._has_ended:
@@ -72,11 +97,14 @@ class RequestRecord:
             metrics.prompt_tokens.labels(self.model).inc(usage.prompt_tokens)
             metrics.completion_tokens.labels(self.model).inc(usage.completion_tokens)
             metrics.cached_tokens.labels(self.model).inc(usage.cached_tokens)
+        trace_id = self.trace.trace_id if self.trace is not None else None
+        if self._spans is not None:
+            trace_id = self._spans.record(self, outcome, status=status, total_s=total_s)
         is_fine = outcome in ("ok", "client_gone")
         logger.log(
             logging.INFO if is_fine else logging.WARNING,
             "%s: %s req_id=%s model=%s asked=%s principal=%s stream=%d choices=%d prompt_tokens=%d "
-            "completion_tokens=%d cached_tokens=%d queue_ms=%s ttft_ms=%s total_ms=%.0f finish=%s outcome=%s%s%s%s",
+            "completion_tokens=%d cached_tokens=%d queue_ms=%s ttft_ms=%s total_ms=%.0f finish=%s outcome=%s%s%s%s%s",
             self.route,
             "done" if is_fine else "request rejected" if usage is None else "failed",
             self.request_id,
@@ -94,6 +122,7 @@ class RequestRecord:
             ",".join(self.finish) or "-",
             outcome,
             f" dropped={','.join(self.dropped)}" if self.dropped else "",
+            f" trace_id={trace_id}" if trace_id is not None else "",
             f" status={status}" if status is not None else "",
             f" detail={_shown(detail, 300)}" if detail else "",
         )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cortex_core.fleet import BuildInfo
 
@@ -17,6 +17,9 @@ from neuron.hardware.monitor import HardwareMonitor
 from neuron.lifecycle.activation import Activator
 from neuron.lifecycle.manager import ModelManager
 
+if TYPE_CHECKING:
+    from neuron.api.spans import RequestSpans
+
 T = TypeVar("T")
 
 _TEXT_THREADS = 2
@@ -24,7 +27,10 @@ _TEXT_THREADS = 2
 
 @dataclass(slots=True)
 class Services:
-    """port is set once the listener is bound. `text_pool` renders and tokenises what would hold up the event loop."""
+    """port is set once the listener is bound, spans where telemetry is on.
+
+    `text_pool` renders and tokenises what would hold up the event loop.
+    """
 
     config: NeuronConfig
     manager: ModelManager
@@ -32,6 +38,7 @@ class Services:
     activator: Activator
     metrics: Metrics
     build: BuildInfo
+    spans: RequestSpans | None = None
     port: int = 0
     is_draining: bool = False
     began: float = field(default_factory=time.monotonic)

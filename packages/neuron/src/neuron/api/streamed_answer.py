@@ -35,7 +35,7 @@ from neuron.text import Generation as Choice
 
 _REPLAYED_AT_ONCE = 256
 
-_USAGE = USAGE_MARK + b'{"prompt_tokens":%d,"completion_tokens":%d,"cached_tokens":%d}' + MARK_END
+_USAGE = USAGE_MARK + b'{"prompt_tokens":%d,"completion_tokens":%d,"cached_tokens":%d,"finish":%b}' + MARK_END
 
 
 class StreamedAnswer:
@@ -114,7 +114,7 @@ class StreamedAnswer:
                         await self._keep_alive()
                         generation.heartbeat_s = self._patience()
         usage = events.usage()
-        hop = _usage_comment(usage) if self._exchange.is_hop else b""
+        hop = _usage_comment(usage, record.finish) if self._exchange.is_hop else b""
         await self._open()
         await self._exchange.end_stream(project(usage) + hop + self._projector.end())
         record.usage = usage
@@ -175,5 +175,6 @@ def _mark(batch: list[Update]) -> bytes:
     )
 
 
-def _usage_comment(usage: Usage) -> bytes:
-    return _USAGE % (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+def _usage_comment(usage: Usage, finish: list[str]) -> bytes:
+    counts = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return _USAGE % (*counts, msgspec.json.encode(finish))

@@ -1,0 +1,112 @@
+"""What the spans of an inference request say, where traces are on: only then is there an `exchange.trace`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from cortex_core.errors import ApiError
+from multidict import CIMultiDict
+
+from cortex_gateway.fleet.openai_server import OpenAIServer
+from cortex_gateway.relay.answers import BrokenStream, StaleRoute
+from cortex_gateway.relay.body import ClientGone
+from cortex_gateway.relay.events import Usage
+
+if TYPE_CHECKING:
+    from cortex_gateway.observability.tracing import RequestTrace
+    from cortex_gateway.placement.placement import Lease
+    from cortex_gateway.relay.exchange import Exchange
+
+OPERATIONS = {
+    "chat_completions": "chat",
+    "messages": "chat",
+    "responses": "chat",
+    "completions": "text_completion",
+}
+"""Surfaces by OpenTelemetry's names of operations. The others generate nothing."""
+
+_FINE = ("ok", "client_gone")
+
+
+def begin_attempt(trace: RequestTrace, exchange: Exchange, lease: Lease, path: str, headers: CIMultiDict[str]) -> None:
+    operation = OPERATIONS.get(exchange.surface.name, exchange.surface.name)
+    trace.attempt(
+        f"{operation} {lease.model}",
+        lease.neuron.url(path),
+        headers,
+        {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "openai" if isinstance(lease.neuron, OpenAIServer) else "cortex",
+            "gen_ai.request.model": lease.neuron_model,
+            "gen_ai.request.stream": exchange.is_stream,
+            "http.request.resend_count": exchange.num_attempts - 1 or None,
+            "cortex.node": lease.neuron.name,
+            "cortex.route": lease.route,
+            "cortex.resume": exchange.num_resumes > 0 or None,
+        },
+    )
+
+
+def end_attempt(trace: RequestTrace, exchange: Exchange, raised: BaseException | None) -> None:
+    trace.attempt_ended(_fault(exchange, raised), first_byte_at=exchange.first_byte_at)
+
+
+def _fault(exchange: Exchange, raised: BaseException | None) -> str | None:
+    """A client that left is no fault of the node."""
+    if isinstance(raised, asyncio.CancelledError) and exchange.interruption is not None:
+        raised = exchange.interruption
+    match raised:
+        case None | ClientGone():
+            return None
+        case BrokenStream():
+            return "broken_stream"
+        case StaleRoute():
+            return "stale_route"
+        case ApiError():
+            return raised.code or raised.kind
+        case _:
+            return type(raised).__name__
+
+
+def end_trace(trace: RequestTrace, exchange: Exchange, usage: Usage, *, ttft_s: float | None, now: float) -> None:
+    """An error that the client made (4xx) is none of the server's span, by the conventions for HTTP."""
+    principal, translation = exchange.principal, exchange.translation
+    is_ours = exchange.outcome not in _FINE and not 400 <= exchange.status < 500
+    trace.end(
+        {
+            "http.response.status_code": exchange.status or None,
+            "gen_ai.operation.name": OPERATIONS.get(exchange.surface.name, exchange.surface.name),
+            "gen_ai.provider.name": "cortex",
+            "gen_ai.request.model": exchange.model,
+            "gen_ai.request.stream": exchange.is_stream,
+            "gen_ai.response.model": exchange.resolved if exchange.first_byte_at is not None else None,
+            "gen_ai.response.finish_reasons": usage.finish,
+            "gen_ai.response.time_to_first_chunk": ttft_s,
+            "gen_ai.usage.input_tokens": usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+            "cortex.request_id": exchange.request_id,
+            "cortex.outcome": exchange.outcome,
+            "cortex.node": exchange.node,
+            "cortex.route": exchange.route,
+            "cortex.attempts": exchange.num_attempts,
+            "cortex.resumes": exchange.num_resumes or None,
+            "cortex.translated": translation.label if translation is not None else None,
+            "cortex.key": principal.key_id if principal is not None else None,
+            "cortex.account": principal.account_id if principal is not None else None,
+        },
+        error_type=_error_type(exchange) if is_ours else None,
+        # What a neuron answered may quote what it was asked.
+        error=exchange.error if exchange.outcome != "upstream_error" else None,
+        now=now,
+    )
+
+
+def _error_type(exchange: Exchange) -> str:
+    """A word out of few: an error's code, or the status where it is not one of the gateway's own."""
+    if exchange.outcome == "upstream_error":
+        return str(exchange.status)
+    if exchange.error is None or exchange.outcome == "error":
+        return exchange.outcome
+    return exchange.error.partition(":")[0]
