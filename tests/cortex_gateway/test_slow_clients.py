@@ -18,6 +18,16 @@ STREAM = {"model": MODEL, "messages": [], "stream": True}
 EVENT = b"data: " + b"x" * 60_000 + b"\n\n"
 
 
+@pytest.fixture(params=["httptools", "h11"])
+def start(start: Start, request: pytest.FixtureRequest) -> Start:
+    """With either parser of HTTP/1: what is held and how a connection ends is theirs to do."""
+
+    async def start_gateway(*neurons: FakeNeuron, gateway: dict[str, Any] | None = None) -> Client:
+        return await start(*neurons, gateway={"http1_parser": request.param, **(gateway or {})})
+
+    return start_gateway
+
+
 async def connect(
     client: Client, receive_buffer: int | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

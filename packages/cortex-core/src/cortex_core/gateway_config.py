@@ -20,6 +20,9 @@ Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
+Http1Parser = Literal["auto", "h11", "httptools"]
+
+
 class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Listeners, limits and waits of the gateway. Times are seconds, sizes bytes."""
 
@@ -39,6 +42,7 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     show_loading: bool = False
     drain_grace_s: Seconds = 30.0
     config_watch_s: Seconds = 1.0
+    http1_parser: Http1Parser = "auto"
 
 
 class PollSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

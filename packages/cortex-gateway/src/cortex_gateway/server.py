@@ -14,9 +14,8 @@ from typing import Any
 
 from cortex_core.catalogue import Catalogue, load_catalogue
 from cortex_core.config import ConfigError
-from cortex_core.gateway_config import GatewayConfig
+from cortex_core.gateway_config import GatewayConfig, Http1Parser
 from hypercorn.asyncio import serve as hypercorn_serve
-from hypercorn.config import Config as HypercornConfig
 from prometheus_client import disable_created_metrics
 
 from cortex_gateway import connections
@@ -81,8 +80,10 @@ async def running(
         stop, stop_metrics = asyncio.Event(), asyncio.Event()
         # Before the first request can arrive: hypercorn would run the lifespan too, but does not say when.
         await gateway.startup()
-        server = _start(_without_lifespan(gateway), listener, stop, "listener")
-        metrics_server = _start(MetricsApp(gateway.metrics), metrics_listener, stop_metrics, "metrics listener")
+        http1 = config.gateway.http1_parser
+        server = _start(_without_lifespan(gateway), listener, stop, "listener", http1)
+        metrics_app = MetricsApp(gateway.metrics)
+        metrics_server = _start(metrics_app, metrics_listener, stop_metrics, "metrics listener", http1)
         started = RunningGateway(gateway, url_of(listener), url_of(metrics_listener))
         for task in (server, metrics_server):
             task.add_done_callback(started._listener_ended)
@@ -228,9 +229,12 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _start(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str) -> asyncio.Task[None]:
+def _start(
+    app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str, http1: Http1Parser
+) -> asyncio.Task[None]:
     connections.install()
-    server = HypercornConfig()
+    server = connections.ServerConfig()
+    server.has_httptools = connections.has_httptools(http1)
     server.bind = [f"fd://{os.dup(listener.fileno())}"]
     server.backlog = BACKLOG
     server.keep_alive_timeout = KEEP_ALIVE_S

@@ -15,6 +15,7 @@ NEEDS_RESTART = frozenset(
         "gateway.metrics_listen",
         "gateway.write_timeout_s",
         "gateway.upstream_connect_timeout_s",
+        "gateway.http1_parser",
         "entitlements.store",
     )
 )

@@ -1,0 +1,1 @@
+"""HTTP/1 under hypercorn with the C parser of httptools: see `connection`."""
