@@ -54,6 +54,11 @@ def test_head_sizes(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
     check(build(device, [(1, 33), (20, 50)], num_decodes=1, head_dim=head_dim, num_kv_heads=1, dtype=dtype))
 
 
+@pytest.mark.parametrize("page_size", [8, 32, 64])
+def test_page_sizes(device: torch.device, page_size: int) -> None:
+    check(build(device, [(1, page_size), (1, 2 * page_size + 1), (9, 70)], num_decodes=2, page_size=page_size))
+
+
 @pytest.mark.parametrize(
     "chunk",
     [(1, 1), (2, 2), (16, 16), (17, 17), (130, 130), (1, 90), (5, 90), (64, 200), (70, 133), (3, 1100)],
@@ -104,9 +109,9 @@ def test_padding_sequence_without_context_gives_zeros(device: torch.device) -> N
 
 
 def test_many_sequences_need_several_planner_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neuron.kernels import paged_attention
+    from neuron.kernels import attention_plan
 
-    monkeypatch.setattr(paged_attention, "_PLAN_CHUNK", 16)
+    monkeypatch.setattr(attention_plan, "_PLAN_CHUNK", 16)
     chunks = [(1, 1 + 37 * index % 290) for index in range(37)]
     check(build(device, chunks, num_decodes=37, num_kv_heads=1, group=1, head_dim=64))
 

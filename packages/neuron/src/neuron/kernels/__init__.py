@@ -2,12 +2,12 @@
 
 | module | kernels | torch twin |
 |---|---|---|
-| `paged_attention` | decode and prefill over paged K/V, split along the context | `neuron.layers.attention` |
+| `attention_plan`, `paged_attention`, `attention_merge` | paged decode and prefill | `neuron.layers.attention` |
 | `kv_write` | scatter K and V rows into pages | `neuron.layers.attention` |
 | `norm` | RMSNorm, residual add + RMSNorm | `neuron.layers.norm` |
 | `rotary` | per-head Q/K RMSNorm + rotary embedding + K/V write, one pass over packed rows | `neuron.layers.rotary` |
 | `activation` | SiLU(gate) * up | `neuron.layers.activation` |
-| `sampling` | temperature, min-p/top-k/top-p, Gumbel noise, log-probability, finite flag | `neuron.engine.sampler` |
+| `sampling`, `sampling_scan`, `sampling_pick` | from logits to tokens in two launches | `neuron.engine.sampler` |
 
 This module imports neither Triton nor a kernel, so a host without Triton can ask `is_available` and go on with torch.
 The kernel modules import Triton at their top and are imported only where it said yes. Without a GPU they run in

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from neuron.kernels import KernelUnsupported
+from neuron.kernels.attention_plan import AttentionPlan, plan_attention
 from neuron.kernels.kv_write import kv_write
-from neuron.kernels.paged_attention import AttentionPlan, plan_attention, run_attention
+from neuron.kernels.paged_attention import run_attention
 from neuron.kernels.tiling import Tiling, chip_of, decode_tiling, prefill_tiling
 
 if TYPE_CHECKING:
