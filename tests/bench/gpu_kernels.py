@@ -16,7 +16,10 @@ from neuron.kernels.activation import silu_mul
 from neuron.kernels.norm import add_rms_norm
 from neuron.kernels.rotary import rotate_and_write
 from neuron.kernels.sampling import SampledRows, sample
+from neuron.kernels.tile_linear import SPLIT_MAX_ROWS, invariant_linear, split_linear
 from neuron.kernels.tiling import Tiling, chip_of
+from neuron.kernels.vector_linear import MAX_ROWS as VECTOR_MAX_ROWS
+from neuron.kernels.vector_linear import vector_linear
 from neuron.layers import norm as torch_norm
 from neuron.layers.attention_triton import TritonAttention
 from torch import Tensor
@@ -74,6 +77,21 @@ def check_small_operations(device: torch.device, *, small: bool) -> Iterator[Row
     gate, up = gate_up.double().chunk(2, dim=-1)
     yield _checked("silu_mul", silu_mul(gate_up.to(device)), torch.nn.functional.silu(gate) * up, dtype)
 
+    weight = normal(*((40, 200) if small else (4096, 12288)))
+    many = normal(5 if small else 300, weight.shape[1])
+    for rows in (1, 4, 16):
+        for product in _products(rows):
+            x = many[:rows]
+            exact = x.double() @ weight.double().T
+            yield _checked(f"{product.__name__} of {rows} rows", product(x.to(device), weight.to(device)), exact, dtype)
+    together = invariant_linear(many.to(device), weight.to(device))
+    alone = torch.cat([invariant_linear(row[None].to(device), weight.to(device)) for row in many[:5]])
+    differing = int((together[:5] != alone).sum())
+    yield {
+        "check": "an invariant product's bits, alone and in a batch", "max_error": differing, "limit": 0,
+        "ok": small or not differing,  # the interpreter's product is BLAS's
+    }  # fmt: skip
+
     vocab = 2000 if small else 151936
     logits = torch.randn(4, vocab, generator=generator) * 3
     rows = _sample(logits.to(device), [(0.0, 0, 1.0), (0.6, 20, 0.95), (1.0, 0, 0.9), (1.0, 0, 1.0)])
@@ -83,6 +101,16 @@ def check_small_operations(device: torch.device, *, small: bool) -> Iterator[Row
     greedy_ok = int(tokens_drawn[0]) == int(logits[0].argmax())
     rank = int((logits[1] > logits[1, tokens_drawn[1]]).sum())
     yield {"check": "greedy and top-k", "max_error": rank, "limit": 19, "ok": greedy_ok and rank < 20}
+
+
+def _products(rows: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Ours for so many rows."""
+    products: list[Callable[[Tensor, Tensor], Tensor]] = [invariant_linear]
+    if rows <= SPLIT_MAX_ROWS:
+        products.append(split_linear)
+    if rows <= VECTOR_MAX_ROWS:
+        products.append(vector_linear)
+    return products
 
 
 def _sample(logits: Tensor, kinds: list[tuple[float, int, float]]) -> SampledRows:
@@ -142,12 +170,42 @@ class KernelTimes:
             yield self._attention(f"decode attention {batch} x {context}", batch, context, 1)
         for length in self._shapes.prefills:
             yield self._attention(f"prefill attention {length}", 1, length, length)
+        yield from self.products()
         for batch in self._shapes.batches:
             yield self._add_rms_norm(batch)
             yield self._silu_mul(batch)
             yield self._rotary(batch)
             yield self._sampling(batch, "greedy", (0.0, 0, 1.0))
             yield self._sampling(batch, "T 0.6, top-k 20, top-p 0.95", (0.6, 20, 0.95))
+
+    def products(self) -> Iterator[Row]:
+        """A layer's matrix products, ours beside the library's; the floor is the weight's way from memory."""
+        shapes = self._shapes
+        heads = (shapes.heads + 2 * shapes.kv_heads) * shapes.dim
+        layers = {
+            "qkv": (heads, shapes.hidden),
+            "o": (shapes.hidden, shapes.heads * shapes.dim),
+            "gate/up": (2 * shapes.intermediate, shapes.hidden),
+            "down": (shapes.hidden, shapes.intermediate),
+        }
+        if self._small:
+            layers = {"gate/up": (32, shapes.hidden)}
+        for name, (num_out, k) in layers.items():
+            weights = self._several(num_out, k)
+            for rows in (1,) if self._small else (1, 2, 4, 8, 16, 64):
+                x = self._normal(rows, k)
+                moved = (num_out * k + rows * (num_out + k)) * self._dtype.itemsize
+                for product in (torch.nn.functional.linear, *_products(rows)):
+                    works: list[Work] = [partial(product, x, weight) for weight in weights]
+                    label = "library" if product is torch.nn.functional.linear else product.__name__
+                    yield self._row(
+                        f"{name} {num_out} x {k}, {rows} rows, {label}", works, num_bytes=moved,
+                        flops=2 * rows * num_out * k,
+                    )  # fmt: skip
+                if name == "gate/up":
+                    for gated in (vector_linear,) * (rows <= VECTOR_MAX_ROWS) + (split_linear,) * (rows <= 16):
+                        works = [partial(gated, x, weight, gated=True) for weight in weights]
+                        yield self._row(f"{name} with SiLU, {rows} rows, {gated.__name__}", works, num_bytes=moved)
 
     def sweep(self) -> Iterator[Row]:
         """Attention with other tile shapes than those that ship: what a change of `neuron.kernels.tiling` is worth."""

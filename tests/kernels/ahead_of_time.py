@@ -171,10 +171,40 @@ def sampling_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
 
+def linear_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The products of Qwen3-8B's and 0.6B's layers; launchers are told that the chip is a H200."""
+    from neuron.kernels import tile_linear, vector_linear
+    from neuron.kernels.tiling import Chip
+
+    def chip_of(_: torch.device) -> Chip:
+        return Chip(num_multiprocessors=132, shared_memory=227 * 1024)
+
+    tile_linear.chip_of = vector_linear.chip_of = chip_of
+    for dtype, num_out, k in (
+        (torch.bfloat16, 6144, 4096),
+        (torch.bfloat16, 4096, 12288),
+        (torch.bfloat16, 1024, 3072),
+        (torch.float32, 1024, 1024),
+    ):
+        weight = torch.empty(num_out, k, dtype=dtype)
+        name = f"{num_out}x{k} {str(dtype).removeprefix('torch.')}"
+        for rows in (1, 2, 4):
+            x = torch.empty(rows, k, dtype=dtype)
+            yield f"vector {rows} {name}", lambda x=x, weight=weight: vector_linear.vector_linear(x, weight)  # type: ignore[misc]
+        x = torch.empty(16, k, dtype=dtype)
+        yield f"vector gated {name}", lambda x=x[:1], weight=weight: vector_linear.vector_linear(x, weight, gated=True)  # type: ignore[misc]
+        yield f"split {name}", lambda x=x, weight=weight: tile_linear.split_linear(x, weight)  # type: ignore[misc]
+        yield f"split gated {name}", lambda x=x, weight=weight: tile_linear.split_linear(x, weight, gated=True)  # type: ignore[misc]
+        many = torch.empty(512, k, dtype=dtype)
+        yield f"invariant {name}", lambda x=x, weight=weight: tile_linear.invariant_linear(x, weight)  # type: ignore[misc]
+        yield f"invariant whole {name}", lambda x=many, weight=weight: tile_linear.invariant_linear(x, weight)  # type: ignore[misc]
+
+
 def all_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from attention_cases()
     yield from small_operation_cases()
     yield from sampling_cases()
+    yield from linear_cases()
 
 
 def main(arguments: list[str]) -> None:

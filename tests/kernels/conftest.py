@@ -29,3 +29,13 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture
+def place_free_dot() -> Iterator[None]:
+    """On the CPU, a `tl.dot` whose bits do not depend on an element's place, as on a GPU."""
+    if DEVICE.type != "cpu":
+        yield
+        return
+    with interpreter.ordered_dot():
+        yield

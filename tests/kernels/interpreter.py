@@ -11,6 +11,8 @@ import importlib
 import os
 import pkgutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,34 @@ def _correct_bfloat16() -> None:
     builder.create_dot = create_dot
     # `create_fp_ext` and its like call `self.cast_impl`, so they follow.
     builder._exact_bfloat16 = True
+
+
+@contextmanager
+def ordered_dot() -> Iterator[None]:
+    """`tl.dot` that adds its products one after the other, as every element of a tensor core's result is made alike.
+
+    numpy's product is BLAS's, which treats elements at a tile's border otherwise than those within: the last bits then
+    depend on an element's place, which no GPU does. Slow; for tests of what must not depend on the place.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    builder: Any = InterpreterBuilder
+    original = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        left, right = (
+            _to_float32(part.data) if part.data.dtype == np.uint16 else part.data.astype(np.float32) for part in (a, b)
+        )
+        total = np.array(d.data, dtype=np.float32)
+        for k in range(left.shape[1]):
+            total += left[:, k : k + 1] * right[k : k + 1]
+        return TensorHandle(total, d.dtype.scalar)
+
+    builder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        builder.create_dot = original
 
 
 def _correct_index() -> None:

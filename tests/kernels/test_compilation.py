@@ -14,7 +14,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOM = {90: 227 * 1024, 80: 163 * 1024}  # shared memory that one block can have
-CASES = ("attention qwen3", "norm 4096", "activation 12288", "rotary 128", "sampling 151936")
+CASES = ("attention qwen3", "norm 4096", "activation 12288", "rotary 128", "sampling 151936", "6144x4096")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,18 @@ def test_attention_compiles_to_tensor_core_code_that_fits(variants: list[dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ROOM)
+def test_products_stay_in_registers_and_share_a_multiprocessor(variants: list[dict[str, Any]], capability: int) -> None:
+    """Two programs at a time, of either kind, keep a multiprocessor's share of the memory's latency covered."""
+    found = [v for v in variants if v["kernel"] in ("tile_kernel", "vector_kernel") and v["capability"] == capability]
+    assert len(found) >= 6
+    for variant in found:
+        assert variant["stack"] <= 64, variant
+        assert 2 * variant["shared"] <= ROOM[capability], variant
+        assert variant["tensor_cores"] == (variant["kernel"] == "tile_kernel"), variant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ROOM)
 def test_every_kernel_compiles(variants: list[dict[str, Any]], capability: int) -> None:
     compiled = {variant["kernel"]: variant for variant in variants if variant["capability"] == capability}
     assert compiled.keys() == {
@@ -67,5 +79,8 @@ def test_every_kernel_compiles(variants: list[dict[str, Any]], capability: int) 
         "_rotary_kernel",
         "scan_kernel",
         "_silu_mul_kernel",
+        "merge_linear_kernel",
+        "tile_kernel",
+        "vector_kernel",
     }
     assert all(variant["stack"] <= 256 for variant in compiled.values()), compiled
