@@ -73,7 +73,7 @@ async def test_a_load_that_fails_says_so_in_either_form(neuron: FakeNeuron, star
     neuron.load_error = (422, {"error": {"kind": "empty_repo", "model_id": MODEL}})
     client = await start(neuron, catalogue=CATALOGUE)
     status, answer = await admin(client, "load", model=MODEL)
-    assert (status, answer["error"]["code"]) == (503, "empty_repo")
+    assert (status, answer["error"]["code"]) == (422, "empty_repo")
     headers = {"accept": "text/event-stream"}
     async with client.post("/admin/models/load", {"model": MODEL}, headers=headers) as response:
         text = (await response.read()).decode()

@@ -50,6 +50,7 @@ def operations() -> Iterator[Operation]:
         "Load a model; answers when it is there.",
         {"model": TEXT, "node": TEXT, "status": {"const": "loaded"}},
         (404, 409, 422, 429, 500, 502, 504),
+        refusals=(*_NODE, Refusal("model", "The neuron must be able to load it; the message has its own words.")),
         streams=True,
     )
     nodes: Properties = {"model": TEXT, "nodes": array(TEXT, minItems=1)}
@@ -117,7 +118,15 @@ def _probe(
     )
 
 
-def _order(verb: str, about: str, answer: Properties, errors: tuple[int, ...], *, streams: bool = False) -> Operation:
+def _order(
+    verb: str,
+    about: str,
+    answer: Properties,
+    errors: tuple[int, ...],
+    *,
+    refusals: tuple[Refusal, ...] = _NODE,
+    streams: bool = False,
+) -> Operation:
     return Operation(
         method="post",
         path=f"/admin/models/{verb}",
@@ -128,7 +137,7 @@ def _order(verb: str, about: str, answer: Properties, errors: tuple[int, ...], *
         answers={JSON: fields(answer), **({EVENTS: STREAM} if streams else {})},
         errors=(*_ADMIN_ERRORS, *errors),
         speaks="both",
-        refusals=_NODE,
+        refusals=refusals,
     )
 
 

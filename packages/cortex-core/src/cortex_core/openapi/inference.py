@@ -10,7 +10,7 @@ import msgspec
 from cortex_core.dialects.models import MAX_PAGE
 from cortex_core.openapi import answers, chat_request, messages_request, refusals, responses_request
 from cortex_core.openapi.document import Operation, Parameter, Speaks
-from cortex_core.openapi.schema import Schema, choice, ref
+from cortex_core.openapi.schema import Schema, any_of, choice, integer, ref
 
 REQUESTS: dict[str, Schema] = {
     "ChatRequest": chat_request.CHAT_REQUEST,
@@ -30,7 +30,7 @@ ANTHROPIC_VERSION = Parameter(
     "anthropic-version", {"type": "string"}, "Asks for Anthropic's shapes, of errors too.", "header"
 )
 _PAGE = (
-    Parameter("limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}, "Models on a page; all without it."),
+    Parameter("limit", any_of(integer(1, MAX_PAGE), {"type": "string", "maxLength": 0}), "Models on a page, else all."),
     Parameter("after_id", {"type": "string"}, "The page after this model."),
     Parameter("before_id", {"type": "string"}, "The page before this model."),
 )

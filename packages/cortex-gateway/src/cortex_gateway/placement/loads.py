@@ -292,13 +292,24 @@ def _is_left() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+class LoadImpossible(ApiError):
+    """A neuron said that this can never be loaded there, with `neuron_status` (400, 404, 422).
+
+    Requests that wait for the model read that it cannot be served; who asked for the load, that the load is wrong.
+    """
+
+    def __init__(self, message: str, *, code: str, neuron_status: int) -> None:
+        super().__init__("overloaded", message, code=code)
+        self.neuron_status = neuron_status
+
+
 def load_failed(model: str, node: str, error: NeuronError) -> ApiError:
     """What a client reads: retryable unless the neuron said that the request itself can never work."""
     if error.status in (400, 404, 422) and not error.lacks_memory:
-        return ApiError(
-            "overloaded",
+        return LoadImpossible(
             f"The model `{model}` cannot be loaded on {node}: {error.message}",
             code=error.kind or "model_load_failed",
+            neuron_status=error.status,
         )
     return ApiError(
         "overloaded",

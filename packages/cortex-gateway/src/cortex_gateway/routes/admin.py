@@ -28,7 +28,7 @@ from cortex_gateway.identity.principal import Principal
 from cortex_gateway.observability.access_log import KEPT_LINES, AccessLog
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
 from cortex_gateway.placement.evictor import plan_room
-from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
+from cortex_gateway.placement.loads import LoadImpossible, Loads, RoomLost, Withdrawn, joined
 from cortex_gateway.placement.placement import Placement, refused
 from cortex_gateway.placement.router import spec_of
 
@@ -88,6 +88,10 @@ class AdminRoutes:
             except RoomLost:
                 with self._poller.watching(chosen):
                     await self._fleet.changed()
+            except LoadImpossible as error:
+                raise ApiError(
+                    "invalid_request", error.message, code=error.code, param="model", status=error.neuron_status
+                ) from error
 
     async def _load_events(self, model: str, node: str | None, request_id: str) -> AsyncIterator[bytes]:
         """`progress` whenever it moved, then `done` or `error`. A client that leaves does not cancel the load."""

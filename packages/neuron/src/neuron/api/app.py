@@ -11,7 +11,7 @@ from cortex_core.errors import ApiError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
-from neuron.api.asgi import ClientGone, Receive, Scope, Send
+from neuron.api.asgi import ClientGone, RawHeaders, Receive, Scope, Send
 from neuron.api.control import Control, method_not_allowed, unknown_path
 from neuron.api.exchange import Exchange
 from neuron.api.inference import Inference
@@ -51,14 +51,14 @@ class NeuronApp:
             await self._fail(exchange, exc)
         except HTTPException as exc:
             allowed = (exc.headers or {}).get("Allow", "")
-            await self._fail(exchange, method_not_allowed(exchange.method, allowed))
+            await self._fail(exchange, method_not_allowed(exchange.method, allowed), [(b"allow", allowed.encode())])
         except Exception:
             logger.exception("unexpected error path=%s req_id=%s", exchange.path, exchange.request_id)
             if not exchange.has_started:
                 await exchange.fail(ApiError("internal", "The neuron failed on this request.", code="internal_error"))
 
     @staticmethod
-    async def _fail(exchange: Exchange, error: ApiError) -> None:
+    async def _fail(exchange: Exchange, error: ApiError, headers: RawHeaders | None = None) -> None:
         logger.warning(
             "request rejected path=%s status=%d code=%s req_id=%s detail=%s extras=%s",
             exchange.path,
@@ -69,7 +69,7 @@ class NeuronApp:
             error.extras,
         )
         if not exchange.has_started:
-            await exchange.fail(error)
+            await exchange.fail(error, headers)
 
 
 class _Endpoint:

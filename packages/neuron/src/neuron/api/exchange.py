@@ -155,9 +155,9 @@ class Exchange:
     async def respond_json(self, value: Any, *, status: int = 200) -> None:
         await self.respond(status, _encode(value))
 
-    async def fail(self, error: ApiError) -> None:
-        """The error in the envelope of the dialect that this path speaks."""
-        headers = [(name.encode(), value.encode()) for name, value in headers_of(error).items()]
+    async def fail(self, error: ApiError, more: RawHeaders | None = None) -> None:
+        """The error in the envelope of the dialect that this path speaks, with `more` headers."""
+        headers = [(name.encode(), value.encode()) for name, value in headers_of(error).items()] + (more or [])
         body = error_body(error, self.dialect, self.request_id)
         await self.respond(status_of(error, self.dialect), body, headers=headers)
 
