@@ -13,6 +13,7 @@ from cortex_core.catalogue import Catalogue
 from cortex_core.entitlements import EntitlementsSection
 from cortex_core.gateway_config import (
     BreakerSection,
+    CaptureSection,
     EvictionSection,
     GatewayConfig,
     GatewaySection,
@@ -71,6 +72,7 @@ def start(stack: AsyncExitStack) -> Start:
         breaker: dict[str, Any] | None = None,
         prompt_filters: dict[str, Any] | None = None,
         telemetry: dict[str, Any] | None = None,
+        capture: dict[str, Any] | None = None,
         grace_s: float = 0.0,
         wait_polled: bool = True,
     ) -> Client:
@@ -83,6 +85,7 @@ def start(stack: AsyncExitStack) -> Start:
             routing=msgspec.convert(routing or {}, RoutingSection),
             breaker=msgspec.convert(breaker or {}, BreakerSection),
             prompt_filters=msgspec.convert(prompt_filters or {}, PromptFiltersSection),
+            capture=msgspec.convert(capture or {}, CaptureSection),
             # Off unless a test asks for them, whatever the environment of the tests says.
             telemetry=msgspec.convert({"traces": False, **(telemetry or {})}, TelemetrySection),
             neurons=tuple(

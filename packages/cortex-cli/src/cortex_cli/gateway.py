@@ -36,6 +36,9 @@ class Gateway:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         return self._json("POST", path, body)
 
+    def delete(self, path: str) -> Any:
+        return self._json("DELETE", path, None)
+
     def _json(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         with self._exchange(method, path, body, accept="application/json") as response:
             text = response.read()

@@ -12,6 +12,7 @@ from cortex_cli.exits import EXIT_INTERRUPTED, CliError
 
 _COMMANDS = {
     "bench": "cortex_cli.commands.bench:bench",
+    "captures": "cortex_cli.commands.captures:captures",
     "chat": "cortex_cli.commands.chat:chat",
     "config": "cortex_cli.commands.config:config",
     "demo": "cortex_cli.commands.demo:demo",

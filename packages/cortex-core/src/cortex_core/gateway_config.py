@@ -105,6 +105,14 @@ class PromptFiltersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     claude_code_attribution: bool = True
 
 
+class CaptureSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last so many exchanges are kept in memory (0: none): up to so many bytes of each, and of all of them."""
+
+    exchanges: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    exchange_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 2**20
+    total_bytes: Positive = 32 * 2**20
+
+
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewaySection = GatewaySection()
     poll: PollSection = PollSection()
@@ -114,6 +122,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entitlements: EntitlementsSection = EntitlementsSection()
     prompt_filters: PromptFiltersSection = PromptFiltersSection()
     telemetry: TelemetrySection = TelemetrySection()
+    capture: CaptureSection = CaptureSection()
     neurons: tuple[NeuronEntry, ...] = ()
     models_config: str = "/etc/cortex/models.toml"
 

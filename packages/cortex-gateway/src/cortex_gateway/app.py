@@ -38,6 +38,7 @@ from cortex_gateway.identity.facts import price, widest_limit
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
+from cortex_gateway.observability.captures import Captures
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
 from cortex_gateway.observability.telemetry import Telemetry
 from cortex_gateway.openapi import description
@@ -50,6 +51,7 @@ from cortex_gateway.relay.headers import CORS_HEADERS, identity_headers
 from cortex_gateway.relay.relay import Relay
 from cortex_gateway.routes import anthropic, openai
 from cortex_gateway.routes.admin import AdminRoutes, require_operator
+from cortex_gateway.routes.captures import CaptureRoutes
 from cortex_gateway.routes.health import HealthRoutes
 from cortex_gateway.routes.models import ModelRoutes, speaks_anthropic
 from cortex_gateway.routes.surface import Surface
@@ -133,6 +135,7 @@ class Gateway:
             clock=loop.time,
         )
         self.upkeep = Upkeep(fleet, placement.loads, placement.situation)
+        captures = Captures(current, clock=loop.time)
         self.relay = Relay(
             self.identity,
             placement,
@@ -140,6 +143,7 @@ class Gateway:
             self.metrics,
             self.access_log,
             current,
+            captures,
             self._telemetry.tracing,
         )
         models = ModelRoutes(fleet, current)
@@ -147,7 +151,7 @@ class Gateway:
         admin = AdminRoutes(
             fleet, self._poller, placement.loads, placement, self.access_log, current=current, reloader=self.reloader
         )
-        self._control = self._control_routes(models, health, admin)
+        self._control = self._control_routes(models, health, admin, CaptureRoutes(captures, current))
         self._poller.start()
         self.upkeep.start()
         self._checking = asyncio.create_task(self._check_aliases())
@@ -338,7 +342,9 @@ class Gateway:
 
         return guarded
 
-    def _control_routes(self, models: ModelRoutes, health: HealthRoutes, admin: AdminRoutes) -> Starlette:
+    def _control_routes(
+        self, models: ModelRoutes, health: HealthRoutes, admin: AdminRoutes, captures: CaptureRoutes
+    ) -> Starlette:
         routes = [
             Route("/", health.health, methods=["GET"]),
             Route("/health", health.health, methods=["GET"]),
@@ -355,6 +361,10 @@ class Gateway:
             ("/admin/models/unpin", admin.unpin, "POST"),
             ("/admin/fleet", admin.fleet, "GET"),
             ("/admin/log", admin.log, "GET"),
+            ("/admin/captures", captures.list, "GET"),
+            ("/admin/captures", captures.switch, "POST"),
+            ("/admin/captures", captures.clear, "DELETE"),
+            ("/admin/captures/{request_id}", captures.show, "GET"),
             ("/admin/reload", admin.reload, "POST"),
         ):
             routes.append(Route(path, self._for_operators(endpoint), methods=[method]))

@@ -23,6 +23,7 @@ from cortex_core.openapi.refusals import Refusal
 from cortex_core.openapi.schema import NAME, TEXT, Properties, Schema, array, choice, fields, integer, ref
 
 from cortex_gateway.routes.admin import ModelRequest
+from cortex_gateway.routes.captures import CaptureSwitch
 from cortex_gateway.routes.health import FleetHealth
 
 ABOUT = (
@@ -86,6 +87,7 @@ def operations() -> Iterator[Operation]:
         ),
         speaks="both",
     )
+    yield from _captures()
     yield Operation(
         method="get",
         path="/admin/log",
@@ -99,6 +101,52 @@ def operations() -> Iterator[Operation]:
             Parameter("last", integer(0), "How many."),
             Parameter("follow", TEXT, "1: go on with those to come."),
         ),
+        speaks="both",
+    )
+
+
+def _captures() -> Iterator[Operation]:
+    """The exchanges that are kept to be looked at."""
+    bounds: Properties = {
+        "exchanges": integer(0),
+        "configured": integer(0),
+        "exchange_bytes": integer(0),
+        "total_bytes": integer(0),
+        "bytes": integer(0),
+    }
+    summary = fields(
+        {"id": NAME, "path": NAME, "status": integer(0), "outcome": NAME, "duration_ms": {"type": "number"}}
+    )
+    listed: Properties = {**bounds, "captures": array(summary)}
+    places: tuple[tuple[Literal["get", "post", "delete"], str, str, Properties], ...] = (
+        ("get", "listCaptures", "The exchanges that are kept, the newest last.", listed),
+        ("post", "switchCaptures", "Keep more or fewer from now on.", bounds),
+        ("delete", "clearCaptures", "Forget those that are kept.", {"cleared": integer(0)}),
+    )
+    for method, name, about, answer in places:
+        yield Operation(
+            method=method,
+            path="/admin/captures",
+            name=name,
+            about=about,
+            tag="admin",
+            body="CaptureSwitch" if method == "post" else None,
+            answers={JSON: fields(answer)},
+            errors=_ADMIN_ERRORS if method == "post" else (401, 403, 503),
+            parameters=(ANTHROPIC_VERSION,),
+            speaks="both",
+        )
+    yield Operation(
+        method="get",
+        path="/admin/captures/{request_id}",
+        name="showCapture",
+        about="One exchange: the request, the attempts, the answer piece by piece.",
+        tag="admin",
+        answers={
+            JSON: fields({"summary": summary, "request": True, "attempts": array(True), "answer": True}),
+        },
+        errors=(401, 403, 404, 503),
+        parameters=(ANTHROPIC_VERSION,),
         speaks="both",
     )
 
@@ -143,7 +191,7 @@ def _order(
 
 def describe() -> dict[str, Any]:
     """The document."""
-    schemas = component_schemas(FleetHealth, ModelRequest)
+    schemas = component_schemas(FleetHealth, ModelRequest, CaptureSwitch)
     return document("cortex", version_of("helexa-cortex-gateway"), ABOUT, operations(), schemas)
 
 

@@ -66,7 +66,7 @@ class Operation(msgspec.Struct, frozen=True):
     its errors.
     """
 
-    method: Literal["get", "head", "post"]
+    method: Literal["get", "head", "post", "delete"]
     path: str
     name: str
     about: str

@@ -22,7 +22,7 @@ NEEDS_RESTART = frozenset(
 """Settings of sockets and connections that are there already."""
 
 RELOADED_SECTIONS = frozenset(
-    ("gateway", "poll", "routing", "breaker", "eviction", "entitlements", "prompt_filters", "models_config")
+    ("gateway", "poll", "routing", "breaker", "eviction", "entitlements", "prompt_filters", "capture", "models_config")
 )
 """Whose other settings apply at once. What is in no list is taken to need a restart."""
 

@@ -21,6 +21,7 @@ from cortex_gateway.relay.translation import TranslatedStream, Translation
 from cortex_gateway.routes.surface import Surface
 
 if TYPE_CHECKING:
+    from cortex_gateway.observability.captures import Capture
     from cortex_gateway.observability.tracing import RequestTrace
 
 Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeout", "client_gone", "shutdown", "error"]
@@ -43,10 +44,12 @@ class Exchange:
     opening: keeps a client's stream alive while no neuron answers. stream: what has been relayed of a stream, over all
     the neurons that wrote it; None before the first byte. translation: how a server that is no neuron is asked, where
     one is. is_sending: something is on its way to the client, who may be slow. trace: its spans, where telemetry is on;
-    trace_id: of the trace that it belongs to, by its spans or by what the client says.
+    trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
+    where exchanges are captured.
     """
 
     __slots__ = (
+        "capture",
         "charged",
         "client",
         "error",
@@ -107,6 +110,7 @@ class Exchange:
         self.wants_cors = False
         self.trace_id: str | None = None
         self.trace: RequestTrace | None = None
+        self.capture: Capture | None = None
         for name, _ in scope["headers"]:
             if name == b"origin":
                 self.wants_cors = True

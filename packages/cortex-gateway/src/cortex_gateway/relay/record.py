@@ -1,4 +1,4 @@
-"""The end of every request: its metrics, its one access line and, where it has one, its span."""
+"""The end of every request: its metrics, its one access line and, where there are any, its span and its capture."""
 
 from __future__ import annotations
 
@@ -34,32 +34,33 @@ def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: flo
         metrics.charged(principal, exchange.charged)
     if exchange.trace is not None:
         end_trace(exchange.trace, exchange, usage, ttft_s=ttft, now=now)
-    access_log.write(
-        AccessRecord(
-            id=exchange.request_id,
-            method="POST",
-            path=exchange.path,
-            status=exchange.status,
-            outcome=exchange.outcome,
-            duration_ms=round(duration * 1000, 2),
-            model=exchange.model,
-            resolved=exchange.resolved if exchange.resolved != exchange.model else None,
-            node=exchange.node,
-            route=exchange.route,
-            translated=translation.label if translation is not None else None,
-            dropped=translation.dropped if translation is not None else (),
-            stream=exchange.is_stream,
-            attempts=exchange.num_attempts,
-            resumes=exchange.num_resumes,
-            ttft_ms=None if ttft is None else round(ttft * 1000, 2),
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
-            finish=usage.finish,
-            client=exchange.client,
-            key=principal.key_id if principal is not None else None,
-            account=principal.account_id if principal is not None else None,
-            trace_id=exchange.trace_id,
-            error=exchange.error,
-        )
+    line = AccessRecord(
+        id=exchange.request_id,
+        method="POST",
+        path=exchange.path,
+        status=exchange.status,
+        outcome=exchange.outcome,
+        duration_ms=round(duration * 1000, 2),
+        model=exchange.model,
+        resolved=exchange.resolved if exchange.resolved != exchange.model else None,
+        node=exchange.node,
+        route=exchange.route,
+        translated=translation.label if translation is not None else None,
+        dropped=translation.dropped if translation is not None else (),
+        stream=exchange.is_stream,
+        attempts=exchange.num_attempts,
+        resumes=exchange.num_resumes,
+        ttft_ms=None if ttft is None else round(ttft * 1000, 2),
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+        finish=usage.finish,
+        client=exchange.client,
+        key=principal.key_id if principal is not None else None,
+        account=principal.account_id if principal is not None else None,
+        trace_id=exchange.trace_id,
+        error=exchange.error,
     )
+    access_log.write(line)
+    if exchange.capture is not None:
+        exchange.capture.end(line)

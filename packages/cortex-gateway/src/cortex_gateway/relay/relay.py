@@ -28,6 +28,7 @@ from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.principal import limit_headers
 from cortex_gateway.observability.access_log import AccessLog
+from cortex_gateway.observability.captures import Captures
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.placement import Lease, Placement
 from cortex_gateway.relay.answers import MAX_ATTEMPTS, MAX_RESUMES, AnswerRelay, BrokenStream, StaleRoute
@@ -73,6 +74,7 @@ class Relay:
         metrics: Metrics,
         access_log: AccessLog,
         current: Current,
+        captures: Captures,
         tracing: Tracing | None = None,
     ) -> None:
         self._identity = identity
@@ -81,6 +83,7 @@ class Relay:
         self._metrics = metrics
         self._access_log = access_log
         self._current = current
+        self._captures = captures
         self._tracing = tracing
         self._body_memory = BodyMemory(self._settings.max_body_memory_bytes)
         self._answers = AnswerRelay(self._own_headers, current)
@@ -119,6 +122,9 @@ class Relay:
         if self._tracing is not None:
             exchange.trace = self._tracing.begin(scope, route=exchange.path, started_at=exchange.started_at)
             exchange.trace_id = exchange.trace.trace_id
+        if (capture := self._captures.begin(scope)) is not None:
+            exchange.capture = capture
+            send = capture.watched(send)
         body = RequestBody(
             receive,
             max_bytes=settings.max_body_bytes,
@@ -170,6 +176,8 @@ class Relay:
                 if not self._identity.is_off:
                     exchange.principal = await self._identity.authenticate(headers)
                 payload = await body.read(headers)
+                if exchange.capture is not None:
+                    exchange.capture.came(payload)
                 envelope = read_envelope(payload)
                 exchange.model = envelope.model
                 exchange.is_stream = bool(envelope.stream) and exchange.surface.can_stream
@@ -238,6 +246,8 @@ class Relay:
             with lease:
                 exchange.node, exchange.route = lease.neuron.name, lease.route
                 exchange.num_attempts += 1
+                if exchange.capture is not None:
+                    exchange.capture.attempt(lease.neuron.name, lease.route)
                 try:
                     await self._forward(exchange, lease, payload, headers, send, loop)
                     return

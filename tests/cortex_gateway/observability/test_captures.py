@@ -1,0 +1,203 @@
+"""What is kept of an exchange, what never is, and that it stays within its bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.cortex_gateway.fake_neuron import OPENAI_END, OPENAI_EVENTS, FakeNeuron
+from tests.cortex_gateway.fake_openai import MODEL as FOREIGN_MODEL
+from tests.cortex_gateway.fake_openai import FakeOpenAI
+from tests.cortex_gateway.gateway_client import MODEL, Client, Start
+from tests.cortex_gateway.relay.test_resume import END, speaking
+
+CHAT = "/v1/chat/completions"
+BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+
+
+async def ask(client: Client, body: Any = BODY, path: str = CHAT, **headers: str) -> str:
+    """The id of the exchange, which is over when this returns."""
+    async with client.post(path, body, headers=headers) as response:
+        await response.read()
+        return str(response.headers["x-request-id"])
+
+
+async def listed(client: Client) -> dict[str, Any]:
+    async with client.get("/admin/captures") as response:
+        assert response.status == 200
+        found: dict[str, Any] = json.loads(await response.read())
+        return found
+
+
+async def shown(client: Client, request_id: str) -> dict[str, Any]:
+    async with client.get(f"/admin/captures/{request_id}") as response:
+        assert response.status == 200
+        found: dict[str, Any] = json.loads(await response.read())
+        return found
+
+
+async def test_a_stream_is_kept_piece_by_piece_with_its_times(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    neuron.answer_gate.clear()
+    client = await start(neuron, capture={"exchanges": 5})
+    body = {**BODY, "stream": True}
+    headers = {"authorization": "Bearer hunter2", "cookie": "a=b"}
+    async with client.post(f"{CHAT}?api_key=hunter2&beta=1", body, headers=headers) as response:
+        await response.content.readuntil(b"\n\n")
+        neuron.answer_gate.set()
+        await response.read()
+        request_id = response.headers["x-request-id"]
+    seen = await shown(client, request_id)
+    request, answer = seen["request"], seen["answer"]
+    assert (request["method"], request["path"], request["query"]) == ("POST", CHAT, "api_key=[removed]&beta=1")
+    assert json.loads(request["body"]) == body and not request["is_cut"] and not request["is_shortened"]
+    kept = dict(request["headers"])
+    assert (kept["authorization"], kept["cookie"]) == ("[removed]", "[removed]")
+    assert kept["content-type"] == "application/json"
+    assert "".join(piece["text"] for piece in answer["pieces"]) == b"".join([*OPENAI_EVENTS, OPENAI_END]).decode()
+    times = [piece["at_ms"] for piece in answer["pieces"]]
+    assert len(times) > 1 and times == sorted(times) and times[0] > 0
+    assert answer["status"] == 200 and dict(answer["headers"])["x-request-id"] == request_id
+    (attempt,) = seen["attempts"]
+    assert (attempt["node"], attempt["route"]) == ("alpha", "loaded")
+    assert seen["summary"]["outcome"] == "ok" and seen["summary"]["completion_tokens"] == 7
+    (summary,) = (await listed(client))["captures"]
+    assert summary["id"] == request_id and summary["request_bytes"] == len(json.dumps(body))
+
+
+async def test_refusals_resumes_and_translations_are_kept_as_they_went(
+    neuron: FakeNeuron, second: FakeNeuron, openai_server: FakeOpenAI, start: Start
+) -> None:
+    neuron.have(MODEL)
+    neuron.answer = speaking([1, 2], then=None)
+    second.have(MODEL)
+    second.answer = speaking([3], then=END)
+    client = await start(neuron, second, openai_server, capture={"exchanges": 5})
+    refused = await shown(client, await ask(client, b"no json"))
+    assert refused["answer"]["status"] == 400 and "invalid_json" in refused["answer"]["pieces"][0]["text"]
+    assert refused["request"]["body"] == "no json" and refused["attempts"] == []
+    translated = await ask(client, {**BODY, "model": FOREIGN_MODEL, "max_tokens": 5}, "/v1/messages")
+    assert (await shown(client, translated))["summary"]["translated"] == "messages->chat"
+    async with client.post(CHAT, {**BODY, "stream": True}) as response:
+        neuron.models.clear()
+        await response.read()
+        resumed = await shown(client, response.headers["x-request-id"])
+    assert [attempt["node"] for attempt in resumed["attempts"]] == ["alpha", "beta"]
+    assert resumed["summary"]["resumes"] == 1
+    assert "cortex-" not in "".join(piece["text"] for piece in resumed["answer"]["pieces"])
+
+
+async def test_no_more_are_kept_than_asked_for_and_what_is_forgotten_is_not_found(
+    neuron: FakeNeuron, start: Start
+) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron, capture={"exchanges": 2})
+    ids = [await ask(client) for _ in range(3)]
+    assert [entry["id"] for entry in (await listed(client))["captures"]] == ids[1:]
+    async with client.get(f"/admin/captures/{ids[0]}") as response:
+        assert response.status == 404 and json.loads(await response.read())["error"]["code"] == "capture_not_found"
+    async with client.session.delete(client.url + "/admin/captures") as response:
+        assert json.loads(await response.read()) == {"cleared": 2}
+    found = await listed(client)
+    assert (found["captures"], found["bytes"]) == ([], 0)
+
+
+async def test_an_exchange_that_is_too_large_is_cut_and_its_client_gets_all_of_it(
+    neuron: FakeNeuron, start: Start
+) -> None:
+    neuron.have(MODEL)
+    events = [b"data: %d%b\n\n" % (number, b"x" * 1000) for number in range(50)]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await FakeNeuron.begin_stream(request)
+        for event in events:
+            await response.write(event)
+        return response
+
+    neuron.answer = answer
+    client = await start(neuron, capture={"exchanges": 5, "exchange_bytes": 20_000})
+    body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": "y" * 50_000}]}
+    async with client.post(CHAT, body) as response:
+        assert await response.read() == b"".join(events)
+        seen = await shown(client, response.headers["x-request-id"])
+    assert seen["request"]["is_cut"] and len(seen["request"]["body"]) == 10_000
+    assert seen["request"]["num_bytes"] == len(json.dumps(body))
+    kept = "".join(piece["text"] for piece in seen["answer"]["pieces"])
+    assert seen["answer"]["is_cut"] and seen["answer"]["num_bytes"] == sum(map(len, events)) > len(kept)
+    assert seen["num_bytes"] <= 20_000
+
+
+async def test_all_together_never_hold_more_than_their_bound(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    neuron.answer_gate.clear()
+    client = await start(neuron, capture={"exchanges": 100, "exchange_bytes": 20_000, "total_bytes": 50_000})
+    captures = client.started.gateway.relay._captures
+    body = {**BODY, "stream": True, "user": "z" * 9000}
+    running = [asyncio.ensure_future(ask(client, body)) for _ in range(12)]
+    async with asyncio.timeout(20):
+        while neuron.num_running < 12:
+            await asyncio.sleep(0.01)
+    assert 30_000 < captures.num_bytes <= 50_000
+    neuron.answer_gate.set()
+    await asyncio.gather(*running)
+    assert captures.num_bytes <= 50_000
+    for _ in range(6):
+        await ask(client, body)
+    found = await listed(client)
+    assert 0 < len(found["captures"]) <= 5 and found["bytes"] <= 50_000
+    assert captures.num_bytes == sum(exchanged.num_bytes for exchanged in captures.all())
+
+
+async def test_a_client_that_leaves_and_one_that_sends_no_body_are_kept_too(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    neuron.answer_gate.clear()
+    client = await start(neuron, capture={"exchanges": 5})
+    async with client.post(CHAT, {**BODY, "stream": True}) as response:
+        await response.content.readuntil(b"\n\n")
+        request_id = response.headers["x-request-id"]
+    async with asyncio.timeout(20):
+        while client.started.gateway.relay.num_active:
+            await asyncio.sleep(0.01)
+    seen = await shown(client, request_id)
+    assert seen["summary"]["outcome"] == "client_gone" and seen["answer"]["pieces"]
+    async with client.session.post(client.url + CHAT, headers={"content-length": "99999999999"}) as response:
+        assert response.status == 413
+        seen = await shown(client, response.headers["x-request-id"])
+    assert seen["request"]["body"] is None and seen["answer"]["status"] == 413
+
+
+async def test_off_is_the_default_and_an_admin_can_switch(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron)
+    await ask(client)
+    found = await listed(client)
+    assert (found["exchanges"], found["captures"], found["bytes"]) == (0, [], 0)
+    for switched, kept in ((3, 2), (1, 1), (0, 0), (None, 0)):
+        async with client.post("/admin/captures", {"exchanges": switched}) as response:
+            assert response.status == 200
+        await ask(client)
+        await ask(client)
+        assert len((await listed(client))["captures"]) == kept
+    for wrong in ({}, {"exchanges": -1}, {"exchanges": "all"}, b"nonsense"):
+        async with client.post("/admin/captures", wrong) as response:
+            assert response.status == 400
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_prompts_are_for_admins_only(neuron: FakeNeuron, start: Start, method: str) -> None:
+    neuron.have(MODEL)
+    keys = [{"key_id": "ops", "key": "admin-secret", "admin": True}, {"key_id": "ci", "key": "plain-secret"}]
+    client = await start(neuron, capture={"exchanges": 5}, entitlements={"keys": keys, "admin_from_loopback": False})
+    request_id = await ask(client)
+    paths = ["/admin/captures", *([f"/admin/captures/{request_id}"] if method == "GET" else [])]
+    for path in paths:
+        for key, status in (("plain-secret", 403), (None, 403), ("admin-secret", 200)):
+            headers = {"x-api-key": key} if key is not None else {}
+            async with client.session.request(
+                method, client.url + path, headers=headers, data=b'{"exchanges": 5}'
+            ) as response:
+                assert response.status == status
