@@ -91,3 +91,23 @@ def test_a_model_nobody_can_estimate_is_left_to_the_engine(tmp_path: Path) -> No
     path = write_qwen3(tmp_path / "model")
     (path / "config.json").write_text('{"model_type": "qwen3"}')
     assert ledger().fit(EngineConfig(model_id="tiny", path=str(path)), []) is None
+
+
+def test_memory_that_would_be_given_up_counts_as_available_and_the_load_says_how_much_of_it(tmp_path: Path) -> None:
+    path = write_qwen3(tmp_path / "model")
+    config = EngineConfig(model_id="m", path=str(path), kv_cache_tokens=2048)
+    reading = HardwareReading(memory_free_mb=600)
+
+    def with_reclaimable(num_bytes: int) -> MemoryLedger:
+        return MemoryLedger(
+            lambda: reading, host_total_bytes=16 * GIB, floor_bytes=512 * MIB, reclaimable=lambda: num_bytes
+        )
+
+    with pytest.raises(ApiError, match="does not fit"):
+        with_reclaimable(0).fit(config, ())
+    found = with_reclaimable(4 * GIB).fit(config, ())
+    assert found is not None
+    assert found.reclaim_bytes == found.bytes_on[None] + 512 * MIB - 600 * MIB
+    reading = HardwareReading(memory_free_mb=10_000)
+    plenty = with_reclaimable(4 * GIB).fit(config, ())
+    assert plenty is not None and plenty.reclaim_bytes == 0

@@ -133,7 +133,7 @@ async def test_F10_a_killed_engine_is_noticed_and_comes_back(group: EngineGroup,
     os.kill(pid, signal.SIGKILL)
     died = await events.until(GroupDied)
     assert died.retry_in_s == 0
-    assert "SIGKILL" in died.reason or "closed its socket" in died.reason
+    assert "SIGKILL" in died.reason or "socket" in died.reason  # closed, or reset where a frame was still unread
     await events.until(GroupLoaded, 2)
     assert group.pids != [pid] and group.num_restarts == 1
     assert await tokens_of(group, 9, max_tokens=2) == [100, 101]

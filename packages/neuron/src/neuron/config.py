@@ -100,6 +100,8 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frame. load_stall_timeout_s: the longest silence while loading. load_deadline_s, load_min_mb_per_s: a load may take
     that long in all, and its weights at that rate on top (MiB/s, below any disk worth using). recovery_attempts:
     rebuilds in a row before a model counts as failed; a group that has lived for stable_after_s starts counting anew.
+    weight_cache_mb: host memory for copies of checkpoints, from which models come back; 0 keeps none, None decides by
+    the memory that is free at start.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -118,6 +120,7 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_grace_s: Seconds = 10.0
     recovery_attempts: Count = 5
     stable_after_s: Seconds = 60.0
+    weight_cache_mb: Count | None = None
 
 
 class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -31,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     shares: relative sizes of the ranks' parts, in rank order; empty = equal parts. num_threads: torch threads on a CPU,
     of all ranks together. collective_timeout_s: how long the ranks wait to meet, and then for each other in one
     collective; the last resort behind the daemon's own deadlines. debug: levers of tests, see `neuron.engine.debug`.
+    weight_descriptors: inherited descriptors, by file name, of copies in memory that are read instead of the files.
     """
 
     model_id: str
@@ -53,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     group_dir: str = ""
     shares: tuple[int, ...] = ()
     collective_timeout_s: float = 120.0
+    weight_descriptors: dict[str, int] = {}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -145,7 +147,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
 
     weight_bytes and kv_bytes_per_token are sums over ranks; num_pages the minimum, which all of them use.
     step_deadline_s: see EngineStats. read_bytes, read_seconds: what all ranks read of the checkpoint, and how long the
-    slowest took until it was in place; 0 where nothing was read.
+    slowest took until it was in place; 0 where nothing was read. read_from_memory: from copies in memory.
     """
 
     epoch: int
@@ -161,6 +163,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     step_deadline_s: float = 60.0
     read_bytes: int = 0
     read_seconds: float = 0.0
+    read_from_memory: bool = False
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed", array_like=True):

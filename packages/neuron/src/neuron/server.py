@@ -23,7 +23,7 @@ from typing import Any
 
 from cortex_core.config import ConfigError
 from cortex_core.errors import ApiError
-from cortex_core.fleet import ModelSpec
+from cortex_core.fleet import DiscoveryResponse, ModelSpec
 from cortex_core.telemetry import open_span_export
 
 from neuron.api.app import NeuronApp
@@ -31,6 +31,7 @@ from neuron.api.metrics import Metrics
 from neuron.api.services import Services
 from neuron.build_info import read_build_info
 from neuron.config import HARNESS, NeuronConfig, without_effect
+from neuron.hardware.host import memory_free_mb
 from neuron.hardware.monitor import HardwareMonitor
 from neuron.lifecycle.activation import Activator
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
@@ -39,6 +40,7 @@ from neuron.lifecycle.memory_ledger import MemoryLedger
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
 from neuron.lifecycle.state_file import ServedModels
+from neuron.lifecycle.weight_cache import WeightCache, default_budget_bytes
 from neuron.supervisor.incarnation import WorkerCommand, worker_command
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,9 @@ class Daemon:
             configured=_ids_of(specs, sources),
             stable_s=config.engine.stable_after_s,
         )
+        candle = config.harness.candle
+        floor_bytes = candle.context_limit.min_free_floor_mb * 2**20
+        weights = _make_weight_cache(config, discovery, floor_bytes=floor_bytes)
         manager = ModelManager(
             config,
             sources,
@@ -87,14 +92,16 @@ class Daemon:
             memory=MemoryLedger(
                 hardware.measure,
                 host_total_bytes=discovery.memory_total_mb * 2**20,
-                floor_bytes=config.harness.candle.context_limit.min_free_floor_mb * 2**20,
+                floor_bytes=floor_bytes,
+                reclaimable=lambda: weights.held_bytes,
             ),
+            weights=weights,
             cuda_unavailable_reason=discovery.cuda_unavailable_reason,
             command=command,
             served=self._served,
             on_loaded=self._on_loaded,
         )
-        metrics = Metrics(build=build, models=manager.all, reading=lambda: hardware.reading)
+        metrics = Metrics(build=build, models=manager.all, reading=lambda: hardware.reading, weights=weights)
         self.services = Services(
             config=config,
             manager=manager,
@@ -136,6 +143,8 @@ class Daemon:
         services.activator.add(restored)
         activation = asyncio.create_task(services.activator.run(), name="activation")
         activation.add_done_callback(_log_crash)
+        relief = asyncio.create_task(services.manager.weights.watch(), name="weight-cache")
+        relief.add_done_callback(_log_crash)
         http_stop = asyncio.Event()
         http = asyncio.create_task(_serve_http(NeuronApp(services), self._sockets, http_stop), name="http")
         _notify("READY=1")
@@ -152,9 +161,11 @@ class Daemon:
         finally:
             stop.cancel()
             activation.cancel()
+            relief.cancel()
             await services.manager.shutdown(timeout_s=UNLOAD_TIMEOUT_S)
             if self._span_export is not None:
                 await run_in_daemon_thread(self._span_export.close, name="traces-close")
+            services.manager.weights.close()
             await self._served.close()
             services.hardware.stop()
             services.text_pool.shutdown(wait=False, cancel_futures=True)
@@ -330,6 +341,18 @@ def _notify(state: str) -> None:
         notifier.sendto(state.encode(), address)
 
 
+def _make_weight_cache(config: NeuronConfig, discovery: DiscoveryResponse, *, floor_bytes: int) -> WeightCache:
+    """As configured, else by the memory that is free now."""
+    budget_mb = config.engine.weight_cache_mb
+    free_bytes = memory_free_mb() * 2**20
+    budget = default_budget_bytes(free_bytes, has_devices=bool(discovery.devices))
+    if budget_mb is not None:
+        budget = budget_mb * 2**20
+    # What keeps others running comes before what only makes them come back faster.
+    headroom_bytes = max(2 * floor_bytes, discovery.memory_total_mb * 2**20 // 20)
+    return WeightCache(budget, free_bytes=lambda: memory_free_mb() * 2**20, headroom_bytes=headroom_bytes)
+
+
 def _log_crash(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None and not isinstance(task.exception(), ApiError):
-        logger.error("activation ended unexpectedly", exc_info=task.exception())
+        logger.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception())

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from neuron.hardware.monitor import HardwareReading
 from neuron.lifecycle.served_model import ServedModel
+from neuron.lifecycle.weight_cache import GIVE_UP_REASONS, WeightCache
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -34,6 +35,7 @@ class Metrics:
         build: BuildInfo,
         models: Callable[[], Sequence[ServedModel]],
         reading: Callable[[], HardwareReading],
+        weights: WeightCache,
     ) -> None:
         registry = self._registry = CollectorRegistry(auto_describe=True)
         self.requests = Counter(
@@ -86,7 +88,7 @@ class Metrics:
             buckets=LONG_BUCKETS,
             registry=registry,
         )
-        registry.register(_Snapshot(build, models, reading))
+        registry.register(_Snapshot(build, models, reading, weights))
 
     def render(self) -> bytes:
         """The text exposition."""
@@ -101,7 +103,9 @@ class _Snapshot(Collector):
         build: BuildInfo,
         models: Callable[[], Sequence[ServedModel]],
         reading: Callable[[], HardwareReading],
+        weights: WeightCache,
     ) -> None:
+        self._weights = weights
         self._build = build
         self._models = models
         self._reading = reading
@@ -119,6 +123,7 @@ class _Snapshot(Collector):
         yield from self._admission(models)
         yield from self._engines(models)
         yield from self._devices()
+        yield from self._copies()
 
     @staticmethod
     def _states(models: Sequence[ServedModel]) -> Iterator[Metric]:
@@ -207,6 +212,24 @@ class _Snapshot(Collector):
         yield from (read_bytes, read_rate)
         yield from gauges.values()
         yield from counters.values()
+
+    def _copies(self) -> Iterator[Metric]:
+        cache = self._weights
+        yield GaugeMetricFamily(
+            "neuron_weight_cache_bytes", "Host memory that holds copies of checkpoints.", value=cache.held_bytes
+        )
+        yield GaugeMetricFamily(
+            "neuron_weight_cache_budget_bytes", "The most that they may take.", value=cache.budget_bytes
+        )
+        yield GaugeMetricFamily("neuron_weight_cache_models", "How many there are.", value=len(cache.held))
+        yield CounterMetricFamily("neuron_weight_cache_hits", "Loads and rebuilds from a copy.", value=cache.hits)
+        yield CounterMetricFamily(
+            "neuron_weight_cache_misses", "Loads and rebuilds that had no copy.", value=cache.misses
+        )
+        given_up = CounterMetricFamily("neuron_weight_cache_given_up", "Copies given up.", labels=("reason",))
+        for reason in GIVE_UP_REASONS:
+            given_up.add_metric((reason,), cache.given_up[reason])
+        yield given_up
 
     def _devices(self) -> Iterator[Metric]:
         reading, label = self._reading(), ("device",)

@@ -210,7 +210,9 @@ def _load_rank(
     if config.load_format == "dummy":
         load_dummy_weights(model, seed=0)
     else:
-        read = load_weights(model, path, progress=report.levers.slowed(report.weights))
+        read = load_weights(
+            model, path, opened=config.weight_descriptors, progress=report.levers.slowed(report.weights)
+        )
 
     report.phase("kv_cache")
     shape = model.config
@@ -294,6 +296,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         step_deadline_s=engine.stats().step_deadline_s,
         read_bytes=figures.read_bytes,
         read_seconds=figures.read_seconds,
+        read_from_memory=bool(config.weight_descriptors),
     )
     logger.info(
         "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",

@@ -47,12 +47,14 @@ class Resident(msgspec.Struct, frozen=True):
 
 
 class Fit(msgspec.Struct, frozen=True):
-    """A load that fits: with which settings, and the bytes it may take by device (None is the host)."""
+    """A load that fits: with which settings, and the bytes it may take by device (None is the host). reclaim_bytes: of
+    the host's, so many must be given up first by what may be."""
 
     config: EngineConfig
     bytes_on: dict[int | None, int]
     context_tokens: int
     full_context_tokens: int
+    reclaim_bytes: int = 0
 
 
 class _Demand(msgspec.Struct, frozen=True):

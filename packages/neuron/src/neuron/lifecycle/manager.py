@@ -28,6 +28,7 @@ from neuron.lifecycle.progress import ProgressClock, Watchers, load_deadline_s
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
 from neuron.lifecycle.state_file import ServedModels
+from neuron.lifecycle.weight_cache import WeightCache
 from neuron.protocol import EngineConfig
 from neuron.protocol import LoadProgress as EngineProgress
 from neuron.supervisor.engine_group import (
@@ -52,8 +53,8 @@ class ModelManager:
 
     runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
     the argument list of a worker process. free_mb: free memory by device index, as last read. served: the list of what
-    is served, on disk. memory decides whether a load fits; without it the engine finds out. on_loaded is called once
-    per load (not per recovery).
+    is served, on disk. memory decides whether a load fits; without it the engine finds out. weights keeps copies of
+    checkpoints in host memory. on_loaded is called once per load (not per recovery).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ModelManager:
         cuda_unavailable_reason: str | None = None,
         command: WorkerCommand = worker_command,
         served: ServedModels | None = None,
+        weights: WeightCache | None = None,
         on_loaded: Callable[[ServedModel], None] = lambda model: None,
     ) -> None:
         engine = config.engine
@@ -81,6 +83,7 @@ class ModelManager:
         self._models: dict[str, ServedModel] = {}
         self._clocks: defaultdict[str, ProgressClock] = defaultdict(ProgressClock)
         self._watchers: defaultdict[str, Watchers] = defaultdict(Watchers)
+        self.weights = weights or WeightCache(0, free_bytes=lambda: 0, headroom_bytes=0)
         self._served = served or ServedModels(None, id_of=sources.public_id)
         self._on_loaded = on_loaded
         self._is_closing = False
@@ -349,6 +352,8 @@ class ModelManager:
             config = self._engine_config(model.id, spec, path)
             promises = [promise for other in self._models.values() if (promise := other.promise()) is not None]
             model.fit = await run_in_daemon_thread(lambda: ledger.fit(config, promises), name=f"fit {model.id}")
+            if model.fit is not None and model.fit.reclaim_bytes:
+                self.weights.give_up(model.fit.reclaim_bytes, keep=path)
 
     async def _retry_later(self, model: ServedModel, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -383,7 +388,11 @@ class ModelManager:
             ),
         )
         group = EngineGroup(
-            config, launch, on_event=lambda event: self._on_group_event(model, group, event), policy=self._policy
+            config,
+            launch,
+            on_event=lambda event: self._on_group_event(model, group, event),
+            policy=self._policy,
+            weights=lambda: self.weights.descriptors(path),
         )
         model.group = group
         group.start()
@@ -421,6 +430,7 @@ class ModelManager:
             if model.load_seconds is None:
                 model.load_seconds = time.monotonic() - model.load_began
                 self._on_loaded(model)
+                self.weights.loaded(Path(group.config.path), model.id)
             _log_loaded(model, event)
             self._post(model, machine.EngineUp())
         elif isinstance(event, GroupDied):
@@ -444,8 +454,7 @@ class ModelManager:
             model.stopping = asyncio.create_task(self._stop_now(model))
         return model.stopping
 
-    @staticmethod
-    async def _stop_now(model: ServedModel) -> None:
+    async def _stop_now(self, model: ServedModel) -> None:
         model.fetch_cancelled.set()
         model.admission.close(lambda: model.unavailable())
         for task in list(model.tasks):
@@ -453,7 +462,10 @@ class ModelManager:
         group, model.group = model.group, None
         model.text = None
         if group is not None:
+            was_loaded = group.loaded is not None
             await group.stop()
+            if was_loaded and not self._is_closing:
+                self.weights.unloaded(Path(group.config.path), model.id)
 
     def _new_model(self, model_id: str) -> ServedModel:
         candle = self._config.harness.candle
@@ -515,7 +527,7 @@ def _log_loaded(model: ServedModel, event: GroupLoaded) -> None:
     loaded = event.loaded
     logger.info(
         "construction complete model=%s architecture=%s dtype=%s devices=%s max_model_len=%d kv_tokens=%d "
-        "kv_bytes_per_token=%d weight_mb=%d load_s=%.1f read_gb_per_s=%.2f epoch=%d",
+        "kv_bytes_per_token=%d weight_mb=%d load_s=%.1f read_gb_per_s=%.2f from=%s epoch=%d",
         model.id,
         loaded.architecture,
         loaded.dtype,
@@ -526,5 +538,6 @@ def _log_loaded(model: ServedModel, event: GroupLoaded) -> None:
         loaded.weight_bytes // 2**20,
         model.load_seconds or loaded.load_seconds,
         loaded.read_bytes / loaded.read_seconds / 1e9 if loaded.read_seconds else 0.0,
+        "memory" if loaded.read_from_memory else "files",
         loaded.epoch,
     )

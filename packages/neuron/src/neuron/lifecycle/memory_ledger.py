@@ -38,12 +38,21 @@ class Promise(msgspec.Struct, frozen=True):
 
 class MemoryLedger:
     """measure takes a fresh reading and may block. host_total_bytes: memory there is. floor_bytes: left free of the
-    host and of every device."""
+    host and of every device. reclaimable: bytes of the host's memory that are in use and would be given up for a
+    load (copies of checkpoints)."""
 
-    def __init__(self, measure: Callable[[], HardwareReading], *, host_total_bytes: int, floor_bytes: int) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], HardwareReading],
+        *,
+        host_total_bytes: int,
+        floor_bytes: int,
+        reclaimable: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._measure = measure
         self._host_total_bytes = host_total_bytes
         self._floor_bytes = floor_bytes
+        self._reclaimable = reclaimable
 
     def fit(self, config: EngineConfig, promises: Sequence[Promise]) -> Fit | None:
         """The load of `config` with the context that fits beside what others were promised; None where its checkpoint
@@ -60,7 +69,8 @@ class MemoryLedger:
             return None
         except OSError as exc:
             raise refusal("repo_fetch_failed", f"`{path}` cannot be read: {exc}", model_id=config.model_id) from exc
-        memory = self.memory(promises)
+        reclaimable = self._reclaimable()
+        memory = self.memory(promises, reclaimable=reclaimable)
         if not _is_known(config, memory):
             return None
         found = fit(
@@ -75,6 +85,9 @@ class MemoryLedger:
                 if promise.stage == "here"
             ],
         )
+        missing = found.bytes_on.get(None, 0) + self._floor_bytes - (memory[0].available - reclaimable)
+        if None in found.bytes_on and missing > 0:
+            found = msgspec.structs.replace(found, reclaim_bytes=min(missing, reclaimable))
         logger.info(
             "memory fits model=%s context=%d of=%d needs_mb=%s available_mb=%s",
             config.model_id,
@@ -96,8 +109,9 @@ class MemoryLedger:
         if _is_known(config, empty):
             fit(config, shape, tensors_of_size(num_bytes, shape), empty, floor_bytes=self._floor_bytes)
 
-    def memory(self, promises: Sequence[Promise]) -> list[DeviceMemory]:
-        """What is available now, of the host and of every device; a total of 0 is unknown."""
+    def memory(self, promises: Sequence[Promise], *, reclaimable: int = 0) -> list[DeviceMemory]:
+        """What is available now, of the host and of every device; a total of 0 is unknown. reclaimable: what is in use
+        of the host's, and counts as available."""
         reading = self._measure()
         host_open = host_pending = 0
         for promise in promises:
@@ -108,7 +122,7 @@ class MemoryLedger:
                 host_pending += left if promise.stage == "coming" else taken if promise.stage == "leaving" else 0
         free = reading.memory_free_mb * _MIB
         total = self._host_total_bytes if free else 0  # 0: the system does not say
-        found = [DeviceMemory(None, max(0, free - host_open), total, host_pending)]
+        found = [DeviceMemory(None, max(0, free + reclaimable - host_open), total, host_pending)]
         for device in reading.devices:
             moving = {"coming": 0, "here": 0, "leaving": 0}
             for promise in promises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -89,7 +89,8 @@ class EngineGroup:
     `start` returns at once; what happens is told to `on_event`. A request outlives its engine: what was in flight when
     a group died goes on in its successor where it was, and what comes meanwhile waits for it. Only where no successor
     comes up do requests end, with the retryable `engine_restarting`. `stalled`: while a group is loaded but seems
-    stuck, why; it is about to be killed.
+    stuck, why; it is about to be killed. weights: asked before each start of the processes, descriptors of copies of
+    the checkpoint's files, by name, for them to inherit.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class EngineGroup:
         on_event: Callable[[GroupEvent], None],
         policy: RestartPolicy | None = None,
         ping_interval_s: float = PING_INTERVAL_S,
+        weights: Callable[[], Awaitable[dict[str, int]]] | None = None,
     ) -> None:
         self.config = config
         self.state: GroupState = "new"
@@ -111,6 +113,7 @@ class EngineGroup:
         self._on_event = on_event
         self._policy = policy or RestartPolicy()
         self._ping_interval_s = ping_interval_s
+        self._weights = weights
         self._incarnation: Incarnation | None = None
         self._watchdog: Watchdog | None = None
         # Sequences by number that no engine holds now, and by request id those that one holds.
@@ -195,7 +198,8 @@ class EngineGroup:
 
     async def _run(self) -> None:
         while True:
-            config = msgspec.structs.replace(self.config, epoch=self.num_restarts)
+            descriptors = {} if self._weights is None else await self._weights()
+            config = msgspec.structs.replace(self.config, epoch=self.num_restarts, weight_descriptors=descriptors)
             incarnation = Incarnation(
                 config, self._settings, on_progress=self._on_progress, on_step=self._on_step, on_pong=self._on_pong
             )

@@ -69,7 +69,8 @@ class Incarnation:
 
     on_progress: each LoadProgress, bytes summed over ranks. on_step: each StepOutput once loaded. on_pong: (rank,
     nonce) of each Pong. `ended` is done, with the reason, as soon as the group cannot go on: a socket closed, a process
-    ended, or a rank said so itself. `config` is the given one, with the folder where ranks of a group meet.
+    ended, or a rank said so itself. `config` is the given one, with the folder where ranks of a group meet; its
+    `weight_descriptors` are ours to close.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Incarnation:
         on_pong: Callable[[int, int], None] = lambda rank, nonce: None,
     ) -> None:
         name = f"{os.urandom(4).hex()}-{config.epoch}"
+        self._descriptors = list(config.weight_descriptors.values())
         self._group_dir: Path | None = None
         if config.tensor_parallel_size > 1:
             self._group_dir = settings.runtime_dir / name
@@ -170,6 +172,7 @@ class Incarnation:
     async def kill(self) -> None:
         """SIGKILL to every rank; returns when all are reaped and the socket file is gone. Idempotent."""
         self._end("the group was stopped")
+        self._close_descriptors()
         for process in self._processes:
             process.kill()
         self._stop_listening()
@@ -219,15 +222,26 @@ class Incarnation:
         environ = child_environ(os.environ)
         for rank in range(self.config.tensor_parallel_size):
             command = self._settings.command(self._socket_path, self.config.epoch, rank)
-            process = EngineProcess.spawn(command, environ=environ, label=f"{self.config.model_id} rank {rank}")
+            process = EngineProcess.spawn(
+                command,
+                environ=environ,
+                label=f"{self.config.model_id} rank {rank}",
+                descriptors=self._descriptors,
+            )
             self._processes.append(process)
             process.exited.add_done_callback(partial(self._on_exit, process))
+        self._close_descriptors()  # the processes have their own
         logger.info(
             "engine started model=%s epoch=%d pids=%s",
             self.config.model_id,
             self.config.epoch,
             ",".join(map(str, self.pids)),
         )
+
+    def _close_descriptors(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
 
     async def _connected(self) -> None:
         timeout_s = self._settings.start_timeout_s

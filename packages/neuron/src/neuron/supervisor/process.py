@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -41,8 +41,10 @@ class EngineProcess:
         threading.Thread(target=self._reap, name=f"engine-wait-{self.pid}", daemon=True).start()
 
     @classmethod
-    def spawn(cls, command: Sequence[str], *, environ: Mapping[str, str], label: str) -> EngineProcess:
-        """Start `command`. Raises `OSError`."""
+    def spawn(
+        cls, command: Sequence[str], *, environ: Mapping[str, str], label: str, descriptors: Collection[int] = ()
+    ) -> EngineProcess:
+        """Start `command`, which inherits `descriptors` under the same numbers. Raises `OSError`."""
         popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -50,6 +52,7 @@ class EngineProcess:
             stderr=subprocess.STDOUT,
             env=dict(environ),
             start_new_session=True,
+            pass_fds=tuple(descriptors),
         )
         return cls(popen, label=label)
 

@@ -81,6 +81,8 @@ def load_weights(
     (`out_of_memory`).
     """
     started = time.perf_counter()
+    for descriptor in (opened or {}).values():
+        os.set_inheritable(descriptor, False)  # they hold much memory, and no child of ours is to have them
     num_threads = num_threads or num_reader_threads(model.group.world_size)
     with CheckpointReader(Path(path), opened=opened) as reader:
         reads = _plan(model, reader)
