@@ -86,6 +86,15 @@ def test_every_configuration_key_is_documented(name: str) -> None:
     assert not missing
 
 
+def test_every_field_of_an_access_line_is_documented() -> None:
+    from cortex_gateway.observability.access_log import AccessRecord
+
+    page = (DOCS / "reference" / "logs.md").read_text()
+    rows = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert documented == set(AccessRecord.__struct_fields__)
+
+
 def test_internal_links_lead_somewhere() -> None:
     broken = [
         f"{page.relative_to(ROOT)}: {target}"

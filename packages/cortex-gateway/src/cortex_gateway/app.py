@@ -87,7 +87,7 @@ class Gateway:
         self.access_log = AccessLog()
         self.fleet = Fleet(config.neurons, Activity(), config.breaker)
         self._waiting = Waiting()
-        self.metrics.observe_fleet(self.fleet, self._waiting)
+        self.metrics.observe_fleet(self.fleet, self._waiting, self._is_known)
         self._inference: dict[str, Surface] = {
             path: surface for surface in (*openai.SURFACES, *anthropic.SURFACES) for path in surface.paths
         }
@@ -311,6 +311,9 @@ class Gateway:
                 attributes = {"http.response.status_code": status or None, "cortex.request_id": request_id}
                 trace.end(attributes, error_type=str(status) if status >= 500 else None, error=None, now=now)
             self._log_control(scope, request_id, status, now - started_at, trace_id)
+
+    def _is_known(self, model: str) -> bool:
+        return self.current.catalogue.profile(model) is not None or self.fleet.snapshot.has_model(model)
 
     def _route_of(self, path: str) -> str | None:
         """The path without what clients put into it; None where it is none of ours."""

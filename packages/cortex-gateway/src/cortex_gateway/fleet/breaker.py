@@ -67,12 +67,13 @@ def abandoned(breaker: Breaker, now: float) -> Breaker:
 
 
 class Breakers:
-    """The breakers of one gateway. Changed by leases, read by the decisions."""
+    """The breakers of one gateway. Changed by leases, read by the decisions. num_opened: how often each has opened."""
 
     def __init__(self, settings: BreakerSection, on_change: Callable[[str, str, Breaker], None] | None = None) -> None:
         self.settings = settings
         self._on_change = on_change
         self._breakers: dict[Key, Breaker] = {}
+        self.num_opened: dict[Key, int] = {}
 
     def get(self, node: str, model: str) -> Breaker:
         return self._breakers.get((node, model), CLOSED)
@@ -112,5 +113,7 @@ class Breakers:
             self._breakers.pop((node, model), None)
         else:
             self._breakers[(node, model)] = after
+        if after.openings > before.openings:
+            self.num_opened[(node, model)] = self.num_opened.get((node, model), 0) + 1
         if after.state != before.state and self._on_change is not None:
             self._on_change(node, model, after)

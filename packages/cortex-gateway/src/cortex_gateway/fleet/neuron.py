@@ -176,7 +176,7 @@ def describe(exc: BaseException) -> str:
     parts: list[str] = []
     seen: BaseException | None = exc
     while seen is not None and len(parts) < 5:
-        text = str(seen).strip()
+        text = " ".join(str(seen).split())
         part = f"{type(seen).__name__}: {text}" if text else type(seen).__name__
         if not parts or text not in parts[-1] or not text:
             parts.append(part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -77,6 +77,24 @@ class Metrics:
         self.request_errors = Counter(
             "cortex_request_errors",
             "Requests that a neuron did not answer: connection, timeout, malformed answer.",
+            _PLACE,
+            registry=registry,
+        )
+        self.finished = Counter(
+            "cortex_finished_requests",
+            "Inference requests of clients, by how they ended: each of them once, however often it was sent.",
+            ("surface", "outcome"),
+            registry=registry,
+        )
+        self.retries = Counter(
+            "cortex_retries",
+            "Requests that were decided anew, as the node was gone or had no such model any more before it answered.",
+            _PLACE,
+            registry=registry,
+        )
+        self.resumes = Counter(
+            "cortex_resumes",
+            "Streams that were cut off on this node in their middle, and went on from there.",
             _PLACE,
             registry=registry,
         )
@@ -164,9 +182,9 @@ class Metrics:
         self.config_valid.set(1)
         self._series: dict[tuple[str, str], _ModelSeries] = {}
 
-    def observe_fleet(self, fleet: Fleet, waiting: Waiting) -> None:
-        """Expose the gauges of a fleet's snapshot, its breakers and the queue as well."""
-        self.registry.register(FleetCollector(fleet, waiting))
+    def observe_fleet(self, fleet: Fleet, waiting: Waiting, is_known: Callable[[str], bool]) -> None:
+        """Expose the gauges of a fleet's snapshot, its breakers and the queue as well. is_known: of a model's id."""
+        self.registry.register(FleetCollector(fleet, waiting, is_known))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
@@ -203,9 +221,10 @@ class Metrics:
 class FleetCollector(Collector):
     """The polled gauges. A ceiling of 0 is unknown and not exposed."""
 
-    def __init__(self, fleet: Fleet, waiting: Waiting) -> None:
+    def __init__(self, fleet: Fleet, waiting: Waiting, is_known: Callable[[str], bool]) -> None:
         self._fleet = fleet
         self._waiting = waiting
+        self._is_known = is_known
 
     def collect(self) -> Iterable[Metric]:
         snapshot = self._fleet.snapshot
@@ -237,9 +256,20 @@ class FleetCollector(Collector):
                 state = self._fleet.breakers.get(node.name, model).state
                 breaker_state.add_metric([node.name, model], _BREAKER_VALUES[state])
         yield breaker_state
+        openings = CounterMetricFamily(
+            "cortex_breaker_openings", "Times a circuit breaker opened.", labels=list(_RESIDENT)
+        )
+        for (node_name, model), count in self._fleet.breakers.num_opened.items():
+            openings.add_metric([node_name, model], count)
+        yield openings
         waiting = GaugeMetricFamily("cortex_waiting_requests", "Requests that no node serves yet.", labels=["model"])
+        # While a node has not been asked yet, requests wait for it whatever they ask for: no label of a client's words.
+        num_waiting: dict[str, int] = {}
         for queue in self._waiting.in_order():
-            waiting.add_metric([queue.model], queue.num_requests)
+            model = queue.model if self._is_known(queue.model) else "unknown"
+            num_waiting[model] = num_waiting.get(model, 0) + queue.num_requests
+        for model, count in num_waiting.items():
+            waiting.add_metric([model], count)
         yield waiting
 
 

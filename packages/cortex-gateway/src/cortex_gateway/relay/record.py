@@ -14,7 +14,10 @@ def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: flo
     usage = exchange.usage or Usage()
     duration = now - exchange.started_at
     ttft = None if exchange.first_byte_at is None else exchange.first_byte_at - exchange.started_at
-    if exchange.node is not None and exchange.resolved is not None:
+    metrics.finished.labels(exchange.surface.name, exchange.outcome).inc()
+    # A name that nobody has loaded or sent anything for may be a client's invention, and becomes no label.
+    is_known = exchange.num_attempts > 0 or exchange.route == "cold"
+    if is_known and exchange.node is not None and exchange.resolved is not None:
         series = metrics.place(exchange.resolved, exchange.node)
         if exchange.outcome == "client_gone":
             series.client_gone.inc()

@@ -253,8 +253,10 @@ class Relay:
                     return
                 except StaleRoute:
                     lease.discard()
+                    self._metrics.retries.labels(model, lease.neuron.name).inc()
                 except BrokenStream:
                     lease.discard()
+                    self._metrics.resumes.labels(model, lease.neuron.name).inc()
                     await self._hold(exchange, send)
             await self._poller.refresh(lease.neuron.name)
 
