@@ -23,6 +23,8 @@ CLOCK: dict[str, Any] = {
     "type": "function",
     "function": {"name": "get_time", "description": "Current time", "parameters": {"type": "object", "properties": {}}},
 }
+PAGE_SIZE = 16
+"""Tokens: whole pages are cached, and the opening of an answer is not in the next prompt."""
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAf"
     "FcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -212,7 +214,23 @@ def test_models_are_listed_and_retrieved(openai_client: openai.OpenAI) -> None:
     assert model.id == MODEL and model.object == "model" and model.created > 0
 
 
-def test_an_image_is_refused_by_name_on_a_text_model(openai_client: openai.OpenAI) -> None:
+def test_N11_a_turn_whose_reasoning_was_left_out_finds_the_cached_prompt_of_the_turn_before(
+    openai_client: openai.OpenAI,
+) -> None:
+    """Clients send answers back without their reasoning: what counts is the prompt that both turns begin with."""
+    story = " ".join(f"Number {i} of the eleventh list is {i * 7}." for i in range(20))
+    history = [{"role": "user", "content": f"{story} What is 12+30?"}]
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    settings: dict[str, Any] = {"model": MODEL, "max_completion_tokens": 100, "extra_body": thinking}
+    first = openai_client.chat.completions.create(messages=history, **settings)
+    assert first.choices[0].message.reasoning_content
+    history += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "Why?"}]
+    second = openai_client.chat.completions.create(messages=history, **settings)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached >= first.usage.prompt_tokens - 2 * PAGE_SIZE
+
+
+def test_N9_an_image_is_refused_by_name_on_a_text_model(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         openai_client.chat.completions.create(
             model=MODEL,

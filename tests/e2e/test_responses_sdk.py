@@ -61,6 +61,19 @@ def test_a_plain_question_gets_the_right_answer(openai_client: openai.OpenAI) ->
     assert answer.id.startswith("resp_") and answer.output[0].id.startswith("msg_")
 
 
+def test_N22_the_data_of_every_event_repeats_its_type_and_has_a_number(fleet: FleetProcess) -> None:
+    """Read by hand: SDKs look at the data and never at the line with the event's name."""
+    body = {"model": MODEL, "input": "What is 12+30?", "stream": True, "max_output_tokens": 50}
+    status, _, answer = call(fleet.url, "POST", "/v1/responses", body)
+    assert status == 200
+    events = [block for block in answer.decode().split("\n\n") if block.startswith("event: ")]
+    for number, block in enumerate(events):
+        name, data = (line.partition(": ")[2] for line in block.splitlines())
+        document = json.loads(data)
+        assert (document["type"], document["sequence_number"]) == (name, number)
+    assert len(events) > 5
+
+
 def test_a_streamed_answer_equals_the_plain_one(openai_client: openai.OpenAI) -> None:
     plain = ask(openai_client, "Count from 1 to 12.")
     events, final = stream(openai_client, "Count from 1 to 12.")

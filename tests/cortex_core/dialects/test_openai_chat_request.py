@@ -77,7 +77,7 @@ def test_roles_and_their_order_are_kept() -> None:
 
 @pytest.mark.parametrize("content", [None, "", [], [{"type": "text", "text": ""}]])
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
-def test_all_ways_to_say_nothing_are_equal(role: str, content: Any) -> None:
+def test_N23_all_ways_to_say_nothing_are_equal(role: str, content: Any) -> None:
     (turn,) = turns({"role": role, "content": content})
     assert turn.parts == ()
     assert turns({"role": role}) == (turn,)
@@ -491,7 +491,7 @@ def test_a_bad_logit_bias_is_refused(logit_bias: Any, param: str) -> None:
         ({"max_tokens": 10**30}, 2**31 - 1),
     ],
 )
-def test_max_completion_tokens_wins(fields: dict[str, Any], max_tokens: int | None) -> None:
+def test_N24_max_completion_tokens_wins(fields: dict[str, Any], max_tokens: int | None) -> None:
     assert parse(**fields).limits == Limits(max_tokens)
 
 

@@ -28,7 +28,7 @@ def body(**fields: Any) -> bytes:
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
-def test_the_clients_limit_bounds_the_answer_in_every_dialect(field: str) -> None:
+def test_N24_the_clients_limit_bounds_the_answer_in_every_dialect(field: str) -> None:
     content = body(**{field: 7})
     expected = estimate(content, None)
     assert expected.bound == Usage(prompt=len(content) + TEMPLATE_TOKENS, completion=7)

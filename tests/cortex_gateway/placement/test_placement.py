@@ -103,7 +103,7 @@ async def test_a_model_that_can_never_fit_is_refused_at_once_with_the_numbers(ne
     assert neuron.count("POST /models/load") == 0
 
 
-async def test_a_load_that_fails_is_tried_on_another_node_and_left_alone_on_the_first(
+async def test_G6_a_load_that_fails_is_tried_on_another_node_and_left_alone_on_the_first(
     neuron: FakeNeuron, second: FakeNeuron, start: Start
 ) -> None:
     neuron.load_error = (503, {"error": "driver mismatch", "code": "cuda_unavailable"})

@@ -195,7 +195,7 @@ async def test_a_client_that_leaves_before_the_answer_begins_ends_the_request_on
 
 
 @pytest.mark.parametrize(("path", "events", "end"), STREAMS)
-async def test_a_client_that_leaves_in_mid_stream_ends_the_request_on_the_neuron(
+async def test_G10_a_client_that_leaves_in_mid_stream_ends_the_request_on_the_neuron(
     neuron: FakeNeuron, start: Start, caplog: pytest.LogCaptureFixture, path: str, events: list[bytes], end: bytes
 ) -> None:
     caplog.set_level(logging.INFO, "cortex_gateway.access")

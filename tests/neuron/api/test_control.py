@@ -43,7 +43,7 @@ async def models_of(neuron: RunningNeuron) -> list[ModelInfo]:
     return msgspec.convert(await neuron.get("/models"), list[ModelInfo])
 
 
-async def test_what_the_host_is(neuron: RunningNeuron) -> None:
+async def test_G20_what_the_host_is_and_what_runs_there(neuron: RunningNeuron) -> None:
     found = msgspec.convert(await neuron.get("/discovery"), DiscoveryResponse)
     assert found.harnesses == ("candle",) and found.cpu_count >= 1 and found.memory_total_mb > 0
     build = msgspec.convert(await neuron.get("/version"), BuildInfo)

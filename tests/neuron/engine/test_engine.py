@@ -300,7 +300,7 @@ def test_who_is_set_back_may_leave(monkeypatch):
     assert engine.is_idle and engine.check() == []
 
 
-def test_nan_logits_end_one_request_and_its_pages_are_not_reused_as_they_are():
+def test_N10_nan_logits_end_one_request_and_its_pages_are_not_reused_as_they_are():
     model = ToyModel()
     engine = toy_engine(model)
     victim = list(range(50, 63))

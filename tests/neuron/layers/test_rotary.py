@@ -39,7 +39,7 @@ def test_each_pair_is_rotated_by_its_angle() -> None:
             torch.testing.assert_close(out[token, head], torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-def test_partial_rotation_leaves_the_rest_of_a_head_alone() -> None:
+def test_N1_partial_rotation_leaves_the_rest_of_a_head_alone() -> None:
     """N1: only the first quarter of each head rotates when the checkpoint says so."""
     embedding = RotaryEmbedding(RopeScaling(partial_rotary_factor=0.25), head_dim=16)
     assert embedding.rotary_dim == 4

@@ -47,7 +47,7 @@ def test_the_stored_dtype_has_two_names(key: str, dtype: str) -> None:
     assert ModelConfig.from_hf(BASE | {key: dtype}).dtype == torch.bfloat16
 
 
-def test_hyperparameters_may_be_nested() -> None:
+def test_N1_hyperparameters_may_be_nested() -> None:
     """N1: everything, rope parameters too, may sit under `text_config`."""
     nested = BASE | {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
     config = ModelConfig.from_hf({"model_type": "outer", "text_config": nested, "tie_word_embeddings": True})

@@ -108,7 +108,7 @@ def test_progress_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
     assert len(reports) == len(tensors) + 1
 
 
-def test_a_rank_reads_its_part_only(tmp_path: Path) -> None:
+def test_N5_a_rank_reads_its_part_only(tmp_path: Path) -> None:
     tensors = tensors_of()
     save(tmp_path, tensors)
     sizes = []
@@ -138,7 +138,7 @@ def test_a_tied_head_takes_the_embedding_and_ignores_a_second_copy(tmp_path: Pat
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
-def test_a_language_model_inside_of_a_multimodal_one(tmp_path: Path, prefix: str) -> None:
+def test_N2_a_language_model_inside_of_a_multimodal_one(tmp_path: Path, prefix: str) -> None:
     """N2: the text weights sit under another prefix, the vision tower beside them."""
     head = "language_model.lm_head.weight" if prefix == "language_model.model." else "lm_head.weight"
     renamed = {
