@@ -25,13 +25,13 @@ WEATHER = {
 
 
 def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
-    """Streams of every dialect: long ones, sampled ones, with thinking, with two choices and with a tool call."""
+    """Streams of every dialect: long ones, sampled ones, with thinking, with two choices, a tool call, logprobs."""
     found: list[tuple[str, dict[str, Any]]] = []
     for index in range(count):
         messages = [{"role": "user", "content": f"Count from {index % 5} to {50 + index % 11}."}]
         common: dict[str, Any] = {"model": MODEL, "stream": True, "max_tokens": 400, "temperature": 0}
         tool = {"name": "get_weather", "description": "Get the weather", "parameters": WEATHER}
-        match index % 7:
+        match index % 10:
             case 0:
                 found.append((CHAT, {**common, "messages": messages, "stream_options": {"include_usage": True}}))
             case 1:
@@ -48,6 +48,18 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
                 asked_plainly = {**common, "input": messages[0]["content"], "max_output_tokens": common["max_tokens"]}
                 del asked_plainly["max_tokens"]
                 found.append((RESPONSES, asked_plainly))
+            case 6:
+                # Text that is held back, as it may be the beginning of a stop string, holds its figures back too.
+                logged = {"logprobs": True, "top_logprobs": 2, "stop": ["1 2 3 4 6", " 9 9"]}
+                found.append((CHAT, {**common, "messages": messages, **logged}))
+            case 7:
+                logged = {"logprobs": 1, "echo": True, "ignore_eos": True, "max_tokens": 150}
+                found.append((COMPLETIONS, {**common, "prompt": "def main():", **logged}))
+            case 8:
+                asked_plainly = {**common, "input": messages[0]["content"], "max_output_tokens": common["max_tokens"]}
+                del asked_plainly["max_tokens"]
+                logged = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+                found.append((RESPONSES, {**asked_plainly, **logged}))
             case _:
                 asked = [{"role": "user", "content": "What is the weather in Paris and London?"}]
                 tools = [{"type": "function", "function": tool}]
@@ -55,8 +67,30 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+class Figure(float):
+    """A log-probability. Computed with one token at a time and with many at once, the same one differs a little."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and abs(self - other) < 1e-3
+
+    __hash__ = float.__hash__
+
+
+def figures(logprobs: Any) -> list[Any]:
+    """Each token with its log-probability, of any of the three forms."""
+    if not logprobs:
+        return []
+    if isinstance(logprobs, list):
+        return [(entry["token"], Figure(entry["logprob"])) for entry in logprobs]
+    if "content" in logprobs:
+        return figures(logprobs["content"])
+    pairs = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["text_offset"], strict=True)
+    return [(token, None if value is None else Figure(value), at) for token, value, at in pairs]
+
+
 def comparable(path: str, raw: bytes) -> tuple[list[Any], Any]:
     """What the client reads, without what differs between any two answers (ids, times) and between any two caches."""
+    logged: dict[str, list[Any]] = {}
     texts: dict[str, str] = {}
     other: list[Any] = []
     ids = set()
@@ -73,6 +107,7 @@ def comparable(path: str, raw: bytes) -> tuple[list[Any], Any]:
             ids.add(event["id"])
             for choice in event["choices"]:
                 delta = choice.get("delta", choice)
+                logged.setdefault(str(choice["index"]), []).extend(figures(choice.get("logprobs")))
                 for kind in ("content", "text", "reasoning_content"):
                     if isinstance(delta.get(kind), str):
                         key = f"{choice['index']}:{kind}"
@@ -89,6 +124,9 @@ def comparable(path: str, raw: bytes) -> tuple[list[Any], Any]:
             if event["type"].endswith(".delta"):
                 key = f"{event['output_index']}:{event['type']}"
                 texts[key] = texts.get(key, "") + event["delta"]
+                logged.setdefault(key, []).extend(figures(event.get("logprobs")))
+            elif event["type"] == "response.output_text.done":
+                logged.setdefault("done", []).extend(figures(event.get("logprobs")))
             elif event["type"] == "response.created":
                 ids.add(event["response"]["id"])
             elif event["type"] == "response.completed":
@@ -107,7 +145,7 @@ def comparable(path: str, raw: bytes) -> tuple[list[Any], Any]:
         elif event["type"] in ("content_block_start", "content_block_stop"):
             other.append((event["type"], event["index"]))
     assert len(ids) == 1, ids
-    return sorted(texts.items()), other
+    return [*sorted(texts.items()), *sorted(logged.items())], other
 
 
 async def read_all(

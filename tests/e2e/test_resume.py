@@ -25,8 +25,8 @@ def fleet(tmp_path: Path) -> Iterator[FleetOfNeurons]:
     ("number", "num_streams"),
     [
         (signal.SIGKILL, 50),
-        pytest.param(signal.SIGSTOP, 21, marks=pytest.mark.full),
-        pytest.param(signal.SIGTERM, 21, marks=pytest.mark.full),
+        pytest.param(signal.SIGSTOP, 30, marks=pytest.mark.full),
+        pytest.param(signal.SIGTERM, 30, marks=pytest.mark.full),
     ],
 )
 def test_streams_of_a_neuron_that_is_lost_are_completed_by_the_other(

@@ -7,9 +7,9 @@ confines that to these epochs (all, if it is left out). {"model_len": N}. {"step
 The first prompt id, or `top_k`, scripts a sequence; all others simply produce tokens 100, 101, … up to max_tokens:
 HOLD yields one token and then nothing until it is cancelled; SILENT not even that one; DIE kills the process
 with SIGKILL; REFUSE fails the sequence; FAULT ends the engine with an EngineFault; NOISE sends a frame that does
-not decode; TALK writes to stderr first. In its first life, STUCK answers pings and steps no more, and SLOW neither
-until it is asked for its stacks. Running sequences are reported in `EngineStats.running`, so that a test can
-await that a cancel arrived.
+not decode; TALK writes to stderr first; PACED lets a moment pass before each token, but not where it goes on. In its
+first life, STUCK answers pings and steps no more, and SLOW neither until it is asked for its stacks. Running sequences
+are reported in `EngineStats.running`, so that a test can await that a cancel arrived.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from neuron.protocol import (
@@ -48,7 +49,8 @@ from neuron.protocol import (
     frame_length,
 )
 
-HOLD, SILENT, DIE, REFUSE, FAULT, NOISE, TALK, STUCK, SLOW = SCRIPTS = range(2001, 2010)
+HOLD, SILENT, DIE, REFUSE, FAULT, NOISE, TALK, STUCK, SLOW, PACED = SCRIPTS = range(2001, 2011)
+PACE_S = 0.001
 TOTAL_PAGES = 4096
 
 
@@ -187,6 +189,8 @@ class ScriptedWorker:
             elif script == SLOW and self.epoch == 0 and done == 0:
                 while not self.was_asked_for_stacks:
                     signal.pause()
+            elif script == PACED and not request.output_ids:
+                time.sleep(PACE_S)
             elif script == TALK and done == 0:
                 print("the engine says hello", file=sys.stderr, flush=True)
             token = 100 + done
@@ -194,7 +198,8 @@ class ScriptedWorker:
             logprobs = None
             if request.sampling.logprobs >= 0:
                 count = request.sampling.logprobs
-                logprobs = [Logprobs(-0.5, list(range(token, token + count)), [-0.5 - i for i in range(count)])]
+                first = -token / 1024  # of this token alone, and exact
+                logprobs = [Logprobs(first, list(range(token, token + count)), [first - i for i in range(count)])]
             is_first = done == len(request.output_ids)
             prompt_logprobs = [Logprobs(-1.0)] * (len(request.prompt_ids) - 1) if request.prompt_logprobs else None
             updates.append(

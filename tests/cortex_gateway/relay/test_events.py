@@ -155,6 +155,16 @@ def test_another_neuron_goes_on_behind_what_was_booked() -> None:
     assert first + second == b"".join(WRITES[:2]) + OPENAI_END
 
 
+def test_a_write_that_is_too_much_to_hold_passes_and_no_mark_after_it_does() -> None:
+    events = EventRelay()
+    large = b"data: " + b"x" * 2 * MAX_HELD_BYTES + b"\n\n"
+    stream = marked([b"data: one\n\n", large, b"data: two\n\n"]) + USAGE_BLOCK + OPENAI_END
+    size = MAX_HELD_BYTES // 8
+    out = b"".join([events.feed(stream[at : at + size]) for at in range(0, len(stream), size)]) + events.flush()
+    assert out == b"data: one\n\n" + large + b"data: two\n\n" + OPENAI_END
+    assert not events.is_resumable and events.usage().prompt_tokens == 11
+
+
 def test_a_neuron_that_gives_up_says_so() -> None:
     events = EventRelay()
     events.feed(marked(WRITES[:2]) + b": cortex-unfinished\n\ndata: {}\n\n")

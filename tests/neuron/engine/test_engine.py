@@ -141,6 +141,13 @@ def test_resuming_continues_token_for_token():
     assert done.finish[0] == "length" and done.tokens[0] == []
 
 
+def test_what_a_resumed_sequence_finds_of_its_own_output_is_no_cached_prompt():
+    engine, prompt = toy_engine(), list(range(20))
+    whole = run(engine, request(0, prompt, 20)).tokens[0]
+    again = run(engine, request(1, prompt, 20, output_ids=tuple(whole[:19])))
+    assert again.tokens[1] == whole[19:] and again.cached[1] == 20
+
+
 def test_sampled_answers_do_not_depend_on_neighbours():
     rng = random.Random(2)
     items = [

@@ -5,7 +5,8 @@ A gateway sends `x-cortex-hop: 1`; the neuron then writes comments into an event
 - `: cortex-stream {…}`, the first thing of a stream that can be continued elsewhere: a `StreamHead`.
 - `: cortex-tokens […]`, behind the events of each write: the `Batch` of token ids that the events came from. What
   lies before a mark and after the mark before it belongs together: a gateway that passes on whole writes only always
-  knows which tokens its client has seen the text of.
+  knows which tokens its client has seen the text of. Where the client asked for log-probabilities they come along:
+  those of text that is still held back (half a character, the beginning of a stop string) are due with it.
 - `: cortex-usage {…}`, just before the last event: the tokens, and in `finish` why each choice ended. The last write
   has no tokens behind it.
 - `: cortex-unfinished`, before an error that is no fault of the request: another neuron may go on.
@@ -18,6 +19,7 @@ function of (seed, position), so the answer is the one that the first neuron wou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -51,12 +53,27 @@ class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int | None = None
 
 
-Batch = list[ChoiceTokens]
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of one token: its natural-log probability and those of the most likely ids. None is minus infinity, which JSON
+    has no number for."""
+
+    logprob: float | None
+    top_ids: list[int] = []
+    top_logprobs: list[float | None] = []
+
+
+class LoggedTokens(ChoiceTokens, frozen=True, array_like=True):
+    """With the log-probabilities of the ids, where there are any. What is written without them reads as this too."""
+
+    logprobs: list[TokenLogprobs] | None = None
+
+
+Batch = Sequence[ChoiceTokens]
 
 
 class ResumeState(msgspec.Struct, frozen=True):
     head: StreamHead
-    batches: tuple[Batch, ...]
+    batches: tuple[list[LoggedTokens], ...]
 
 
 _encode = msgspec.json.Encoder().encode

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import msgspec
-from cortex_core.hop import Batch
+from cortex_core.hop import ChoiceTokens
 
 from cortex_gateway.identity import estimate
 from cortex_gateway.relay.events import EventRelay
 from cortex_gateway.relay.exchange import Exchange
 from cortex_gateway.relay.translation import TranslatedStream
 
-_decode_batches = msgspec.json.Decoder(list[Batch]).decode
+_decode_batches = msgspec.json.Decoder(list[list[ChoiceTokens]]).decode
 
 
 def generated_tokens(events: EventRelay | TranslatedStream) -> int:

@@ -95,6 +95,8 @@ class EventRelay:
                 end = len(chunk)
             self._held = chunk[end:]
             chunk = chunk[:end]
+        if self.head is not None and TOKENS_MARK in chunk:
+            chunk = self._without_marks(chunk)  # A write was too much to hold; what follows is marked all the same.
         if USAGE_MARK in chunk:
             chunk = self._lift_usage(chunk)
         if chunk:

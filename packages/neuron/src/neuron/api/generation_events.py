@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import msgspec
 from cortex_core.conversation import Request
 from cortex_core.events import Event, Finish, Usage
-from cortex_core.hop import Batch
+from cortex_core.hop import LoggedTokens, TokenLogprobs
 
 from neuron.api.request_record import RequestRecord
-from neuron.protocol import Generate, SequenceUpdate
+from neuron.protocol import Generate, Logprobs, SequenceUpdate
 from neuron.supervisor.generation import Generation, Update
 from neuron.text import Generation as Choice
 from neuron.text import Prompt, TextModel
@@ -65,11 +66,17 @@ class GenerationEvents:
         engine is asked for one token, which `feed` drops.
         """
         open_choices = [index for index, is_over in enumerate(self._is_over) if not is_over]
-        frames = [self._choices[index].generate(0, tuple(self._output_before[index])) for index in open_choices]
+        frames = [self._frame(index) for index in open_choices]
         frames = [msgspec.structs.replace(frame, max_tokens=1) if not frame.max_tokens else frame for frame in frames]
         return open_choices, frames
 
-    def replay(self, batch: Batch) -> list[Event]:
+    def _frame(self, index: int) -> Generate:
+        frame = self._choices[index].generate(0, tuple(self._output_before[index]))
+        if frame.prompt_logprobs and self._has_begun[index]:
+            frame = msgspec.structs.replace(frame, prompt_logprobs=False)  # They came with the echo.
+        return frame
+
+    def replay(self, batch: Sequence[LoggedTokens]) -> list[Event]:
         """The events of a batch that another neuron computed; to be called before `frames`.
 
         Raises `ValueError` for a choice that the request does not have.
@@ -79,7 +86,8 @@ class GenerationEvents:
             if not 0 <= part.choice < len(self._choices):
                 raise ValueError(f"there is no choice {part.choice}")
             self._output_before[part.choice] += part.token_ids
-            update = SequenceUpdate(0, part.token_ids, part.finish, cached_tokens=part.cached_tokens)
+            logprobs = None if part.logprobs is None else [_logprobs(each) for each in part.logprobs]
+            update = SequenceUpdate(0, part.token_ids, part.finish, logprobs, part.cached_tokens)
             updates.append((part.choice, update))
         events, _ = self._feed(updates, lambda index: None)
         return events
@@ -106,7 +114,7 @@ class GenerationEvents:
     def _feed_one(self, index: int, update: SequenceUpdate, end_choice: Callable[[int], None]) -> list[Event]:
         stream = self._streams[index]
         if update.cached_tokens is not None:
-            self._cached[index] = update.cached_tokens
+            self._cached.setdefault(index, update.cached_tokens)  # The neuron that began has said what counts.
         events: list[Event] = []
         if not self._has_begun[index]:
             if not (update.token_ids or update.finish or update.prompt_logprobs is not None):
@@ -138,3 +146,11 @@ class GenerationEvents:
             cached_tokens=sum(self._cached.get(index, 0) for index in firsts),
             reasoning_tokens=sum(stream.reasoning_tokens for stream in self._streams),
         )
+
+
+def _logprobs(given: TokenLogprobs) -> Logprobs:
+    return Logprobs(_number(given.logprob), given.top_ids, [_number(value) for value in given.top_logprobs])
+
+
+def _number(value: float | None) -> float:
+    return -math.inf if value is None else value

@@ -18,8 +18,10 @@ from cortex_core.hop import (
     UNFINISHED_MARK,
     USAGE_MARK,
     ChoiceTokens,
+    LoggedTokens,
     ResumeState,
     StreamHead,
+    TokenLogprobs,
     stream_comment,
     tokens_comment,
 )
@@ -29,6 +31,7 @@ from neuron.api.generation_events import GenerationEvents
 from neuron.api.request_record import RequestRecord
 from neuron.config import ServerSection
 from neuron.lifecycle.admission import Ticket
+from neuron.protocol import SequenceUpdate
 from neuron.supervisor.engine_group import EngineGroup
 from neuron.supervisor.generation import Update
 from neuron.text import Generation as Choice
@@ -39,10 +42,7 @@ _USAGE = USAGE_MARK + b'{"prompt_tokens":%d,"completion_tokens":%d,"cached_token
 
 
 class StreamedAnswer:
-    """One event stream: held back until the first token or the end of the hold, then kept alive with pings.
-
-    A stream with log-probabilities is not marked: those of text that was held back would be lost on the way.
-    """
+    """One event stream: held back until the first token or the end of the hold, then kept alive with pings."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class StreamedAnswer:
         self._projector = dialect.Projector(request, response_id=head.id, created=head.created, model=request.model)
         self._opening = self._projector.begin(events.prompt_tokens)
         self._head = head
-        self._is_marked = exchange.is_hop and request.logprobs is None
+        self._is_marked = exchange.is_hop
         self._marks = b""
 
     async def resume(self, state: ResumeState) -> None:
@@ -170,9 +170,14 @@ def seeded(choices: Sequence[Choice], seeds: Sequence[int]) -> list[Choice]:
 
 
 def _mark(batch: list[Update]) -> bytes:
-    return tokens_comment(
-        [ChoiceTokens(index, update.token_ids, update.finish, update.cached_tokens) for index, update in batch]
-    )
+    return tokens_comment([_tokens(index, update) for index, update in batch])
+
+
+def _tokens(index: int, update: SequenceUpdate) -> ChoiceTokens:
+    if update.logprobs is None:
+        return ChoiceTokens(index, update.token_ids, update.finish, update.cached_tokens)
+    logprobs = [TokenLogprobs(each.logprob, each.top_ids, each.top_logprobs) for each in update.logprobs]  # type: ignore[arg-type]
+    return LoggedTokens(index, update.token_ids, update.finish, update.cached_tokens, logprobs)
 
 
 def _usage_comment(usage: Usage, finish: list[str]) -> bytes:

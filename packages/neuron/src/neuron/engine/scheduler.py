@@ -250,7 +250,7 @@ class Scheduler:
             sequence.status = Status.RUNNING
             sequence.num_computed = len(matched) * self._page_size
             if sequence.num_cached is None:
-                sequence.num_cached = sequence.num_computed
+                sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
                 self._cache.record(sequence.num_tokens, sequence.num_computed)
             self._remember_pending(sequence)
             budget -= self._prefill(sequence, budget, chunks)
