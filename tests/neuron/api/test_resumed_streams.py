@@ -23,6 +23,7 @@ CHAT, COMPLETIONS, MESSAGES, RESPONSES = (
 HOP = {"x-cortex-hop": "1"}
 # The scripted engine writes the tokens 100, 101, …: single bytes, of which many are no character, and later words.
 NUM_TOKENS = 165
+NUM_CUTS = 20
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"logprobs": True, "top_logprobs": 3}),
     (CHAT, {"logprobs": True, "n": 2, "stop": ["  ", "never"], "stream_options": {"include_usage": True}}),
@@ -134,7 +135,7 @@ async def test_a_stream_that_is_cut_off_anywhere_becomes_the_undisturbed_one(
     status, _, whole = await neuron.post(path, request, HOP)
     assert status == 200, whole
     head, writes, last = writes_of(whole)
-    assert len(writes) > 20
+    assert len(writes) > 3  # some hundred, where the machine has time
 
     def reading(*parts: bytes) -> list[Any]:
         events = numbered(events_of(b"".join(parts)))
@@ -142,7 +143,7 @@ async def test_a_stream_that_is_cut_off_anywhere_becomes_the_undisturbed_one(
         return without_pieces(events)
 
     undisturbed = reading(*(events for events, _ in writes), last)
-    for cut in range(1, len(writes) + 1, 7):
+    for cut in range(1, len(writes) + 1, max(1, len(writes) // NUM_CUTS)):
         sent = b"".join(events for events, _ in writes[:cut])
         batches = b"".join(mark + b"," for _, mark in writes[:cut])
         body, header = resume_body(head, batches, json.dumps(request).encode())
