@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from neuron.engine.batch import StepBatch, StepContext
 from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.layers.attention import make_attention_backend
+from neuron.layers.attention import AttentionBackend, make_attention_backend
 from neuron.models.decoder import CausalLM
 from neuron.models.registry import build_model
 from neuron.parallel.group import ParallelGroup
@@ -39,7 +39,15 @@ class PagedSequence:
 class PagedModel:
     """A model over a small paged cache. Pages are handed out in random order and start full of large garbage."""
 
-    def __init__(self, model: CausalLM, *, page_size: int = 4, num_pages: int = 512, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        page_size: int = 4,
+        num_pages: int = 512,
+        seed: int = 0,
+        attention: AttentionBackend | None = None,
+    ) -> None:
         self.model = model
         self.page_size = page_size
         config = model.config
@@ -49,7 +57,7 @@ class PagedModel:
             self.kv.layer(layer).fill_(1e4)
         self._free = list(range(1, num_pages))
         random.Random(seed).shuffle(self._free)
-        self._attention = make_attention_backend(CPU)
+        self._attention = attention or make_attention_backend(CPU)
 
     def fork(self, sequence: PagedSequence, num_tokens: int) -> PagedSequence:
         """A sequence that shares the first `num_tokens` (whole pages) of another one's cache."""

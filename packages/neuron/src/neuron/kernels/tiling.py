@@ -117,3 +117,29 @@ def prefill_tiling(chip: Chip, *, head_dim: int, group: int, dtype: torch.dtype)
         skip_masks=True,
         max_programs=2**30,
     )
+
+
+def invariant_tiling(chip: Chip, *, head_dim: int, group: int, dtype: torch.dtype) -> Tiling:
+    """Tiles for decodes and prompts alike, without cutting the context: one order of additions for every token.
+
+    Blocks are lower than a prompt would like and higher than a decode needs. A long context of a single sequence
+    occupies no more programs than it has KV heads: what is paid for a result that no neighbour and no chunk changes.
+    """
+    block_d = _power_of_two(head_dim)
+    block_m, block_n, num_stages = 64, 64 if block_d <= 128 else 32, _DEEP_PIPELINE
+    if dtype == torch.float32:
+        block_m, block_n, num_stages = 32, 32 if block_d <= 128 else 16, 1
+    elif chip.shared_memory < _LARGE_SHARED_MEMORY:
+        num_stages = _SHALLOW_PIPELINE
+    block_m = max(block_m, _power_of_two(group))
+    return Tiling(
+        block_q=max(block_m // group, 1),
+        block_m=block_m,
+        block_n=block_n,
+        min_segment_tokens=2**30,
+        max_segments=1,
+        num_warps=4,
+        num_stages=num_stages,
+        skip_masks=False,
+        max_programs=2**30,
+    )

@@ -51,12 +51,19 @@ class AttentionBackend(Protocol):
         ...
 
 
-def make_attention_backend(device: torch.device) -> AttentionBackend:
-    """The backend for a device: Triton kernels where they run, else gathered pages and torch's SDPA."""
+def make_attention_backend(device: torch.device, *, deterministic: bool = False) -> AttentionBackend:
+    """The backend for a device: Triton kernels where they run, else gathered pages and torch's SDPA.
+
+    deterministic: a token's result depends on its sequence alone, not on the batch nor on how its prompt was cut.
+    """
     if kernels.is_available(device):
         from neuron.layers.attention_triton import TritonAttention
 
-        return TritonAttention()
+        return TritonAttention(deterministic=deterministic)
+    if deterministic:
+        from neuron.layers.attention_fixed import FixedRunAttention
+
+        return FixedRunAttention()
     from neuron.layers.attention_cpu import GatherAttention
 
     return GatherAttention()

@@ -15,7 +15,7 @@ from neuron.kernels import KernelUnsupported
 from neuron.kernels.attention_plan import AttentionPlan, plan_attention
 from neuron.kernels.kv_write import kv_write
 from neuron.kernels.paged_attention import run_attention
-from neuron.kernels.tiling import Tiling, chip_of, decode_tiling, prefill_tiling
+from neuron.kernels.tiling import Chip, Tiling, chip_of, decode_tiling, invariant_tiling, prefill_tiling
 
 if TYPE_CHECKING:
     from neuron.engine.batch import StepBatch
@@ -80,9 +80,13 @@ class TritonAttention:
     to the longest context that the graph shall serve, because that number sizes scratch memory.
     """
 
-    def __init__(self, tune: Callable[[Tiling], Tiling] = lambda tiling: tiling) -> None:
-        """tune: changes the tile shapes that would be taken, for measurements."""
+    def __init__(
+        self, tune: Callable[[Tiling], Tiling] = lambda tiling: tiling, *, deterministic: bool = False
+    ) -> None:
+        """tune: changes the tile shapes that would be taken, for measurements. deterministic: decodes and prompts take
+        one tile shape and no context is cut, so that a token's bits do not depend on how its prompt came in either."""
         self._tune = tune
+        self._deterministic = deterministic
         self._plans: dict[tuple[bool, int | None, Tiling], list[AttentionPlan]] = {}
 
     def prepare(self, batch: StepBatch) -> None:
@@ -133,10 +137,10 @@ class TritonAttention:
         chip = chip_of(q.device)
         plans: list[AttentionPlan] = []
         if batch.num_decodes:
-            tiling = decode_tiling(chip, head_dim=head_dim, group=group, dtype=kv_layer.dtype)
+            tiling = self._tiling(chip, head_dim, group, kv_layer.dtype, decodes=True)
             plans += self._plans_for(True, batch, self._tune(tiling), sliding_window)
         if batch.num_decodes < batch.num_sequences:
-            tiling = prefill_tiling(chip, head_dim=head_dim, group=group, dtype=kv_layer.dtype)
+            tiling = self._tiling(chip, head_dim, group, kv_layer.dtype, decodes=False)
             plans += self._plans_for(False, batch, self._tune(tiling), sliding_window)
         for plan in plans:
             run_attention(
@@ -152,6 +156,13 @@ class TritonAttention:
                 sinks=sinks,
             )
         return out
+
+    def _tiling(self, chip: Chip, head_dim: int, group: int, dtype: torch.dtype, *, decodes: bool) -> Tiling:
+        if self._deterministic:
+            return invariant_tiling(chip, head_dim=head_dim, group=group, dtype=dtype)
+        if decodes:
+            return decode_tiling(chip, head_dim=head_dim, group=group, dtype=dtype)
+        return prefill_tiling(chip, head_dim=head_dim, group=group, dtype=dtype)
 
     def _plans_for(self, decodes: bool, batch: StepBatch, tiling: Tiling, window: int | None) -> list[AttentionPlan]:
         key = decodes, window, tiling

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron.layers.placement import Placement
-from neuron.layers.row_blocks import linear, row_blocks
+from neuron.layers.products import Product, default_product
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import shard_vocabulary, vocabulary_sizes
 
@@ -72,8 +72,8 @@ class LMHead(nn.Module):
         )
         # In a tuple, so that the embedding is not registered a second time as a submodule of the head.
         self._embedding = (embedding,)
-        self._weight: Tensor | None = None
-        self._blocks: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.product: Product | None = None
 
     @property
     def is_tied(self) -> bool:
@@ -81,11 +81,11 @@ class LMHead(nn.Module):
 
     def finish_loading(self) -> None:
         holder = self._embedding[0] if self.matrix is None else self.matrix
-        self._weight = holder.weight.detach()
-        self._blocks = row_blocks(self._weight)
+        self.weight = holder.weight.detach()
+        self.product = default_product(self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self._weight is None:
+        if self.weight is None or self.product is None:
             raise RuntimeError("the head is used before its weights were loaded")
-        logits = self.group.all_gather(linear(hidden, self._weight, self._blocks), self._sizes)
+        logits = self.group.all_gather(self.product.linear(hidden, self.weight, None), self._sizes)
         return logits[:, : self.vocab_size].float()

@@ -2,7 +2,8 @@
 
 A column-parallel layer splits its outputs among the ranks and needs no communication; a row-parallel layer splits
 its inputs and sums the ranks' products. A layer knows which slices of which checkpoint tensors it holds; how they
-are stored and multiplied is its `WeightFormat`'s business, so a quantised format is one new class.
+are stored and multiplied is its `WeightFormat`'s business, so a quantised format is one new class. An unquantised
+matrix is multiplied by the layer's `Product`, which is decided after loading.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron.layers.placement import Placement
-from neuron.layers.row_blocks import linear, row_blocks
+from neuron.layers.products import Product, default_product
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import Shard, shard_evenly, shard_heads, whole
 
@@ -47,6 +48,10 @@ class WeightFormat(Protocol):
         """[T, in] -> [T, out], with the layer's bias if it has one."""
         ...
 
+    def apply_gated(self, layer: LinearLayer, x: Tensor) -> Tensor:
+        """silu(first half) * second half of `apply`: [T, in] -> [T, out / 2]."""
+        ...
+
 
 class UnquantizedWeight:
     """The matrix as it is: `weight` [out, in] and `bias` [out] in the model's dtype."""
@@ -73,18 +78,25 @@ class UnquantizedWeight:
         return placements
 
     def finish(self, layer: LinearLayer) -> None:
-        layer.blocks = row_blocks(layer.weight)
+        layer.product = default_product(layer.weight)
 
     def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        return linear(x, layer.weight, layer.blocks, layer.bias)
+        return layer.product.linear(x, layer.weight, layer.bias)
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor) -> Tensor:
+        return layer.product.gated(x, layer.weight, layer.bias)
 
 
 class LinearLayer(nn.Module):
-    """What all linear layers share: input slice, output parts, weight format. [T, in] -> [T, out], both local."""
+    """What all linear layers share: input slice, output parts, weight format. [T, in] -> [T, out], both local.
+
+    is_gated: whoever uses the layer calls `forward_gated`.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    blocks: Tensor | None = None
+    product: Product
+    is_gated = False
 
     def __init__(
         self,
@@ -116,6 +128,10 @@ class LinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight_format.apply(self, x)
+
+    def forward_gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of a layer whose parts are gate and up: [T, in] -> [T, out / 2]."""
+        return self.weight_format.apply_gated(self, x)
 
 
 class ColumnParallelLinear(LinearLayer):
@@ -202,6 +218,9 @@ class RowParallelLinear(LinearLayer):
         weight_format: WeightFormat | None = None,
     ) -> None:
         self._has_bias = bias
+        # Products of the ranks are gathered and added in the order of the ranks: a collective's own order may depend on
+        # where in the tensor an element lies.
+        self.adds_in_order = False
         super().__init__(
             in_features if isinstance(in_features, Shard) else shard_evenly(in_features, group, what="input size"),
             (OutputPart(None, whole(out_features)),),
@@ -219,4 +238,11 @@ class RowParallelLinear(LinearLayer):
         return placements
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.group.all_reduce(self.weight_format.apply(self, x))
+        part = self.weight_format.apply(self, x)
+        if not self.adds_in_order:
+            return self.group.all_reduce(part)
+        first, *others = self.group.all_gather(part).chunk(self.group.world_size, dim=-1)
+        total = first.clone()
+        for other in others:
+            total += other
+        return total

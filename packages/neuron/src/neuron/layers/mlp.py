@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from neuron.layers.activation import silu_mul
 from neuron.layers.linear import MergedColumnParallelLinear, RowParallelLinear, WeightFormat
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import shard_columns
@@ -31,9 +30,10 @@ class GatedMLP(nn.Module):
             group=group,
             weight_format=weight_format,
         )
+        self.gate_up_proj.is_gated = True
         self.down_proj = RowParallelLinear(inner, hidden_size, bias=bias, group=group, weight_format=weight_format)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, H]"""
-        projected: Tensor = self.down_proj(silu_mul(self.gate_up_proj(hidden)))
+        projected: Tensor = self.down_proj(self.gate_up_proj.forward_gated(hidden))
         return projected

@@ -36,6 +36,17 @@ def _divide_by_length(x: Tensor, eps: float) -> Tensor:
     return x.div(length.hypot_(_scalar(math.sqrt(x.shape[-1] * eps))))
 
 
+def _rms_norm_exact(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of operations that IEEE 754 defines to the last bit, beside one sum within each row.
+
+    The CPU's `hypot` is not one of them: it may be computed in one way for runs of elements and in another for the
+    rest, so that a row's bits would depend on how many there are.
+    """
+    upcast = x.float()
+    mean = (upcast * upcast).sum(dim=-1, keepdim=True).div_(x.shape[-1])
+    return upcast.div(mean.add_(eps).sqrt_()).to(x.dtype).mul_(weight)
+
+
 def _prescaled(weight: Tensor) -> Tensor | None:
     """sqrt(D) * weight, which makes an RMSNorm of `_divide_by_length`; None where kernels do that or float32 lacks."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -72,6 +83,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
         self._prescaled_weight: Tensor | None = None
+        # A row gets the same bits whatever lies beside it; the kernels of a device do that anyway.
+        self.deterministic = False
 
     def finish_loading(self) -> None:
         self._prescaled_weight = _prescaled(self.weight)
@@ -79,6 +92,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, H] -> (normalised sum of x and residual, that sum, in residual's memory). Without a residual, x itself
         is the sum."""
+        if self.deterministic and x.device.type == "cpu":
+            total = x if residual is None else residual.add_(x)
+            return _rms_norm_exact(total, self.weight, self.eps), total
         if self._prescaled_weight is not None:
             total = x if residual is None else residual.add_(x)
             return _divide_by_length(total, self.eps).mul_(self._prescaled_weight), total
@@ -110,6 +126,7 @@ class QKNorm(nn.Module):
         self.k = nn.Parameter(torch.empty(head_dim), requires_grad=False)
         self.joint: Tensor | None = None
         self._prescaled_joint: Tensor | None = None
+        self.deterministic = False
 
     def finish_loading(self) -> None:
         self.joint = torch.cat((self.q.expand(self.num_heads, -1), self.k.expand(self.num_kv_heads, -1)))
@@ -117,10 +134,12 @@ class QKNorm(nn.Module):
 
     def forward(self, qk: Tensor) -> Tensor:
         """[T, Hq + Hkv, D], query heads first; returns a new tensor."""
-        if self._prescaled_joint is not None:
-            return _divide_by_length(qk, self.eps).mul_(self._prescaled_joint)
         if self.joint is None:
             raise RuntimeError("the model is used before its weights were loaded")
+        if self.deterministic and qk.device.type == "cpu":
+            return _rms_norm_exact(qk, self.joint, self.eps)
+        if self._prescaled_joint is not None:
+            return _divide_by_length(qk, self.eps).mul_(self._prescaled_joint)
         return rms_norm(qk, self.joint, self.eps)
 
     def placements(self, part: str | None) -> list[Placement]:

@@ -100,13 +100,15 @@ class StepRotary:
 
     positions: [T] int64. cos_sin: [P, R] float32, the table, cosines in the first half of a row and sines in the
     second; R is the rotated part of a head. cos, signed_sin: [T, 1, R] in the activations' dtype, each half written
-    twice and the first half of the sines negated; None on devices whose kernels read the table.
+    twice and the first half of the sines negated; None on devices whose kernels read the table. exact: rotate with
+    separate products and sums.
     """
 
     positions: Tensor
     cos_sin: Tensor
     cos: Tensor | None
     signed_sin: Tensor | None
+    exact: bool = False
 
 
 class RotaryEmbedding:
@@ -118,6 +120,9 @@ class RotaryEmbedding:
     def __init__(self, scaling: RopeScaling, head_dim: int) -> None:
         self.scaling = scaling
         self.rotary_dim = int(head_dim * scaling.partial_rotary_factor)
+        # A row gets the same bits whatever lies beside it. The table must then have its length before the first step:
+        # where a cosine lies in it, and how long it is, may change the cosine's last bit on the CPU.
+        self.deterministic = False
         self._table: Tensor | None = None
         self._gathered_form: Tensor | None = None  # [P, 2, 1, R]: the table as `gather_angles` gives it
 
@@ -149,7 +154,7 @@ class RotaryEmbedding:
             everything = torch.arange(table.shape[0])
             self._gathered_form = torch.stack(gather_angles(table, everything, dtype), dim=1)
         cos, signed_sin = self._gathered_form.index_select(0, positions).unbind(1)
-        return StepRotary(positions, table, cos, signed_sin)
+        return StepRotary(positions, table, cos, signed_sin, self.deterministic)
 
 
 def gather_angles(table: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -158,14 +163,19 @@ def gather_angles(table: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotate the first R elements of each head. x: [T, heads, D]; cos, signed_sin: [T, 1, R]. Returns a new tensor."""
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, *, exact: bool = False) -> Tensor:
+    """Rotate the first R elements of each head. x: [T, heads, D]; cos, signed_sin: [T, 1, R]. Returns a new tensor.
+
+    exact: products and sums are rounded one by one. `addcmul` fuses them, but perhaps not for every element.
+    """
     rotary_dim = cos.shape[-1]
     if rotary_dim == x.shape[-1]:
         # The sign that "rotate half" gives the first of the swapped halves is in the sines.
         swapped = x.view(*x.shape[:-1], 2, rotary_dim // 2).flip(-2).view(x.shape)
+        if exact:
+            return (x * cos).add_(swapped * signed_sin)
         return torch.addcmul(x * cos, swapped, signed_sin)
-    rotated = rotate(x[..., :rotary_dim], cos, signed_sin)
+    rotated = rotate(x[..., :rotary_dim], cos, signed_sin, exact=exact)
     return torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
 
@@ -192,5 +202,5 @@ def split_and_rotate(
         cos, signed_sin = gather_angles(rotary.cos_sin, rotary.positions, qkv.dtype)
     else:
         cos, signed_sin = rotary.cos, rotary.signed_sin
-    qk = rotate(qk, cos, signed_sin)
+    qk = rotate(qk, cos, signed_sin, exact=rotary.exact)
     return qk[:, :num_heads], qk[:, num_heads:], v

@@ -1,0 +1,39 @@
+"""Making a loaded model's outputs independent of what else is in a step.
+
+By default each part takes the fastest way for the step at hand: a library's product chooses by the number of rows,
+attention on the CPU pads a batch, elementwise operations treat the ends of a tensor otherwise than its middle. Each
+choice can change the last bit of a result, and a token where two are nearly equal. Here every such choice is fixed.
+What that takes differs by device: on a GPU only products and the cut of attention depend on the batch, because our
+kernels work on rows independently.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from neuron.layers.embedding import LMHead
+from neuron.layers.linear import LinearLayer, RowParallelLinear
+from neuron.layers.norm import QKNorm, RMSNorm
+from neuron.layers.products import deterministic_product
+from neuron.layers.rotary import RotaryEmbedding
+
+
+def make_deterministic(model: nn.Module, rotary: RotaryEmbedding, *, max_positions: int) -> None:
+    """Fix the way of every layer of a loaded model, once, before its first step.
+
+    max_positions: of the longest sequence that will be served. The attention backend and the sampler have modes of
+    their own.
+    """
+    for module in model.modules():
+        if isinstance(module, LinearLayer):
+            module.product = deterministic_product(module.weight)
+        if isinstance(module, RowParallelLinear):
+            # Two summands have one order.
+            module.adds_in_order = module.group.world_size > 2
+        if isinstance(module, LMHead) and module.weight is not None:
+            module.product = deterministic_product(module.weight)
+        if isinstance(module, RMSNorm | QKNorm):
+            module.deterministic = True
+            device = next(module.parameters()).device
+            rotary.reserve(max_positions, device)
+    rotary.deterministic = True
