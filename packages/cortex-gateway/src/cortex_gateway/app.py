@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -65,6 +66,8 @@ MAX_CONTROL_BODY = 2**20
 CONTROL_BODY_TIMEOUT_S = 30.0
 QUIET_PATHS = frozenset(("/", "/health", "/api/hello"))
 """Probes: they need no key, and their access lines are written at DEBUG."""
+WATCHING_PATHS = QUIET_PATHS | {"/admin/fleet", "/admin/log"}
+"""Looks at the gateway itself (`cortex top`, `cortex logs`): lines of them would push out what is looked for."""
 OPEN_PATHS = QUIET_PATHS | {"/openapi.json"}
 """What needs no key. The document tells of the API and nothing of the fleet."""
 
@@ -266,7 +269,7 @@ class Gateway:
         trace_id = context.trace_id if context is not None else None
         trace: RequestTrace | None = None
         tracing = self._telemetry.tracing
-        if tracing is not None and scope["path"] not in QUIET_PATHS:
+        if tracing is not None and scope["path"] not in WATCHING_PATHS:
             trace = tracing.begin(scope, route=self._route_of(scope["path"]), started_at=started_at)
             trace_id = trace.trace_id
 
@@ -323,7 +326,7 @@ class Gateway:
         return path if any(isinstance(route, Route) and route.path == path for route in self._control.routes) else None
 
     def _log_control(self, scope: Scope, request_id: str, status: int, duration: float, trace_id: str | None) -> None:
-        quiet = scope["path"] in QUIET_PATHS and status < 500
+        quiet = scope["path"] in WATCHING_PATHS and status < (500 if scope["path"] in QUIET_PATHS else 400)
         self.access_log.write(
             AccessRecord(
                 id=request_id,
@@ -334,6 +337,7 @@ class Gateway:
                 duration_ms=round(duration * 1000, 2),
                 client=scope["client"][0] if scope.get("client") else None,
                 trace_id=trace_id,
+                at=round(time.time(), 3),
             ),
             logging.DEBUG if quiet else logging.INFO,
         )

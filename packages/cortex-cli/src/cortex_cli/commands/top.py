@@ -15,7 +15,9 @@ from cortex_cli.gateway import Gateway
 from cortex_cli.options import endpoint_option, json_option
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 
 @click.command(help="A live view of the fleet: nodes, devices, models, load. Ctrl-C ends it.")
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--once", is_flag=True, help="Look once and end.")
 @json_option
 def top(endpoint: str, interval: float, once: bool, as_json: bool) -> None:
-    gateway = Gateway(endpoint, timeout_s=30)
+    gateway = Gateway(endpoint, timeout_s=30 if once or as_json else 5)
     if as_json:
         click.echo(json.dumps(gateway.get("/admin/fleet?refresh=1")))
         return
@@ -42,69 +44,155 @@ def top(endpoint: str, interval: float, once: bool, as_json: bool) -> None:
             time.sleep(interval)
 
 
-def _looks(gateway: Gateway, endpoint: str) -> Iterator[Any]:
+def _looks(gateway: Gateway, endpoint: str) -> Iterator[RenderableType]:
     """A gateway that restarts is waited for: the view says so and goes on."""
+    from rich.text import Text
+
     while True:
         try:
             yield view(gateway.get("/admin/fleet"), endpoint)
         except CliError as exc:
             if exc.exit_code != EXIT_UNREACHABLE:
                 raise
-            yield f"{endpoint}: {exc}"
+            yield Text(f"{time.strftime('%H:%M:%S')}  {exc}", style="red")
 
 
 def view(fleet: dict[str, Any], endpoint: str) -> Group:
-    """Two tables: nodes with their devices, and models by node."""
+    """A line of sums, then two tables: nodes with their devices, and models by node. Texts of others are no markup."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.text import Text
 
-    nodes = Table("NODE", "HEALTH", "DEVICES", "FREE", "POLLED", "NOTE", title=f"{endpoint}", box=None)
-    models = Table("MODEL", "NODE", "STATE", "IN FLIGHT", "MEMORY", "NOTE", box=None)
-    for node in fleet["nodes"]:
-        devices = node.get("devices") or []
-        free = sum(device.get("vram_free_mb") or 0 for device in devices) or node.get("memory_free_mb") or 0
-        polled = node.get("polled_s_ago")
-        nodes.add_row(
-            node["name"],
-            _coloured(node["health"], node["health"] == "healthy"),
-            str(len(devices) or "cpu"),
-            f"{free / 1024:.1f} GiB",
-            "-" if polled is None else f"{polled:.0f} s ago",
-            "draining" if node.get("draining") else (node.get("last_error") or "")[:80],
-        )
-        for model in node["models"]:
-            used = model.get("vram_used_mb")
-            models.add_row(
-                model["id"],
-                node["name"],
-                _coloured(model["status"], model["status"] == "loaded"),
-                str(model.get("in_flight", 0)),
-                "-" if not used else f"{used / 1024:.1f} GiB",
-                _note(model),
-            )
-    waiting = [
-        f"{queue['requests']} wait for {queue['model']}, the first for {queue['waited_s']:.0f} s"
+    nodes = fleet["nodes"]
+    num_waiting = sum(queue["requests"] for queue in fleet.get("waiting", ()))
+    sums = [
+        f"{sum(node['health'] == 'healthy' for node in nodes)} of {len(nodes)} nodes healthy",
+        f"{fleet.get('in_flight', 0)} requests in flight",
+        f"{num_waiting} waiting",
+    ]
+    head = Text(f"{endpoint}  {time.strftime('%H:%M:%S')}  ", style="bold").append("  ".join(sums), style="not bold")
+    notes = [
+        f"{queue['requests']} wait for {queue['model']}, the first for {_span(queue['waited_s'])}"
         for queue in fleet.get("waiting", ())
     ]
-    summary = "; ".join([f"{fleet.get('in_flight', 0)} requests in flight", *waiting])
-    return Group(nodes, "", models, "", summary)
+    notes += [f"{count} go on on {name}, which was taken out" for name, count in fleet.get("leaving", {}).items()]
+    parts: list[RenderableType] = [head, "", _nodes(nodes), "", _models(nodes)]
+    if notes:
+        parts += ["", Text("\n".join(notes), style="yellow")]
+    return Group(*parts)
 
 
-def _coloured(text: str, is_good: bool) -> str:
-    return f"[green]{text}[/]" if is_good else f"[yellow]{text}[/]"
+def _nodes(nodes: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("NODE", "HEALTH", "UP", "DEVICE", "MEMORY USED", "BUSY", "TEMP", "NOTE", box=None, pad_edge=False)
+    for node in nodes:
+        first = [Text(node["name"]), _state(node["health"], "healthy"), Text(_span(node.get("uptime_secs")))]
+        found = {device["index"]: device for device in (node.get("discovery") or {}).get("devices", ())}
+        note = Text(_node_note(node), style="yellow")
+        for device in node.get("devices") or ():
+            name = found.get(device["index"], {}).get("name", "device")
+            used = device["vram_used_mb"]
+            table.add_row(
+                *first,
+                Text(f"{device['index']} {name}"),
+                f"{_gib(used)} of {_gib(used + device['vram_free_mb'])}",
+                f"{device['utilization_pct']} %",
+                f"{device['temp_c']} °C",
+                note,
+            )
+            first, note = [Text(), Text(), Text()], Text()
+        if not node.get("devices"):
+            host, free = node.get("discovery") or {}, node.get("memory_free_mb") or 0
+            total = host.get("memory_total_mb") or 0
+            memory = f"{_gib(total - free)} of {_gib(total)}" if total and free else ""
+            cores = f"cpu, {host['cpu_count']} cores" if host.get("cpu_count") else ""
+            table.add_row(*first, cores, memory, "", "", note)
+    return table
 
 
-def _note(model: dict[str, Any]) -> str:
-    progress = model.get("progress")
+def _models(nodes: list[dict[str, Any]]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("MODEL", "NODE", "STATE", box=None, pad_edge=False)
+    for name in ("HERE", "ALL", "QUEUE", "KV USED", "PREFILL", "DECODE", "MEMORY"):
+        table.add_column(name, justify="right")
+    table.add_column("NOTE")
+    for node in nodes:
+        for model in node["models"]:
+            load = model.get("load") or {}
+            budget = load.get("kv_budget_mb") or 0
+            used = model.get("vram_used_mb")
+            ceiling = f"/{load['max_in_flight']}" if load.get("max_in_flight") else ""
+            table.add_row(
+                Text(model["id"]),
+                Text(node["name"]),
+                _state(model["status"] or "unknown", "loaded"),
+                str(model.get("in_flight", 0)),
+                f"{load['in_flight']}{ceiling}" if load else "",
+                str(load["queue_depth"]) if load else "",
+                f"{100 * (budget - load['kv_available_mb']) / budget:.0f} %" if budget else "",
+                _rate(load.get("tok_s_prefill")),
+                _rate(load.get("tok_s_decode")),
+                _gib(used) if used else "",
+                Text(_model_note(model), style="yellow"),
+            )
+    return table if table.row_count else Text("no models")
+
+
+def _state(text: str, good: str) -> Text:
+    from rich.text import Text
+
+    return Text(text, style="green" if text == good else "yellow")
+
+
+def _node_note(node: dict[str, Any]) -> str:
+    parts = ["draining"] if node.get("draining") else []
+    polled = node.get("polled_s_ago")
+    if node["health"] != "healthy" and polled is not None:
+        parts.append(f"last seen {_span(polled)} ago")
+    if node.get("last_error") and node["health"] != "healthy":
+        parts.append(str(node["last_error"]))
+    failed = [entry["model_id"] for entry in (node.get("activation") or {}).get("failed", ())]
+    if failed:
+        parts.append(f"not loaded at start: {', '.join(failed)}")
+    return ", ".join(parts)
+
+
+def _model_note(model: dict[str, Any]) -> str:
+    progress, servable = model.get("progress"), model.get("servable")
     parts = []
-    if isinstance(progress, dict) and progress.get("bytes_total"):
-        parts.append(f"{progress['phase']} {100 * progress['bytes_done'] // progress['bytes_total']} %")
+    if isinstance(progress, dict):
+        share = f" {100 * progress['bytes_done'] // progress['bytes_total']} %" if progress.get("bytes_total") else ""
+        left = f", {_span(progress['eta_s'])} left" if progress.get("eta_s") is not None else ""
+        parts.append(f"{progress['phase']}{share}{left}")
     if model.get("pinned"):
         parts.append("pinned")
     if model.get("breaker") not in (None, "closed"):
         parts.append(f"breaker {model['breaker']}")
-    if model.get("servable") is False:
-        parts.append("cannot serve now")
+    if servable and not servable["ok"]:
+        parts.append(f"cannot serve: {servable.get('detail') or servable.get('reason') or 'no reason given'}")
     if model.get("error"):
-        parts.append(str(model["error"])[:80])
+        parts.append(str(model["error"]))
     return ", ".join(parts)
+
+
+def _gib(megabytes: float) -> str:
+    return f"{megabytes / 1024:.1f} GiB"
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return f"{tokens_per_second:.0f} tok/s" if tokens_per_second else ""
+
+
+def _span(seconds: float | None) -> str:
+    """A time in its two or one largest units."""
+    if seconds is None:
+        return ""
+    total = round(seconds)
+    for size, unit, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if total >= size:
+            rest = total % size // smaller_size
+            return f"{total // size}{unit}" + (f" {rest}{smaller}" if rest else "")
+    return f"{total}s"

@@ -20,7 +20,7 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Fields that do not apply are left out. Times are milliseconds; `status` 499 is a client that hung up.
     `key` and `account` are ids, never secrets. `dropped`: filters that took something out of a translated prompt.
     `attempts`: times it was sent to a node; `resumes`: times another node went on with its stream. `finish`: why each
-    choice ended. `trace_id`: of its W3C trace.
+    choice ended. `trace_id`: of its W3C trace. `at`: when it ended, in seconds since 1970.
 
     `outcome`: ok, rejected (an error of the gateway's own), upstream_error (an error of the neuron's, passed on),
     upstream_failed (no or no usable answer), timeout, client_gone, shutdown, error (a fault of the gateway).
@@ -51,6 +51,7 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     account: str | None = None
     trace_id: str | None = None
     error: str | None = None
+    at: float | None = None
 
 
 class AccessLog:

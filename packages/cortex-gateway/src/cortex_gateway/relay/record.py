@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.metrics import MIN_RATE_WINDOW_S, Metrics
 from cortex_gateway.relay.events import Usage
@@ -62,6 +64,7 @@ def record(exchange: Exchange, metrics: Metrics, access_log: AccessLog, now: flo
         key=principal.key_id if principal is not None else None,
         account=principal.account_id if principal is not None else None,
         trace_id=exchange.trace_id,
+        at=round(time.time(), 3),
         error=exchange.error,
     )
     access_log.write(line)
