@@ -33,7 +33,6 @@ from neuron.config import ServerSection
 from neuron.lifecycle.admission import Ticket
 from neuron.protocol import SequenceUpdate
 from neuron.supervisor.engine_group import EngineGroup
-from neuron.supervisor.generation import Update
 from neuron.text import Generation as Choice
 
 _REPLAYED_AT_ONCE = 256
@@ -64,7 +63,9 @@ class StreamedAnswer:
         self._opening = self._projector.begin(events.prompt_tokens)
         self._head = head
         self._is_marked = exchange.is_hop
-        self._marks = b""
+        self._unmarked: list[ChoiceTokens] = []
+        """Whose events have not been written yet, or are none. All of them go into one mark: a reader that gets one and
+        not the next would have events of tokens that it knows nothing of."""
 
     async def resume(self, state: ResumeState) -> None:
         """Rebuild what the client has of the stream, and open it again behind that. Raises `ApiError`."""
@@ -106,8 +107,8 @@ class StreamedAnswer:
                 async for batch in generation:
                     data = b"".join(map(project, events.feed(batch, generation)))
                     ticket.generated(events.num_generated)
-                    if self._is_marked and batch:
-                        self._marks += _mark(batch)
+                    if self._is_marked:
+                        self._unmarked += [_tokens(index, update) for index, update in batch]
                     if data:
                         await self._send(data)
                     else:
@@ -145,8 +146,8 @@ class StreamedAnswer:
             if self._is_marked:
                 data = stream_comment(self._head) + data
         if self._is_marked:
-            data += self._marks or tokens_comment([])
-            self._marks = b""
+            data += tokens_comment(self._unmarked)
+            self._unmarked.clear()
         await self._exchange.send_chunk(data)
         self._sent = self._loop.time()
 
@@ -167,10 +168,6 @@ def seeded(choices: Sequence[Choice], seeds: Sequence[int]) -> list[Choice]:
         replace(choice, sampling=replace(choice.sampling, seed=seed))
         for choice, seed in zip(choices, seeds, strict=True)
     ]
-
-
-def _mark(batch: list[Update]) -> bytes:
-    return tokens_comment([_tokens(index, update) for index, update in batch])
 
 
 def _tokens(index: int, update: SequenceUpdate) -> ChoiceTokens:
