@@ -101,7 +101,8 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     that long in all, and its weights at that rate on top (MiB/s, below any disk worth using). recovery_attempts:
     rebuilds in a row before a model counts as failed; a group that has lived for stable_after_s starts counting anew.
     weight_cache_mb: host memory for copies of checkpoints, from which models come back; 0 keeps none, None decides by
-    the memory that is free at start.
+    the memory that is free at start. all_reduce: how the ranks of a model sum, by the fastest way for each size of
+    message, or always by the library's collective.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -121,6 +122,7 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recovery_attempts: Count = 5
     stable_after_s: Seconds = 60.0
     weight_cache_mb: Count | None = None
+    all_reduce: Literal["auto", "library"] = "auto"
 
 
 class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

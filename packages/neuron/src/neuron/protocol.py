@@ -31,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     shares: relative sizes of the ranks' parts, in rank order; empty = equal parts. num_threads: torch threads on a CPU,
     of all ranks together. collective_timeout_s: how long the ranks wait to meet, and then for each other in one
     collective; the last resort behind the daemon's own deadlines. debug: levers of tests, see `neuron.engine.debug`.
+    all_reduce: how ranks sum, by what is fastest for each size of message, or always by NCCL (gloo on a CPU).
     weight_descriptors: inherited descriptors, by file name, of copies in memory that are read instead of the files.
     """
 
@@ -55,6 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     shares: tuple[int, ...] = ()
     collective_timeout_s: float = 120.0
     weight_descriptors: dict[str, int] = {}
+    all_reduce: Literal["auto", "library"] = "auto"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):

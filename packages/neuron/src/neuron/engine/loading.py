@@ -322,6 +322,7 @@ def _join(config: EngineConfig, rank: int, device: torch.device) -> ParallelGrou
         device=device,
         shares=config.shares,
         timeout_s=config.collective_timeout_s,
+        use_symmetric_memory=config.all_reduce == "auto",
     )
 
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuron.parallel.all_reduce import AllReduce, Gathered, Library
+
 # Renamed in torch 2.13; the old name warns there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -38,6 +40,7 @@ class ParallelGroup:
         self.world_size = world_size
         self.shares = tuple(shares) if len(set(shares)) > 1 else ()
         self._process_group = process_group
+        self._sum: AllReduce = AllReduce([Library(process_group)])
 
     @classmethod
     def single(cls) -> ParallelGroup:
@@ -51,8 +54,16 @@ class ParallelGroup:
         """
         if self.world_size > 1:
             x = x.contiguous()
-            dist.all_reduce(x, group=self._process_group)
+            self._sum(x)
         return x
+
+    def use(self, ladder: AllReduce) -> None:
+        """Sum by this ladder from now on. On all ranks or none."""
+        self._sum = ladder
+
+    def sum_in_order(self) -> None:
+        """From now on add up in rank order, whatever the size of the message: no sum depends on what else is in it."""
+        self._sum.fix(Gathered(self.world_size, self._process_group))
 
     def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Concatenate the ranks' tensors [..., n] along the last dimension: [..., sum of n], in rank order.

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from neuron.engine.errors import ModelError, describe
+from neuron.parallel.all_reduce import build_all_reduce
 from neuron.parallel.group import ParallelGroup
 from neuron.parallel.sharding import UnsupportedSharding
 
@@ -30,11 +31,13 @@ def join_group(
     device: torch.device,
     shares: Sequence[int] = (),
     timeout_s: float,
+    use_symmetric_memory: bool = True,
 ) -> ParallelGroup:
     """Meet the other ranks; returns when all are here and collectives have been seen to work.
 
     timeout_s bounds the meeting and, from then on, each collective: the last resort behind the daemon's watchdog. A
-    collective whose peer dies fails at once. Raises `ModelError` (`device`), `UnsupportedSharding`.
+    collective whose peer dies fails at once. use_symmetric_memory: for sums, where the devices can. Raises `ModelError`
+    (`device`), `UnsupportedSharding`.
     """
     try:
         group = ParallelGroup(rank, world_size, shares=shares)
@@ -56,6 +59,10 @@ def join_group(
             device_id=device if device.type == "cuda" else None,
         )
         check_collectives(group, device)
+        if world_size > 1:
+            group.use(
+                build_all_reduce(device, rank=rank, world_size=world_size, use_symmetric_memory=use_symmetric_memory)
+            )
     except (RuntimeError, ValueError) as exc:  # dist.DistError is a RuntimeError
         raise ModelError("device", f"rank {rank} of {world_size} cannot join its group: {describe(exc)}") from exc
     return group
