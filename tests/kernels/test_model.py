@@ -14,10 +14,15 @@ from neuron.engine.runner import ModelRunner
 from neuron.layers import activation, attention, norm
 from neuron.layers.attention_cpu import GatherAttention
 from neuron.layers.attention_triton import TritonAttention
+from neuron.layers.embedding import LMHead
+from neuron.layers.linear import LinearLayer
+from neuron.layers.products import InvariantProduct
 from neuron.models.decoder import CausalLM
 from neuron.models.registry import build_model
 from neuron.protocol import Generate, SamplingParams
 from neuron.weights.dummy import load_dummy_weights
+
+from tests.parity.paged_model import PagedModel, PagedSequence
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -78,3 +83,32 @@ def test_the_kernels_path_generates_what_the_torch_path_does(
     assert actual_tokens == tokens
     for actual, expected in zip(actual_logprobs, logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("place_free_dot")
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_deterministic_path_gives_a_token_the_same_bits_in_any_step(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """Alone, in chunks, behind a cached prefix, decoded beside others: what `deterministic` promises on a GPU."""
+    if device.type != "cpu":
+        pytest.skip("the batches of this test are made on the CPU")
+    family = FAMILIES["qwen3"] if window is None else FAMILIES["mistral"] | {"sliding_window": window}
+    model = build_model(COMMON | family | {"num_hidden_layers": 1}, device=device, dtype=torch.float32)
+    load_dummy_weights(model, seed=1)
+    for module in model.modules():
+        if isinstance(module, LinearLayer | LMHead):
+            module.product = InvariantProduct()
+    for module in (norm, activation, attention):
+        monkeypatch.setattr(module, "fused_kernel", fused_in_interpreter)
+    runner = PagedModel(model, attention=TritonAttention(deterministic=True))
+    prompt = PROMPTS[1]
+    cached, alone = runner.prefill(prompt)
+    assert torch.equal(runner.prefill(prompt, chunk=7)[1], alone)
+    assert torch.equal(runner.step([(runner.fork(cached, 12), prompt[12:])])[0], alone[12:])
+    decoded, _ = runner.prefill(prompt[:18])
+    other, _ = runner.prefill(PROMPTS[2])
+    step = [(other, [3]), (decoded, [prompt[18]]), (PagedSequence(), prompt[:11])]
+    _, at_18, beginning = runner.step(step, num_decodes=2)
+    assert torch.equal(at_18, alone[18:19])
+    assert torch.equal(beginning, alone[:11])

@@ -19,6 +19,7 @@ from neuron.kernels.tiling import Chip, Tiling, chip_of, decode_tiling, invarian
 
 if TYPE_CHECKING:
     from neuron.engine.batch import StepBatch
+    from neuron.layers.attention_plugins import PrefillPlugin
 
 MAX_HEAD_DIM = 256
 
@@ -87,11 +88,15 @@ class TritonAttention:
         one tile shape and no context is cut, so that a token's bits do not depend on how its prompt came in either."""
         self._tune = tune
         self._deterministic = deterministic
+        # Another library's attention for prompt chunks, if start-up has found one that is faster.
+        self.prefill_plugin: PrefillPlugin | None = None
         self._plans: dict[tuple[bool, int | None, Tiling], list[AttentionPlan]] = {}
 
     def prepare(self, batch: StepBatch) -> None:
         """Forget the last step. Must be called once before the first layer of each step."""
         self._plans.clear()
+        if self.prefill_plugin is not None:
+            self.prefill_plugin.prepare()
 
     def forward(
         self,
@@ -139,7 +144,21 @@ class TritonAttention:
         if batch.num_decodes:
             tiling = self._tiling(chip, head_dim, group, kv_layer.dtype, decodes=True)
             plans += self._plans_for(True, batch, self._tune(tiling), sliding_window)
-        if batch.num_decodes < batch.num_sequences:
+        plugin = self.prefill_plugin if soft_cap is None and sinks is None else None
+        if batch.num_decodes < batch.num_sequences and plugin is not None:
+            first = batch.num_decodes
+            out[first:] = plugin.attend(
+                q[first:],
+                kv_layer,
+                query_start=batch.query_start[first:] - first,
+                context_lens=batch.context_lens[first:],
+                page_tables=batch.page_tables[first:],
+                query_lens=batch.query_lens_host[first:],
+                max_context_len=max(batch.context_lens_host[first:]),
+                scale=scale,
+                sliding_window=sliding_window,
+            )
+        elif batch.num_decodes < batch.num_sequences:
             tiling = self._tiling(chip, head_dim, group, kv_layer.dtype, decodes=False)
             plans += self._plans_for(False, batch, self._tune(tiling), sliding_window)
         for plan in plans:
