@@ -19,8 +19,8 @@ def model(name: str, **fields: Any) -> dict[str, Any]:
     return {"id": name, "status": "loaded", "in_flight": 0, "breaker": "closed", "load": None, **fields}
 
 
-def shown(*nodes: dict[str, Any], **fleet: Any) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def shown(*nodes: dict[str, Any], width: int = 200, **fleet: Any) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(view({"nodes": list(nodes), "in_flight": 0, "waiting": [], **fleet}, "http://gateway"))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -38,7 +38,7 @@ def test_devices_have_a_row_each() -> None:
     ]
     discovery = {"devices": [{"index": index, "name": f"GPU-{index}"} for index in (0, 1)]}
     text = shown(node("gpu", devices=devices, discovery=discovery, uptime_secs=90_061))
-    assert "20.0 GiB of 24.0 GiB" in row(text, "gpu", "0 GPU-0", "97 %", "71 °C", "1d 1h")
+    assert "20.0 of 24.0" in row(text, "gpu", "0 GPU-0", "97 %", "71 °C", "1d 1h")
     assert "gpu" not in row(text, "1 GPU-1")
 
 
@@ -55,15 +55,25 @@ def test_a_model_shows_its_load_and_what_is_wrong_with_it() -> None:
         ),
     ]
     text = shown(node("n", models=models))
-    for word in ("5/8", "75 %", "2000 tok/s", "60 tok/s", "pinned"):
-        assert word in row(text, "busy")
-    assert "weights 25 %, 1m 15s left" in row(text, "coming", "loading")
-    assert "breaker open, cannot serve: no room, [oom] on 0" in row(text, "broken")
+    assert row(text, "busy", "5/8", "75 %", "2000", "60") and "busy on n: pinned" in text
+    assert "weights 25 %, 1m 15s left" in row(text, "coming on n")
+    assert "breaker open, cannot serve: no room, [oom] on 0" in row(text, "broken on n")
+
+
+def test_a_fleet_without_troubles_fits_eighty_characters() -> None:
+    load = {"in_flight": 50, "max_in_flight": 128, "queue_depth": 13, "kv_budget_mb": 100, "kv_available_mb": 25}
+    load |= {"tok_s_prefill": 22000.4, "tok_s_decode": 1060.0}
+    devices = [{"index": 0, "vram_used_mb": 70_000, "vram_free_mb": 10_000, "utilization_pct": 100, "temp_c": 71}]
+    host = {"devices": [{"index": 0, "name": "NVIDIA H100 80GB HBM3"}]}
+    busy = model("Qwen/Qwen3-30B-A3B-Instruct", in_flight=40, load=load)
+    text = shown(node("gpu1", devices=devices, discovery=host, models=[busy], uptime_secs=90_061), width=80)
+    assert row(text, "Qwen/Qwen3-30B-A3B-Instruct", "gpu1", "40", "50/128", "13", "75 %", "22000", "1060")
+    assert row(text, "0 NVIDIA H100 80GB HBM3", "68.4 of 78.1", "100 %", "71 °C")
 
 
 def test_a_node_that_is_away_says_why_in_its_own_words() -> None:
     text = shown(node("away", health="unhealthy", polled_s_ago=130.0, last_error="[connect] refused [/red]"))
-    assert "last seen 2m 10s ago, [connect] refused [/red]" in row(text, "away")
+    assert "last seen 2m 10s ago, [connect] refused [/red]" in row(text, "away: ")
     assert "0 of 1 nodes healthy" in text and "no models" in text
 
 

@@ -58,7 +58,10 @@ def _looks(gateway: Gateway, endpoint: str) -> Iterator[RenderableType]:
 
 
 def view(fleet: dict[str, Any], endpoint: str) -> Group:
-    """A line of sums, then two tables: nodes with their devices, and models by node. Texts of others are no markup."""
+    """Sums, two tables (nodes with their devices, models by node), and a line for whatever needs a look.
+
+    Texts of others are no markup.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -69,76 +72,95 @@ def view(fleet: dict[str, Any], endpoint: str) -> Group:
         f"{fleet.get('in_flight', 0)} requests in flight",
         f"{num_waiting} waiting",
     ]
-    head = Text(f"{endpoint}  {time.strftime('%H:%M:%S')}  ", style="bold").append("  ".join(sums), style="not bold")
-    notes = [
+    head = Text(f"{endpoint}  {time.strftime('%H:%M:%S')}", style="bold")
+    notes = [f"{node['name']}: {note}" for node in nodes if (note := _node_note(node))]
+    notes += [
+        f"{model['id']} on {node['name']}: {note}"
+        for node in nodes
+        for model in node["models"]
+        if (note := _model_note(model))
+    ]
+    notes += [
         f"{queue['requests']} wait for {queue['model']}, the first for {_span(queue['waited_s'])}"
         for queue in fleet.get("waiting", ())
     ]
     notes += [f"{count} go on on {name}, which was taken out" for name, count in fleet.get("leaving", {}).items()]
-    parts: list[RenderableType] = [head, "", _nodes(nodes), "", _models(nodes)]
+    parts: list[RenderableType] = [head, Text("  ".join(sums)), "", _nodes(nodes), "", _models(nodes)]
     if notes:
         parts += ["", Text("\n".join(notes), style="yellow")]
     return Group(*parts)
 
 
 def _nodes(nodes: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("NODE", "HEALTH", "UP", "DEVICE", "MEMORY USED", "BUSY", "TEMP", "NOTE", box=None, pad_edge=False)
+    rows: list[list[str | Text]] = []
     for node in nodes:
-        first = [Text(node["name"]), _state(node["health"], "healthy"), Text(_span(node.get("uptime_secs")))]
+        first = [node["name"], _state(node["health"], "healthy"), _span(node.get("uptime_secs"))]
         found = {device["index"]: device for device in (node.get("discovery") or {}).get("devices", ())}
-        note = Text(_node_note(node), style="yellow")
         for device in node.get("devices") or ():
             name = found.get(device["index"], {}).get("name", "device")
             used = device["vram_used_mb"]
-            table.add_row(
-                *first,
-                Text(f"{device['index']} {name}"),
-                f"{_gib(used)} of {_gib(used + device['vram_free_mb'])}",
-                f"{device['utilization_pct']} %",
-                f"{device['temp_c']} °C",
-                note,
+            rows.append(
+                [
+                    *first,
+                    f"{device['index']} {name}",
+                    _share(used, used + device["vram_free_mb"]),
+                    f"{device['utilization_pct']} %",
+                    f"{device['temp_c']} °C",
+                ]
             )
-            first, note = [Text(), Text(), Text()], Text()
+            first = ["", "", ""]
         if not node.get("devices"):
             host, free = node.get("discovery") or {}, node.get("memory_free_mb") or 0
             total = host.get("memory_total_mb") or 0
-            memory = f"{_gib(total - free)} of {_gib(total)}" if total and free else ""
             cores = f"cpu, {host['cpu_count']} cores" if host.get("cpu_count") else ""
-            table.add_row(*first, cores, memory, "", "", note)
-    return table
+            rows.append([*first, cores, _share(total - free, total) if total and free else "", "", ""])
+    return _table(("NODE", "HEALTH", "UP", "DEVICE", "MEMORY GiB", "BUSY", "TEMP"), rows)
 
 
 def _models(nodes: list[dict[str, Any]]) -> RenderableType:
-    from rich.table import Table
+    """HERE: requests through this gateway; ALL: at work on the neuron, whoever sent them. Speeds in tokens a second."""
     from rich.text import Text
 
-    table = Table("MODEL", "NODE", "STATE", box=None, pad_edge=False)
-    for name in ("HERE", "ALL", "QUEUE", "KV USED", "PREFILL", "DECODE", "MEMORY"):
-        table.add_column(name, justify="right")
-    table.add_column("NOTE")
+    rows: list[list[str | Text]] = []
     for node in nodes:
         for model in node["models"]:
             load = model.get("load") or {}
             budget = load.get("kv_budget_mb") or 0
             used = model.get("vram_used_mb")
             ceiling = f"/{load['max_in_flight']}" if load.get("max_in_flight") else ""
-            table.add_row(
-                Text(model["id"]),
-                Text(node["name"]),
-                _state(model["status"] or "unknown", "loaded"),
-                str(model.get("in_flight", 0)),
-                f"{load['in_flight']}{ceiling}" if load else "",
-                str(load["queue_depth"]) if load else "",
-                f"{100 * (budget - load['kv_available_mb']) / budget:.0f} %" if budget else "",
-                _rate(load.get("tok_s_prefill")),
-                _rate(load.get("tok_s_decode")),
-                _gib(used) if used else "",
-                Text(_model_note(model), style="yellow"),
+            rows.append(
+                [
+                    model["id"],
+                    node["name"],
+                    _state(model["status"] or "unknown", "loaded"),
+                    str(model.get("in_flight", 0)),
+                    f"{load['in_flight']}{ceiling}" if load else "",
+                    str(load["queue_depth"]) if load else "",
+                    f"{100 * (budget - load['kv_available_mb']) / budget:.0f} %" if budget else "",
+                    _rate(load.get("tok_s_prefill")),
+                    _rate(load.get("tok_s_decode")),
+                    f"{used / 1024:.1f}" if used else "",
+                ]
             )
-    return table if table.row_count else Text("no models")
+    names = ("MODEL", "NODE", "STATE", "HERE", "ALL", "QUEUE", "KV", "PREFILL", "DECODE", "GiB")
+    return _table(names, rows) if rows else Text("no models")
+
+
+def _table(names: tuple[str, ...], rows: list[list[str | Text]]) -> Table:
+    """Columns without content are left out: it has to fit 80 characters."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    kept = [index for index in range(len(names)) if any(row[index] for row in rows)]
+    for index in kept:
+        table.add_column(names[index], justify="right" if names[index] in _NUMBERS else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell := row[index], Text) else Text(cell) for index in kept))
+    return table
+
+
+_NUMBERS = frozenset(("HERE", "ALL", "QUEUE", "KV", "PREFILL", "DECODE", "GiB", "BUSY", "TEMP"))
 
 
 def _state(text: str, good: str) -> Text:
@@ -178,12 +200,12 @@ def _model_note(model: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _gib(megabytes: float) -> str:
-    return f"{megabytes / 1024:.1f} GiB"
+def _share(used_mb: float, total_mb: float) -> str:
+    return f"{used_mb / 1024:.1f} of {total_mb / 1024:.1f}"
 
 
 def _rate(tokens_per_second: float | None) -> str:
-    return f"{tokens_per_second:.0f} tok/s" if tokens_per_second else ""
+    return f"{tokens_per_second:.0f}" if tokens_per_second else ""
 
 
 def _span(seconds: float | None) -> str:
