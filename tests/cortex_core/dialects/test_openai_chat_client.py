@@ -62,8 +62,8 @@ OFFICIAL_TYPES = (
 IDENTITY: dict[str, Any] = {"response_id": "chatcmpl-1", "created": 1_760_000_000, "model": "m"}
 
 
-def read(stream: bytes, chunk_size: int = 1000) -> list[Event]:
-    reader = StreamReader()
+def read(stream: bytes, chunk_size: int = 1000, stop: tuple[str, ...] = ()) -> list[Event]:
+    reader = StreamReader(stop)
     events: list[Event] = []
     for start in range(0, len(stream), chunk_size):
         events += reader.feed(stream[start : start + chunk_size])
@@ -225,9 +225,49 @@ def test_usage_with_details_and_in_the_last_choice_chunk() -> None:
     assert read(sse({**choice("stop"), "usage": usage}) + DONE) == [Finish(0, "stop"), Usage(7, 5, 2, 1)]
 
 
-def test_the_stop_string_where_the_server_tells_it() -> None:
-    chunk = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "stop_reason": "END"}]}
-    assert read(sse(chunk) + DONE)[0] == Finish(0, "stop_sequence", "END")
+STOP = ("END", "\n\nHuman:")
+SAYS_STOPPED: list[tuple[str, dict[str, Any], Finish]] = [
+    ("abc", {"finish_reason": "stop", "stop_reason": "END"}, Finish(0, "stop_sequence", "END")),  # vLLM
+    ("abc", {"finish_reason": "stop", "stop_reason": None}, Finish(0, "stop")),
+    ("abc", {"finish_reason": "stop", "stop_reason": 151645}, Finish(0, "stop")),
+    (
+        "abc",
+        {"finish_reason": "stop", "matched_stop": "\n\nHuman:"},
+        Finish(0, "stop_sequence", "\n\nHuman:"),
+    ),  # SGLang
+    ("abc", {"finish_reason": "stop", "matched_stop": 151645}, Finish(0, "stop")),
+    ("abc", {"finish_reason": "stop", "stop_reason": "<|im_end|>"}, Finish(0, "stop")),  # one of the server's own
+    ("abc", {"finish_reason": "stop", "stop_reason": {"of": "tomorrow"}}, Finish(0, "stop")),
+    ("abc", {"finish_reason": "stop_sequence"}, Finish(0, "stop_sequence", None)),  # one of the two; it does not say
+    ("abcEND", {"finish_reason": "stop_sequence"}, Finish(0, "stop_sequence", "END")),  # text-generation-inference
+    ("abcEND", {"finish_reason": "stop"}, Finish(0, "stop_sequence", "END")),
+    ("abcEND.", {"finish_reason": "stop"}, Finish(0, "stop")),
+    ("abcEND", {"finish_reason": "length"}, Finish(0, "length")),
+    ("abc", {"finish_reason": "stop"}, Finish(0, "stop")),  # the official API: it cannot be known
+    ("abc", {"finish_reason": "eos_token"}, Finish(0, "stop")),
+]
+
+
+@pytest.mark.parametrize(("text", "said", "finish"), SAYS_STOPPED)
+def test_which_stop_string_ended_an_answer_as_far_as_the_server_lets_one_know(
+    text: str, said: dict[str, Any], finish: Finish
+) -> None:
+    pieces = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in text]
+    stream = b"".join(map(sse, pieces)) + sse({"choices": [{"index": 0, "delta": {}, **said}]}) + DONE
+    assert read(stream, stop=STOP)[-2] == finish
+    reader = AnswerReader(STOP)
+    reader.feed(json.dumps({"choices": [{"index": 0, "message": {"content": text}, **said}]}).encode())
+    assert reader.end()[-2] == finish
+
+
+def test_a_stop_string_nobody_asked_for_ends_nothing_but_the_turn() -> None:
+    for said in ({"finish_reason": "stop", "stop_reason": "END"}, {"finish_reason": "stop_sequence"}):
+        assert read(sse({"choices": [{"index": 0, "delta": {}, **said}]}) + DONE)[0] == Finish(0, "stop")
+
+
+def test_the_only_stop_string_is_the_one_that_was_met() -> None:
+    chunk = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop_sequence"}]}
+    assert read(sse(chunk) + DONE, stop=("END",))[0] == Finish(0, "stop_sequence", "END")
 
 
 def test_logprobs_are_read() -> None:

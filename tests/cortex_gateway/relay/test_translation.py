@@ -131,6 +131,32 @@ async def test_messages_are_translated(openai_server: FakeOpenAI, start: Start) 
     assert sent["messages"] == [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("said", "reason", "sequence"),
+    [
+        ({"stop_reason": "END"}, "stop_sequence", "END"),
+        ({"matched_stop": "END"}, "stop_sequence", "END"),
+        ({"matched_stop": 151645}, "end_turn", None),
+        ({}, "end_turn", None),
+    ],
+)
+async def test_the_stop_sequence_of_a_message_is_told_where_the_server_tells(
+    openai_server: FakeOpenAI, start: Start, stream: bool, said: dict[str, Any], reason: str, sequence: str | None
+) -> None:
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", **said}]}
+    openai_server.events = [*EVENTS[:6], b"data: " + json.dumps(last).encode() + b"\n\n", *EVENTS[7:]]
+    client = await start(openai_server)
+    status, _, raw = await ask(client, MESSAGES, stream=stream, stop_sequences=["never", "END"])
+    assert status == 200 and openai_server.last_body["stop"] == ["never", "END"]
+    if stream:
+        events = [json.loads(event.data) for event in events_of(raw)]
+        ending = next(event["delta"] for event in events if event["type"] == "message_delta")
+    else:
+        ending = json.loads(raw)
+    assert (ending["stop_reason"], ending["stop_sequence"]) == (reason, sequence)
+
+
 async def test_responses_are_translated(openai_server: FakeOpenAI, start: Start) -> None:
     client = await start(openai_server)
     status, headers, body = await ask(client, RESPONSES)

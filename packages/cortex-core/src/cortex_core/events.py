@@ -67,7 +67,7 @@ class ToolCallEnd(msgspec.Struct, frozen=True, tag="tool_call_end"):
 
 
 class Finish(msgspec.Struct, frozen=True, tag="finish"):
-    """`stop_sequence` is the matched string when reason is `stop_sequence`."""
+    """`stop_sequence` is the matched string when reason is `stop_sequence`, None where another server does not say."""
 
     choice: int
     reason: FinishReason

@@ -144,13 +144,13 @@ class ThroughChat:
         projector = self._dialect.Projector(
             self.request, response_id=self._dialect.new_response_id(), created=int(time.time()), model=self._model
         )
-        return TranslatedStream(self.request, _reader(is_events), projector)
+        return TranslatedStream(self.request, _reader(self.request, is_events), projector)
 
     def whole(self, *, is_events: bool) -> TranslatedAnswer:
         collector = self._dialect.Collector(
             self.request, response_id=self._dialect.new_response_id(), created=int(time.time()), model=self._model
         )
-        return TranslatedAnswer(self.request, _reader(is_events), collector)
+        return TranslatedAnswer(self.request, _reader(self.request, is_events), collector)
 
     def refused(self, status: int, body: bytes, retry_after: str | None) -> ApiError:
         return _in_own_words(self.request, refused(status, body, retry_after))
@@ -182,8 +182,9 @@ class Counting:
         return _in_own_words(self._request, refused(status, body, retry_after))
 
 
-def _reader(is_events: bool) -> StreamReader | AnswerReader:
-    return StreamReader() if is_events else AnswerReader()
+def _reader(request: Request, is_events: bool) -> StreamReader | AnswerReader:
+    stop = request.limits.stop
+    return StreamReader(stop) if is_events else AnswerReader(stop)
 
 
 def _in_own_words(request: Request, error: ApiError) -> ApiError:

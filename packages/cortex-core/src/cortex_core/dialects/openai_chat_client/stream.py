@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -75,13 +76,14 @@ class _Logprobs(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    """`stop_reason` is an extension: the stop string that was met."""
+    """`stop_reason` (vLLM) and `matched_stop` (SGLang) are extensions: the stop string or token id that was met."""
 
     index: int = 0
     delta: _Delta = msgspec.field(default_factory=_Delta)
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
-    stop_reason: str | int | None = None
+    stop_reason: Any = None
+    matched_stop: Any = None
 
 
 class _WholeChoice(_Choice):
@@ -120,6 +122,7 @@ class _ChoiceState:
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
+        self.tail = ""
         self.num_calls = 0
         self.open_index: int | None = None
         self.arguments: list[str] = []
@@ -142,10 +145,13 @@ class StreamReader:
     """Feed it the bytes of a chat completion stream; it returns events in the order `cortex_core.events` promises.
 
     A stream that breaks off, an error event and a chunk that cannot be read all end in one Failure. `is_done`: the
-    terminal Usage or Failure has been returned.
+    terminal Usage or Failure has been returned. stop: the stop strings that were asked for, to tell which of them ended
+    a choice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._stop = tuple(stop)
+        self._tail_len = max(map(len, stop), default=0)
         self._decoder = SseDecoder()
         self._choices: dict[int, _ChoiceState] = {}
         self._usage: Usage | None = None
@@ -220,6 +226,8 @@ class StreamReader:
             events += [*state.close_call(), ReasoningDelta(choice.index, reasoning)]
             self._num_deltas += 1
         logprobs = _logprobs(choice.logprobs)
+        if delta.content and self._tail_len:
+            state.tail = (state.tail + delta.content)[-self._tail_len :]
         if delta.content or logprobs:
             events += [*state.close_call(), TextDelta(choice.index, delta.content or "", logprobs)]
             self._num_deltas += 1
@@ -251,7 +259,7 @@ class StreamReader:
 
     def _finish_choice(self, choice: _Choice, state: _ChoiceState, events: list[Event]) -> None:
         state.is_finished = True
-        reason, stop_sequence = _finish_reason(choice)
+        reason, stop_sequence = _finish_reason(choice, self._stop, state.tail)
         if reason != "length" or state.has_whole_arguments():
             events += state.close_call()
         events.append(Finish(choice.index, reason, stop_sequence))
@@ -273,7 +281,8 @@ class StreamReader:
 class AnswerReader:
     """As `StreamReader`, for an answer in one piece: what servers send that do not stream, though asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._stop = stop
         self._pieces: list[bytes] = []
         self.is_done = False
 
@@ -293,19 +302,29 @@ class AnswerReader:
             return [Failure(error)]
         if answer.error is not None:
             return [Failure(error_of(500, msgspec.json.encode({"error": answer.error})))]
-        return StreamReader().read_whole(answer)
+        return StreamReader(self._stop).read_whole(answer)
 
 
-def _finish_reason(choice: _Choice) -> tuple[FinishReason, str | None]:
+def _finish_reason(choice: _Choice, stop: tuple[str, ...], tail: str) -> tuple[FinishReason, str | None]:
+    """tail: how the text ends.
+
+    The official API says `stop` for a stop string and for the end of a turn alike, and cuts the string off: then it
+    counts as the end of a turn. What servers say beyond that is believed where it names a string that was asked for
+    (they may have others of their own); a text that ends with one was ended by it, at a server that leaves it there.
+    """
     if choice.finish_reason == "length":
         return "length", None
     if choice.finish_reason == "content_filter":
         return "content_filter", None
     if choice.finish_reason in ("tool_calls", "function_call"):
         return "tool_calls", None
-    if isinstance(choice.stop_reason, str):
-        return "stop_sequence", choice.stop_reason
-    return "stop", None
+    for met in (choice.stop_reason, choice.matched_stop):
+        if isinstance(met, str) and met in stop:
+            return "stop_sequence", met
+    met = next((string for string in sorted(stop, key=len, reverse=True) if tail.endswith(string)), None)
+    if met is None and choice.finish_reason == "stop_sequence" and stop:  # text-generation-inference
+        return "stop_sequence", stop[0] if len(stop) == 1 else None
+    return ("stop", None) if met is None else ("stop_sequence", met)
 
 
 def _logprobs(logprobs: _Logprobs | None) -> tuple[TokenLogprob, ...]:
