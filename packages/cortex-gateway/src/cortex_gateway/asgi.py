@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -11,6 +11,20 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 RawHeaders = list[tuple[bytes, bytes]]
+
+
+class Shortcut(Protocol):
+    """What our own HTTP/1 offers beside `receive`, in the scope's extensions under `SHORTCUT`: no task and no timer for
+    what is there already, or may never come."""
+
+    def whole_body(self) -> bytes | None:
+        """The body if all of it has come and none of it was received; it is received then. Else None."""
+
+    def on_disconnect(self, call: Callable[[], None] | None) -> None:
+        """Call this once the client is gone, now if it is; None: nothing any more."""
+
+
+SHORTCUT = "cortex.shortcut"
 
 JSON_CONTENT_TYPE = (b"content-type", b"application/json")
 

@@ -296,7 +296,6 @@ class Http1Connection(asyncio.Protocol):
             "query_string": query,
             "headers": self._headers,
             "state": dict(self._scope["state"]),
-            "extensions": {},
         }
         self._num_requests += 1
         cycle = self._receiving = RequestCycle(self, scope, wants_continue=wants_continue)

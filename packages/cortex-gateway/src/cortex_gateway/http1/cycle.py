@@ -7,7 +7,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from cortex_gateway.asgi import Message, RawHeaders, Scope
+from cortex_gateway.asgi import SHORTCUT, Message, RawHeaders, Scope
 
 BODY_HIGH_WATER = 64 * 1024
 """How much of a request body may wait for the application before nothing more is read from the client."""
@@ -48,6 +48,7 @@ class RequestCycle:
         "_left",
         "_line",
         "_moved",
+        "_on_disconnect",
         "is_answered",
         "is_cut",
         "is_gone",
@@ -73,23 +74,31 @@ class RequestCycle:
         self._is_chunked = False
         self._is_without_body = False
         self._left: int | None = None
-        self._moved = asyncio.Event()
+        self._moved: asyncio.Event | None = None
+        self._on_disconnect: Callable[[], None] | None = None
+        scope["extensions"] = {SHORTCUT: self}
 
     # ------------------------------------------------------------------------------------------ the client's side
 
     def feed(self, data: bytes) -> None:
         self._body.append(data)
         self.num_buffered += len(data)
-        self._moved.set()
+        self._has_moved()
 
     def end(self) -> None:
         self.is_whole = True
-        self._moved.set()
+        self._has_moved()
 
     def lose(self) -> None:
         """The client is gone; what it had sent can still be read."""
         self.is_gone = True
-        self._moved.set()
+        self._has_moved()
+        if self._on_disconnect is not None:
+            self._on_disconnect()
+
+    def _has_moved(self) -> None:
+        if self._moved is not None:
+            self._moved.set()
 
     # ------------------------------------------------------------------------------------------ the application's side
 
@@ -97,19 +106,32 @@ class RequestCycle:
         """The body as it comes, whatever has come of it in one message; after it, the end of the connection."""
         while True:
             if not self._is_delivered and (self._body or self.is_whole):
-                body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-                self._body.clear()
-                self.num_buffered = 0
-                self._is_delivered = self.is_whole
-                self._line.body_was_taken()
-                return {"type": "http.request", "body": body, "more_body": not self.is_whole}
+                return {"type": "http.request", "body": self._take(), "more_body": not self.is_whole}
             if self.is_gone or self.is_answered:
                 return DISCONNECT
             if self.wants_continue and not self.is_started:
                 self.wants_continue = False
                 self._line.write(CONTINUE)
+            if self._moved is None:
+                self._moved = asyncio.Event()
             self._moved.clear()
             await self._moved.wait()
+
+    def whole_body(self) -> bytes | None:
+        return self._take() if self.is_whole and not self._is_delivered else None
+
+    def on_disconnect(self, call: Callable[[], None] | None) -> None:
+        self._on_disconnect = call
+        if call is not None and self.is_gone:
+            call()
+
+    def _take(self) -> bytes:
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
+        self.num_buffered = 0
+        self._is_delivered = self.is_whole
+        self._line.body_was_taken()
+        return body
 
     async def send(self, message: Message) -> None:
         """Waits while the client does not read. Raises `ConnectionError` once there is nobody to send to."""
@@ -187,7 +209,7 @@ class RequestCycle:
         if last:
             self._line.write(last)
         self.is_answered = True
-        self._moved.set()
+        self._has_moved()
         self._line.was_answered(self)
 
     async def run(self, app: Callable[..., Any], log_fault: Callable[[], Any]) -> None:

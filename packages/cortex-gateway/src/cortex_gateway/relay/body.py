@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from cortex_core.errors import ApiError
 
-from cortex_gateway.asgi import RawHeaders, Receive, Send, respond
+from cortex_gateway.asgi import RawHeaders, Receive, Send, Shortcut, respond
 
 DISCARD_TIMEOUT_S = 10.0
 BODY_MEMORY_RETRY_S = 5
@@ -41,10 +41,19 @@ class RequestBody:
     What is read counts against `memory` until `release`.
     """
 
-    __slots__ = ("_memory", "_num_counted", "_receive", "is_complete", "max_bytes", "timeout_s")
+    __slots__ = ("_memory", "_num_counted", "_receive", "_shortcut", "is_complete", "max_bytes", "timeout_s")
 
-    def __init__(self, receive: Receive, *, max_bytes: int, timeout_s: float, memory: BodyMemory | None = None) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        *,
+        max_bytes: int,
+        timeout_s: float,
+        memory: BodyMemory | None = None,
+        shortcut: Shortcut | None = None,
+    ) -> None:
         self._receive = receive
+        self._shortcut = shortcut
         self._memory = memory
         self._num_counted = 0
         self.max_bytes = max_bytes
@@ -60,13 +69,8 @@ class RequestBody:
                     raise too_large(self.max_bytes)
             elif name == b"content-encoding":
                 encoding = value.strip().lower()
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                body = await self._receive_all()
-        except TimeoutError:
-            raise ApiError(
-                "timeout", "The request body did not arrive in time.", code="request_timeout", status=408
-            ) from None
+        whole = self._shortcut.whole_body() if self._shortcut is not None else None
+        body = await self._receive_in_time() if whole is None else self._at_once(whole)
         if encoding is None or encoding == b"identity":
             return body
         plain = decompress(body, encoding, self.max_bytes)
@@ -93,17 +97,29 @@ class RequestBody:
         memory.held += num_bytes
         self._num_counted += num_bytes
 
+    def _at_once(self, body: bytes) -> bytes:
+        self.is_complete = True
+        if len(body) > self.max_bytes:
+            raise too_large(self.max_bytes)
+        self._count(len(body))
+        return body
+
+    async def _receive_in_time(self) -> bytes:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self._receive_all()
+        except TimeoutError:
+            raise ApiError(
+                "timeout", "The request body did not arrive in time.", code="request_timeout", status=408
+            ) from None
+
     async def _receive_all(self) -> bytes:
         message = await self._receive()
         if message["type"] != "http.request":
             raise ClientGone
         first: bytes = message.get("body", b"")
         if not message.get("more_body", False):
-            self.is_complete = True
-            if len(first) > self.max_bytes:
-                raise too_large(self.max_bytes)
-            self._count(len(first))
-            return first
+            return self._at_once(first)
         self._count(len(first))
         parts = [first]
         num_bytes = len(first)

@@ -20,7 +20,7 @@ from cortex_core.gateway_config import GatewaySection
 from cortex_core.hop import RESUME_HEADER, resume_body
 from multidict import CIMultiDict
 
-from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send
+from cortex_gateway.asgi import JSON_CONTENT_TYPE, SHORTCUT, Message, RawHeaders, Receive, Scope, Send, Shortcut
 from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import describe
 from cortex_gateway.fleet.openai_server import OpenAIServer
@@ -34,6 +34,7 @@ from cortex_gateway.placement.placement import Lease, Placement
 from cortex_gateway.relay.answers import MAX_ATTEMPTS, MAX_RESUMES, AnswerRelay, BrokenStream, StaleRoute
 from cortex_gateway.relay.body import BodyMemory, ClientGone, RequestBody
 from cortex_gateway.relay.charge import used
+from cortex_gateway.relay.departure import DepartureWatch
 from cortex_gateway.relay.envelope import read_envelope
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
 from cortex_gateway.relay.failures import (
@@ -118,6 +119,7 @@ class Relay:
         assert task is not None
         exchange = Exchange(surface, scope, task, loop.time())
         settings = self._settings
+        shortcut: Shortcut | None = scope.get("extensions", {}).get(SHORTCUT)
         self._body_memory.max_bytes = settings.max_body_memory_bytes
         if self._tracing is not None:
             exchange.trace = self._tracing.begin(scope, route=exchange.path, started_at=exchange.started_at)
@@ -130,6 +132,7 @@ class Relay:
             max_bytes=settings.max_body_bytes,
             timeout_s=settings.body_timeout_s,
             memory=self._body_memory,
+            shortcut=shortcut,
         )
 
         async def send_to_client(message: Message) -> None:
@@ -145,7 +148,7 @@ class Relay:
         self._active.add(exchange)
         self._idle.clear()
         try:
-            await self._answer(exchange, body, scope["headers"], receive, send_to_client, loop)
+            await self._answer(exchange, body, scope["headers"], receive, shortcut, send_to_client, loop)
         except ClientGone:
             exchange.status, exchange.outcome = CLIENT_GONE_STATUS, "client_gone"
         finally:
@@ -165,10 +168,11 @@ class Relay:
         body: RequestBody,
         headers: RawHeaders,
         receive: Receive,
+        shortcut: Shortcut | None,
         send: Send,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        watcher: asyncio.Future[Message] | None = None
+        watch: DepartureWatch | None = None
         try:
             try:
                 if self.is_draining:
@@ -181,8 +185,7 @@ class Relay:
                 envelope = read_envelope(payload)
                 exchange.model = envelope.model
                 exchange.is_stream = bool(envelope.stream) and exchange.surface.can_stream
-                watcher = asyncio.ensure_future(receive())
-                watcher.add_done_callback(partial(_on_disconnect, exchange))
+                watch = DepartureWatch(exchange, receive, shortcut)
                 if exchange.is_stream:
                     exchange.opening = StreamOpening(
                         send,
@@ -210,8 +213,8 @@ class Relay:
             fault = ApiError("internal", "The gateway failed on this request.", code="internal_error")
             await self._fail(exchange, fault, body, send)
         finally:
-            if watcher is not None:
-                watcher.cancel()
+            if watch is not None:
+                watch.cancel()
             if exchange.opening is not None:
                 await exchange.opening.close()
 
@@ -426,8 +429,3 @@ class Relay:
     def _stream_headers(self, exchange: Exchange) -> RawHeaders:
         """For a stream that opens before the neuron answers, and maybe before a node is known."""
         return [*EVENT_STREAM_HEADERS, *self._own_headers(exchange)]
-
-
-def _on_disconnect(exchange: Exchange, received: asyncio.Future[Message]) -> None:
-    if not received.cancelled() and received.exception() is None:
-        exchange.interrupt(ClientGone())
