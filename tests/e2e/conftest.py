@@ -1,14 +1,20 @@
-"""One fleet for all end-to-end tests that leave it as they found it; tests that break things start their own."""
+"""One fleet for all end-to-end tests that leave it as they found it; tests that break things start their own.
+
+The official SDKs and the shapes of agents meet two neurons: `pair` is a gateway over both, and to `translator` both are
+just servers with an OpenAI API.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import anthropic
 import openai
 import pytest
 
-from .fleet_process import FleetProcess
+from .fleet_of_neurons import Daemon, neuron_daemon
+from .fleet_process import FleetProcess, call, eventually
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +25,59 @@ def fleet() -> Iterator[FleetProcess]:
 
 
 @pytest.fixture(scope="session")
-def openai_client(fleet: FleetProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0, timeout=120)
+def neurons(fleet: FleetProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """URLs of the fleet's own neuron and of a second one, both with the demo model."""
+    second = neuron_daemon(tmp_path_factory.mktemp("second"), 1)
+    yield [fleet.neuron_url, second.url]
+    second.stop()
+
+
+def gateway_over(neurons: list[str], folder: Path, *, kind: str) -> Daemon:
+    """A gateway that has found the model on each of them. To a server of the kind `openai` it has a key."""
+    (folder / "key").write_text("sk-none\n")
+    own = {"neuron": "", "openai": 'api_key = "file:key"\n'}[kind]
+    entries = "".join(
+        f'[[neurons]]\nname = "n{index}"\nkind = "{kind}"\nendpoint = "{url}{"/v1" if kind == "openai" else ""}"\n{own}'
+        for index, url in enumerate(neurons)
+    )
+    config = folder / "cortex.toml"
+    config.write_text(f'[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\nload_wait_s = 30\n{entries}')
+    gateway = Daemon(kind, ["cortex_cli", "serve", "--config", str(config)])
+    ready = b'"status":"loaded"'
+    eventually(
+        lambda: call(gateway.url, "GET", "/admin/fleet")[2].count(ready) == len(neurons),
+        within_s=240,
+        what="the gateway has found the model everywhere",
+    )
+    return gateway
 
 
 @pytest.fixture(scope="session")
-def anthropic_client(fleet: FleetProcess) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=fleet.url, api_key="none", max_retries=0, timeout=120)
+def pair(neurons: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    gateway = gateway_over(neurons, tmp_path_factory.mktemp("pair"), kind="neuron")
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture(scope="session")
+def translator(neurons: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    gateway = gateway_over(neurons, tmp_path_factory.mktemp("translator"), kind="openai")
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture(params=["native", "translated"])
+def front(request: pytest.FixtureRequest) -> Daemon:
+    """A gateway over two neurons: on its native path, and translating in front of servers of OpenAI chat alone."""
+    daemon: Daemon = request.getfixturevalue("pair" if request.param == "native" else "translator")
+    return daemon
+
+
+@pytest.fixture(scope="session")
+def openai_client(pair: Daemon) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{pair.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def anthropic_client(pair: Daemon) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=pair.url, api_key="none", max_retries=0, timeout=120)

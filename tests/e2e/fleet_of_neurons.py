@@ -60,17 +60,21 @@ class Daemon:
                 self.process.wait()
 
 
+def neuron_daemon(folder: Path, index: int, config: str = "") -> Daemon:
+    """A neuron named n<index> that begins to load the demo model. config: more of its configuration file."""
+    file = folder / f"neuron-{index}.toml"
+    file.write_text(f'[[default_models]]\nmodel_id = "{MODEL}"\n{config}')
+    arguments = ["neuron", "serve", "--config", str(file), "--host", "127.0.0.1", "--port", "0"]
+    return Daemon(f"n{index}", arguments, {"XDG_STATE_HOME": str(folder / f"state-{index}")})
+
+
 class FleetOfNeurons:
     """`neurons[i]` are named n0, n1 … in the gateway, which polls once a second."""
 
     def __init__(self, folder: Path, *, num_neurons: int = 2, gateway: str = "", neuron: str = "") -> None:
         self.neurons: list[Daemon] = []
         for index in range(num_neurons):
-            config = folder / f"neuron-{index}.toml"
-            config.write_text(f'[[default_models]]\nmodel_id = "{MODEL}"\n{neuron}')
-            arguments = ["neuron", "serve", "--config", str(config), "--host", "127.0.0.1", "--port", "0"]
-            state = {"XDG_STATE_HOME": str(folder / f"state-{index}")}
-            self.neurons.append(Daemon(f"n{index}", arguments, state))
+            self.neurons.append(neuron_daemon(folder, index, neuron))
         config = folder / "cortex.toml"
         entries = "".join(f'[[neurons]]\nname = "{each.name}"\nendpoint = "{each.url}"\n' for each in self.neurons)
         config.write_text(

@@ -1,4 +1,5 @@
-"""Requests in the very shapes that agents send, whole tool loops included, through the gateway's native path.
+"""Requests in the very shapes that agents send, whole tool loops included, through a gateway over two neurons: on its
+native path, and by translation in front of servers that speak only OpenAI chat.
 
 The shapes were recorded from the clients; what is long and means nothing to a server is shortened.
 """
@@ -6,11 +7,13 @@ The shapes were recorded from the clients; what is long and means nothing to a s
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from .fleet_process import MODEL, FleetProcess, call
+from .fleet_of_neurons import Daemon
+from .fleet_process import MODEL, call
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 DESCRIPTION = "Current weather in a city"
@@ -18,13 +21,27 @@ QUESTION = "What is the weather in Oslo?"
 RESULT = '{"temperature": 14, "condition": "cloudy"}'
 
 
-def post(fleet: FleetProcess, path: str, body: dict[str, Any], headers: dict[str, str]) -> list[dict[str, Any]]:
+def post(front: Daemon, path: str, body: dict[str, Any], headers: dict[str, str]) -> list[dict[str, Any]]:
     """The data of every event of a streamed answer."""
-    status, answered, answer = call(fleet.url, "POST", path, body, headers)
+    status, answered, answer = call(front.url, "POST", path, body, headers)
     assert status == 200, answer
     assert answered["content-type"].startswith("text/event-stream")
+    is_translated = front.name == "openai" and not path.startswith("/v1/chat/")
+    assert ("x-cortex-translated" in answered) == is_translated
     lines = [line[6:] for line in answer.decode().splitlines() if line.startswith("data: ")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def test_both_neurons_take_part(front: Daemon) -> None:
+    def node_of(number: int) -> str:
+        messages = [{"role": "user", "content": f"Count from 1 to {number}."}]
+        body = {"model": MODEL, "max_tokens": 60, "messages": messages}
+        status, answered, answer = call(front.url, "POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        return answered["x-cortex-node"]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(node_of, range(20, 28))) == {"n0", "n1"}
 
 
 # ---------------------------------------------------------------- Claude Code
@@ -104,8 +121,8 @@ def message_of(events: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "assistant", "content": blocks, "stop_reason": ending["stop_reason"]}
 
 
-def test_claude_code_completes_a_tool_loop(fleet: FleetProcess) -> None:
-    assert call(fleet.url, "HEAD", "/")[0] == 200 and call(fleet.url, "HEAD", "/api/hello")[0] == 200
+def test_claude_code_completes_a_tool_loop(front: Daemon) -> None:
+    assert call(front.url, "HEAD", "/")[0] == 200 and call(front.url, "HEAD", "/api/hello")[0] == 200
     system = {
         "role": "system",
         "content": [{"type": "text", "text": "Reminder: be brief.", "cache_control": {"type": "ephemeral"}}],
@@ -115,7 +132,7 @@ def test_claude_code_completes_a_tool_loop(fleet: FleetProcess) -> None:
         {"role": "user", "content": [{"type": "text", "text": "Context."}, {"type": "text", "text": QUESTION}]},
         system,
     ]
-    first = message_of(post(fleet, "/v1/messages?beta=true", claude_body(messages), CLAUDE_HEADERS))
+    first = message_of(post(front, "/v1/messages?beta=true", claude_body(messages), CLAUDE_HEADERS))
     assert first["stop_reason"] == "tool_use"
     (use,) = [block for block in first["content"] if block["type"] == "tool_use"]
     assert use["name"] == "get_weather" and use["input"]["city"]
@@ -128,27 +145,27 @@ def test_claude_code_completes_a_tool_loop(fleet: FleetProcess) -> None:
         {"role": "assistant", "content": first["content"]},
         {"role": "user", "content": [{**result, "cache_control": {"type": "ephemeral"}}]},
     ]
-    second = message_of(post(fleet, "/v1/messages?beta=true", claude_body(messages), CLAUDE_HEADERS))
+    second = message_of(post(front, "/v1/messages?beta=true", claude_body(messages), CLAUDE_HEADERS))
     assert second["stop_reason"] == "end_turn"
     assert any("14" in block["text"] for block in second["content"] if block["type"] == "text")
 
 
-def test_claude_code_falls_back_to_the_same_body_without_a_stream_and_counts_it(fleet: FleetProcess) -> None:
+def test_claude_code_falls_back_to_the_same_body_without_a_stream_and_counts_it(front: Daemon) -> None:
     body = claude_body([{"role": "user", "content": "What is 12+30?"}], stream=False)
-    status, _, answer = call(fleet.url, "POST", "/v1/messages?beta=true", body, CLAUDE_HEADERS)
+    status, _, answer = call(front.url, "POST", "/v1/messages?beta=true", body, CLAUDE_HEADERS)
     assert status == 200, answer
     usage = json.loads(answer)["usage"]
     size = usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
     counted = {name: body[name] for name in ("model", "messages", "system", "tools", "thinking")}
-    status, _, answer = call(fleet.url, "POST", "/v1/messages/count_tokens?beta=true", counted, CLAUDE_HEADERS)
+    status, _, answer = call(front.url, "POST", "/v1/messages/count_tokens?beta=true", counted, CLAUDE_HEADERS)
     assert status == 200 and json.loads(answer) == {"input_tokens": size}
-    status, _, answer = call(fleet.url, "GET", "/v1/models?limit=1000", headers=CLAUDE_HEADERS)
+    status, _, answer = call(front.url, "GET", "/v1/models?limit=1000", headers=CLAUDE_HEADERS)
     assert status == 200 and [entry["id"] for entry in json.loads(answer)["data"]] == [MODEL]
 
 
-def test_claude_code_reads_the_numbers_of_a_prompt_that_is_too_long(fleet: FleetProcess) -> None:
+def test_claude_code_reads_the_numbers_of_a_prompt_that_is_too_long(front: Daemon) -> None:
     body = claude_body([{"role": "user", "content": "1 2 3 4 5 6 7 8 " * 20_000}], stream=False)
-    status, _, answer = call(fleet.url, "POST", "/v1/messages?beta=true", body, CLAUDE_HEADERS)
+    status, _, answer = call(front.url, "POST", "/v1/messages?beta=true", body, CLAUDE_HEADERS)
     words = json.loads(answer)["error"]["message"].split()
     assert status == 400 and words[:4] == ["prompt", "is", "too", "long:"]
     assert int(words[4]) > int(words[7]) and words[5:7] == ["tokens", ">"] and words[8] == "maximum"
@@ -207,18 +224,18 @@ def codex_items(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event["item"] for event in events if event["type"] == "response.output_item.done"]
 
 
-def test_codex_completes_a_tool_loop(fleet: FleetProcess) -> None:
+def test_codex_completes_a_tool_loop(front: Daemon) -> None:
     items = [
         codex_item("developer", "You are a coding agent.", "Answer briefly."),
         codex_item("developer", "Sandbox: none."),
         codex_item("user", "<environment_context></environment_context>"),
         codex_item("user", QUESTION),
     ]
-    first = codex_items(post(fleet, "/v1/responses", codex_body(items), CODEX_HEADERS))
+    first = codex_items(post(front, "/v1/responses", codex_body(items), CODEX_HEADERS))
     (called,) = [item for item in first if item["type"] == "function_call"]
     assert called["name"] == "get_weather" and json.loads(called["arguments"])["city"]
     output = {"type": "function_call_output", "call_id": called["call_id"], "output": RESULT}
-    second = codex_items(post(fleet, "/v1/responses", codex_body([*items, *first, output]), CODEX_HEADERS))
+    second = codex_items(post(front, "/v1/responses", codex_body([*items, *first, output]), CODEX_HEADERS))
     assert any("14" in item["content"][0]["text"] for item in second if item["type"] == "message")
 
 
@@ -271,23 +288,23 @@ def chat_message(events: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.parametrize("client", CHAT_SHAPES)
-def test_an_editor_completes_a_tool_loop(fleet: FleetProcess, client: str) -> None:
+def test_an_editor_completes_a_tool_loop(front: Daemon, client: str) -> None:
     mark = {"cache_control": {"type": "ephemeral"}} if client == "cline" else {}
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": "You are a coding agent."},
         {"role": "user", "content": [{"type": "text", "text": QUESTION, **mark}]},
     ]
     body = {"model": MODEL, "stream": True, **CHAT_SHAPES[client]}
-    first, reason = chat_message(post(fleet, "/v1/chat/completions", {**body, "messages": messages}, {}))
+    first, reason = chat_message(post(front, "/v1/chat/completions", {**body, "messages": messages}, {}))
     assert reason == "tool_calls"
     (called,) = first["tool_calls"]
     assert json.loads(called["function"]["arguments"])["city"]
     messages += [first, {"role": "tool", "tool_call_id": called["id"], "content": RESULT}]
-    second, reason = chat_message(post(fleet, "/v1/chat/completions", {**body, "messages": messages}, {}))
+    second, reason = chat_message(post(front, "/v1/chat/completions", {**body, "messages": messages}, {}))
     assert reason == "stop" and "14" in second["content"]
 
 
-def test_aider_asks_with_made_up_turns_and_no_limits(fleet: FleetProcess) -> None:
+def test_aider_asks_with_made_up_turns_and_no_limits(front: Daemon) -> None:
     messages = [
         {"role": "system", "content": "Act as an expert software developer."},
         {"role": "user", "content": "I have no files."},
@@ -295,5 +312,5 @@ def test_aider_asks_with_made_up_turns_and_no_limits(fleet: FleetProcess) -> Non
         {"role": "user", "content": "What is 12+30?"},
     ]
     body = {"model": MODEL, "stream": True, "temperature": 0, "messages": messages}
-    answer, reason = chat_message(post(fleet, "/v1/chat/completions", body, {}))
+    answer, reason = chat_message(post(front, "/v1/chat/completions", body, {}))
     assert "42" in answer["content"] and reason == "stop"

@@ -1,4 +1,4 @@
-"""The official `anthropic` SDK against a fleet of one with the demo model."""
+"""The official `anthropic` SDK against a fleet of two with the demo model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import anthropic
 import pytest
 
+from .fleet_of_neurons import Daemon
 from .fleet_process import MODEL
 
 WEATHER: dict[str, Any] = {
@@ -28,6 +29,21 @@ def test_a_plain_question_gets_the_right_answer(anthropic_client: anthropic.Anth
     assert "42" in answer.content[0].text
     assert answer.stop_reason == "end_turn" and answer.model == MODEL
     assert answer.id.startswith("msg_") and answer._request_id.startswith("req_")
+
+
+@pytest.mark.parametrize(
+    "credential",
+    [
+        {"api_key": "none"},
+        {"auth_token": "none"},
+        {"api_key": "none", "default_headers": {"x-api-key": "none", "anthropic-version": "2023-06-01"}},
+        {"auth_token": "none", "default_headers": {"x-api-key": "other"}},
+    ],
+    ids=["key", "token", "as in 2023", "both"],
+)
+def test_every_style_of_authentication_is_taken(front: Daemon, credential: dict[str, Any]) -> None:
+    with anthropic.Anthropic(base_url=front.url, max_retries=0, timeout=120, **credential) as client:
+        assert "42" in ask(client, "What is 12+30?").content[0].text
 
 
 def test_the_stream_accumulates_to_the_same_message(anthropic_client: anthropic.Anthropic) -> None:

@@ -1,4 +1,4 @@
-"""The official `openai` SDK against a fleet of one with the demo model: right answers, typed errors."""
+"""The official `openai` SDK against a fleet of two with the demo model: right answers, typed errors."""
 
 from __future__ import annotations
 

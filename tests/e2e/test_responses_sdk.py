@@ -1,4 +1,4 @@
-"""The official `openai` SDK's Responses API against a fleet of one with the demo model, through the gateway."""
+"""The official `openai` SDK's Responses API against a fleet of two with the demo model, through the gateway."""
 
 from __future__ import annotations
 

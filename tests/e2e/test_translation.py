@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -11,7 +10,7 @@ import openai
 import pytest
 
 from .fleet_of_neurons import Daemon
-from .fleet_process import MODEL, FleetProcess, call, eventually
+from .fleet_process import MODEL
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: Any = {"name": "get_weather", "description": "Current weather in a city", "input_schema": CITY}
@@ -23,21 +22,6 @@ WEATHER_FUNCTION: Any = {
     "strict": None,
 }
 FOUND = '{"temperature": 14, "condition": "cloudy"}'
-
-
-@pytest.fixture(scope="module")
-def translator(fleet: FleetProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A second gateway, to which the fleet's neuron is just some server with an OpenAI API."""
-    config = tmp_path_factory.mktemp("translator") / "cortex.toml"
-    (config.parent / "key").write_text("sk-none\n")
-    config.write_text(
-        '[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\nload_wait_s = 30\n'
-        f'[[neurons]]\nname = "other"\nkind = "openai"\nendpoint = "{fleet.neuron_url}/v1"\napi_key = "file:key"\n'
-    )
-    gateway = Daemon("translator", ["cortex_cli", "serve", "--config", str(config)])
-    eventually(lambda: MODEL.encode() in call(gateway.url, "GET", "/v1/models")[2], within_s=60, what="it is polled")
-    yield gateway
-    gateway.stop()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +159,7 @@ def test_a_tool_loop_of_responses(gpt: openai.OpenAI, is_streamed: bool) -> None
 
 def test_chat_and_completions_pass(gpt: openai.OpenAI) -> None:
     raw = gpt.chat.completions.with_raw_response.create(model=MODEL, messages=[user("What is 12+30?")])
-    assert "x-cortex-translated" not in raw.headers and raw.headers["x-cortex-node"] == "other"
+    assert "x-cortex-translated" not in raw.headers and raw.headers["x-cortex-node"] in ("n0", "n1")
     content = raw.parse().choices[0].message.content
     assert content is not None and "42" in content
     chunks = list(gpt.chat.completions.create(model=MODEL, messages=[user("What is 12+30?")], stream=True))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from cortex_core.conversation import Request
 from cortex_core.dialects import anthropic_messages, openai_chat, openai_completions
-from cortex_core.dialects.json_body import MAX_DEPTH, Fields, decode_object
+from cortex_core.dialects.json_body import MAX_DEPTH, Fields, decode_object, decode_struct
 from cortex_core.errors import ApiError
+from cortex_core.fleet import ModelSpec
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -249,3 +251,19 @@ def test_a_value_in_an_error_message_is_cut_short() -> None:
 def test_errors_name_the_json_type_found(value: Any, described: str) -> None:
     with pytest.raises(ApiError, match=f"expected an object, got {described}"):
         Fields.of(value, "a")
+
+
+def test_a_struct_takes_whole_numbers_however_they_are_written() -> None:
+    spec = decode_struct(
+        b'{"model_id": "a/b", "tensor_parallel": 2.0, "devices": [0, 1.0], "debug": {"x": [3.0]}}', ModelSpec
+    )
+    assert (spec.tensor_parallel, spec.devices, spec.debug) == (2, (0, 1), {"x": [3]})
+    for body in (
+        b'{"model_id": "a/b", "tensor_parallel": 2.5}',
+        b'{"model_id": 7}',
+        b"[]",
+        b"{",
+        b'{"model_id": "\xff"}',
+    ):
+        with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):
+            decode_struct(body, ModelSpec)

@@ -186,6 +186,21 @@ test("models are listed and retrieved", async () => {
 
 // ---------------------------------------------------------------- Anthropic messages
 
+// Every way in which either SDK can be given a credential: what it sends is a bearer token, an x-api-key, or both.
+const credentials = {
+  "apiKey, now": new Anthropic({ baseURL: url, apiKey: "none", ...settings }),
+  "authToken, now": new Anthropic({ baseURL: url, apiKey: null, authToken: "none", ...settings }),
+  "apiKey, of 2023": new Anthropic2023({ baseURL: url, apiKey: "none", ...settings }),
+  "authToken, of 2023": new Anthropic2023({ baseURL: url, apiKey: null, authToken: "none", ...settings }),
+};
+for (const [style, anthropic] of Object.entries(credentials)) {
+  test(`messages, ${style}: the credential is taken`, async () => {
+    const messages = [{ role: "user", content: "What is 12+30?" }];
+    const answer = await anthropic.messages.create({ model, max_tokens: 50, messages });
+    assert.match(answer.content[0].text, /42/);
+  });
+}
+
 const messageTool = { name: "get_weather", description, input_schema: city };
 
 for (const [style, anthropic] of Object.entries(anthropics)) {

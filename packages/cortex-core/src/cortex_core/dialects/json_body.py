@@ -26,6 +26,7 @@ MAX_MODEL_NAME = 512
 """Names end up in caches, log lines and messages; a client must not choose how large those get."""
 
 Default = TypeVar("Default")
+T = TypeVar("T")
 
 
 def decode_object(body: bytes) -> Fields:
@@ -65,6 +66,24 @@ def _check_depth(value: dict[str, Any]) -> None:
 
 def _too_deep() -> ApiError:
     return invalid(f"The request body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+
+
+def decode_struct(body: bytes, type_: type[T]) -> T:
+    """A body of the control plane as its type; `3.0` is an integer there, too.
+
+    Raises `msgspec.DecodeError` (of which `ValidationError` is one), `UnicodeDecodeError` and `RecursionError`.
+    """
+    return msgspec.convert(_with_whole_numbers(_decode(body)), type_)
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is list:
+        return [_with_whole_numbers(item) for item in value]
+    if type(value) is dict:
+        return {key: _with_whole_numbers(item) for key, item in value.items()}
+    return value
 
 
 def encode_compact(value: Any) -> str:

@@ -24,7 +24,7 @@ REQUESTS: dict[str, Schema] = {
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
-STREAM: Schema = {"type": "string", "description": "Server-sent events."}
+STREAM: Schema = {"description": "Server-sent events, in the sequence and of the types that the dialect's SDKs expect."}
 
 ANTHROPIC_VERSION = Parameter(
     "anthropic-version", {"type": "string"}, "Asks for Anthropic's shapes, of errors too.", "header"

@@ -13,6 +13,7 @@ import msgspec
 from cortex_core.catalogue import load_spec
 from cortex_core.config import ConfigError
 from cortex_core.dialects.errors import openai_error_body
+from cortex_core.dialects.json_body import decode_struct
 from cortex_core.errors import ApiError, invalid, model_not_found
 from cortex_core.fleet import LoadProgress, ModelSpec
 from starlette.requests import Request
@@ -372,7 +373,7 @@ class AdminRoutes:
 
 async def read_request(request: Request) -> ModelRequest:
     try:
-        return msgspec.json.decode(await request.body(), type=ModelRequest)
+        return decode_struct(await request.body(), ModelRequest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise invalid(f'The body must be {{"model": …, "node"?: …}}: {exc}', code="invalid_body") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
+from cortex_core.dialects.json_body import decode_struct
 from cortex_core.errors import ApiError, invalid
 from starlette.requests import Request
 from starlette.responses import Response
@@ -45,7 +46,7 @@ class CaptureRoutes:
     async def switch(self, request: Request) -> Response:
         """Keep more or fewer from now on, until the gateway ends."""
         try:
-            wanted = msgspec.json.decode(await request.body(), type=CaptureSwitch)
+            wanted = decode_struct(await request.body(), CaptureSwitch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise invalid(f'The body must be {{"exchanges": number or null}}: {exc}', code="invalid_body") from None
         self._captures.override = wanted.exchanges

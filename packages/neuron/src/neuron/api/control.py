@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 from cortex_core.dialects.errors import error_body
+from cortex_core.dialects.json_body import decode_struct
 from cortex_core.dialects.models import (
     ModelEntry,
     anthropic_model_body,
@@ -196,7 +197,7 @@ def _entry(model: ServedModel) -> ModelEntry:
 def _decode(body: bytes, type_: type[T]) -> T:
     """A control body. Raises `ApiError` 400."""
     try:
-        return msgspec.json.decode(body, type=type_)
+        return decode_struct(body, type_)
     except msgspec.ValidationError as exc:
         raise invalid(f"The body does not fit: {exc}", code="invalid_request_body") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
