@@ -267,6 +267,7 @@ REFUSED = {
     "a line feed in a head": (400, b"GET / HTTP/1.1\r\nhost: x\na: b\r\n\r\n"),
     "a return in a value": (400, b"GET / HTTP/1.1\r\nhost: x\r\na: b\rc\r\n\r\n"),
     "a zero byte": (400, b"GET / HTTP/1.1\r\nhost: x\r\na: b\0c\r\n\r\n"),
+    "a control character": (400, b"GET / HTTP/1.1\r\nhost: x\r\na: b\x01c\r\n\r\n"),
     "a name of nothing": (400, b"GET / HTTP/1.1\r\nhost: x\r\n: b\r\n\r\n"),
     "no colon": (400, b"GET / HTTP/1.1\r\nhost: x\r\nabc\r\n\r\n"),
     "bytes in a path": (400, b"GET /\xff HTTP/1.1\r\nhost: x\r\n\r\n"),

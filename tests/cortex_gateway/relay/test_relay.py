@@ -255,7 +255,7 @@ async def test_a_header_that_may_not_go_on_is_left_behind_and_the_request_goes_o
     neuron: FakeNeuron, start: Start
 ) -> None:
     neuron.have(MODEL)
-    client = await start(neuron)
+    client = await start(neuron, gateway={"http1_parser": "h11"})  # httptools refuses it, see test_http1
     host, port = client.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps({"model": MODEL, "messages": []}).encode()
