@@ -210,15 +210,18 @@ class Gateway:
         self._session = None
 
     async def drain(self, grace_s: float) -> None:
-        """Take no more work, let what runs finish within `grace_s`, then end it in its own dialect."""
+        """Take no more work, let what runs finish within `grace_s`, or until this is cancelled, then end it in its own
+        dialect."""
         log.info("draining for up to %g s", grace_s)
         self.relay.is_draining = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self.relay.wait_idle()
-        if self.relay.num_active:
-            log.warning("ending %d requests that outlasted the drain", self.relay.num_active)
-            self.relay.end_all()
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self.relay.wait_idle()
+        finally:
+            if self.relay.num_active:
+                log.warning("ending %d requests that outlasted the drain", self.relay.num_active)
+                self.relay.end_all()
 
     async def _check_aliases(self) -> None:
         """Once every node was asked: name the aliases that lead nowhere."""

@@ -90,12 +90,15 @@ async def running(
         try:
             yield started
         finally:
+            # Cancelled (by a second signal), each step is still done, without what waiting there is in the one before.
             try:
                 await gateway.drain(gateway.current.config.gateway.drain_grace_s if grace_s is None else grace_s)
-                await _close(server, stop)
             finally:
-                await gateway.shutdown()
-                await _close(metrics_server, stop_metrics)
+                try:
+                    await _close(server, stop)
+                finally:
+                    await gateway.shutdown()
+                    await _close(metrics_server, stop_metrics)
 
 
 def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_path: Path | str | None = None) -> int:
