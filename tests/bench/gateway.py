@@ -1,6 +1,7 @@
 """What the gateway costs: CPU per request, per streamed chunk and per large prompt, beside a bare pass-through.
 
-    python tests/bench/gateway.py [--rounds 4] [--router PROGRAM] [--auth off|key|limits|budget] [--json]
+    python tests/bench/gateway.py [--rounds 4] [--router PROGRAM] [--auth off|key|limits|budget] [--observed]
+        [--json]
 
 Each round starts fresh processes in alternating order: a canned backend, the subject, a load generator
 (`gateway_processes.py`). The subjects:
@@ -10,6 +11,8 @@ Each round starts fresh processes in alternating order: a canned backend, the su
 `cortex`    the gateway with routing, metrics, access log, usage metering
 `openai`    the gateway in front of a server that speaks only OpenAI chat: chat passes, messages and responses are
             translated
+`traced`    with `--observed`: the gateway with OpenTelemetry's traces, each request sampled
+`captured`  with `--observed`: the gateway that keeps its last 50 exchanges
 `router`    with `--router`: vLLM production-stack's router, its program `vllm-router`. It is no part of this project:
             clone github.com/vllm-project/production-stack, make an environment of its own with Python 3.12 (`python
             -m venv E`, `E/bin/pip install CLONE`) and give `--router E/bin/vllm-router`
@@ -52,6 +55,8 @@ class Ratio(NamedTuple):
     bar: float | None
 
 
+OBSERVED = ("traced", "captured")
+
 RATIOS = (
     Ratio("request", ("cortex", "request"), ("floor", "request"), 1.4),
     Ratio("request", ("cortex", "request"), ("floor-h11", "request"), None),
@@ -61,6 +66,12 @@ RATIOS = (
     Ratio("chunk", ("cortex", "chunk"), ("router", "chunk"), None),
     Ratio("200 kB prompt", ("cortex", "prompt"), ("floor", "prompt"), 1.5),
     Ratio("200 kB prompt", ("cortex", "prompt"), ("router", "prompt"), None),
+    Ratio("request", ("traced", "request"), ("cortex", "request"), None),
+    Ratio("chunk", ("traced", "chunk"), ("cortex", "chunk"), None),
+    Ratio("200 kB prompt", ("traced", "prompt"), ("cortex", "prompt"), None),
+    Ratio("request", ("captured", "request"), ("cortex", "request"), None),
+    Ratio("chunk", ("captured", "chunk"), ("cortex", "chunk"), None),
+    Ratio("200 kB prompt", ("captured", "prompt"), ("cortex", "prompt"), None),
     Ratio("chunk of messages", ("openai", "messages"), ("openai", "chat"), 2.0),
     Ratio("chunk of responses", ("openai", "responses"), ("openai", "chat"), 2.0),
 )
@@ -213,7 +224,8 @@ def judge(rounds: list[dict[str, Figures]], *, is_judged: bool) -> bool:
             verdict = f"; bar {ratio.bar}x: {'pass' if is_met else 'FAIL'}"
         against = other if other_measure == measure_name else f"{other_measure} passed through"
         listed = " ".join(f"{value:.2f}" for value in each)
-        print(f"CPU per {ratio.what}: {median:.2f}x {against} (rounds: {listed}{verdict})")
+        of = f" ({subject_name})" if subject_name in OBSERVED else ""
+        print(f"CPU per {ratio.what}{of}: {median:.2f}x {against} (rounds: {listed}{verdict})")
     return is_good
 
 
@@ -243,11 +255,14 @@ def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--auth", choices=["off", "key", "limits", "budget"], default="off", help="of clients' key")
     arguments.add_argument("--router", metavar="PROGRAM", help="vllm-router, compared as well")
+    arguments.add_argument("--observed", action="store_true", help="also with traces, and with captures")
     options = arguments.parse_args()
     preamble("gateway.py")
     subjects = ["floor", "floor-h11", "cortex"]
     if options.router:
         subjects.append("router")
+    if options.observed:
+        subjects += OBSERVED
     if options.auth == "off":
         subjects.append("openai")
     rounds = compare(subjects, options)

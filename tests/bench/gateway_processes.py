@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 from cortex_core.gateway_config import Http1Parser
 
@@ -194,15 +194,24 @@ def entitlements(auth: str, scratch: str) -> Any:
     return EntitlementsSection(require_auth=True, store=store, keys=(entry,))
 
 
-def run_cortex(backend: str, auth: str, scratch: str, kind: Literal["neuron", "openai"], http1: Http1Parser) -> None:
-    """The real `serve`, with its logging and its signal handling; the port is found in its ready line."""
+GATEWAYS = ("_cortex", "_openai", "_traced", "_captured")
+
+
+def run_cortex(backend: str, auth: str, scratch: str, role: str, http1: Http1Parser) -> None:
+    """The real `serve`, with its logging and its signal handling; the port is found in its ready line.
+
+    The backend stands in for a collector of traces, too: it answers whatever is posted.
+    """
     from cortex_core.catalogue import Catalogue
-    from cortex_core.gateway_config import GatewayConfig, GatewaySection, NeuronEntry
+    from cortex_core.gateway_config import CaptureSection, GatewayConfig, GatewaySection, NeuronEntry
+    from cortex_core.telemetry import TelemetrySection
     from cortex_gateway.server import serve
 
     config = GatewayConfig(
         gateway=GatewaySection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", http1_parser=http1),
-        neurons=(NeuronEntry(name="bench", endpoint=backend, kind=kind),),
+        neurons=(NeuronEntry(name="bench", endpoint=backend, kind="openai" if role == "_openai" else "neuron"),),
+        telemetry=TelemetrySection(traces=role == "_traced", endpoint=backend),
+        capture=CaptureSection(exchanges=50 if role == "_captured" else 0),
         entitlements=entitlements(auth, scratch),
     )
     raise SystemExit(serve(config, Catalogue()))
@@ -290,7 +299,7 @@ async def run_load(port: int, kind: str, clients: int, seconds: float, surface: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("role", choices=["_backend", "_floor", "_floor-h11", "_cortex", "_openai", "_load"])
+    parser.add_argument("role", choices=["_backend", "_floor", "_floor-h11", *GATEWAYS, "_load"])
     parser.add_argument("--backend", default="")
     parser.add_argument("--auth", default="off")
     parser.add_argument("--scratch", default="")
@@ -303,9 +312,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--surface", default="chat", choices=SURFACES)
     given = parser.parse_args()
-    if given.role in ("_cortex", "_openai"):
-        kind = "openai" if given.role == "_openai" else "neuron"
-        run_cortex(given.backend, given.auth, given.scratch, kind, given.http1)
+    if given.role in GATEWAYS:
+        run_cortex(given.backend, given.auth, given.scratch, given.role, given.http1)
     import uvloop
 
     if given.role == "_backend":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from tests.otlp_collector import Collector, Span
 
 from .fleet_of_neurons import FleetOfNeurons
 from .fleet_process import MODEL, call, eventually
+from .streams import read_all
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 WITHOUT_OPENTELEMETRY = (
@@ -88,6 +90,33 @@ def see_one_trace(fleet: FleetOfNeurons, spans: list[Span]) -> None:
         assert server.attributes[name] == neuron.attributes[name]
     lines = [line for daemon in (fleet.gateway, *fleet.neurons) for line in daemon.output if TRACE in line]
     assert len(lines) == 2
+
+
+@pytest.mark.full
+def test_a_stream_that_outlives_its_neuron_is_one_trace_with_two_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    with Collector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        fleet = FleetOfNeurons(tmp_path)
+        try:
+            assert call(fleet.url, "GET", "/admin/fleet?refresh=1")[0] == 200
+            body = {"model": MODEL, "stream": True, "ignore_eos": True, "max_tokens": 150, "prompt": "def main():"}
+            asyncio.run(
+                read_all(fleet.url, [("/v1/completions", body)], lambda: fleet.neurons[0].signal(signal.SIGKILL))
+            )
+            (server,) = collector.find(lambda span: span.name == "POST /v1/completions" and not span.parent_id)
+            spans = collector.trace(server.trace_id, count=7)
+            first, second = (span for span in spans if span.kind == "CLIENT")
+            assert first.is_error and first.attributes["error.type"] == "broken_stream"
+            assert (first.attributes["cortex.node"], second.attributes["cortex.node"]) == ("n0", "n1")
+            (neuron,) = (span for span in spans if span.kind == "SERVER" and span.parent_id == second.span_id)
+            assert neuron.attributes["cortex.resumed"] is True
+            assert server.attributes["cortex.resumes"] == 1 and not server.is_error
+            assert server.attributes["gen_ai.usage.output_tokens"] == 150
+        finally:
+            fleet.stop()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
+from cortex_core.gateway_config import CaptureSection
 
 from tests.cortex_gateway.fake_neuron import OPENAI_END, OPENAI_EVENTS, FakeNeuron
 from tests.cortex_gateway.fake_openai import MODEL as FOREIGN_MODEL
@@ -185,6 +188,18 @@ async def test_off_is_the_default_and_an_admin_can_switch(neuron: FakeNeuron, st
     for wrong in ({}, {"exchanges": -1}, {"exchanges": "all"}, b"nonsense"):
         async with client.post("/admin/captures", wrong) as response:
             assert response.status == 400
+
+
+async def test_the_bounds_are_those_of_the_configuration_that_applies_now(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron)
+    gateway = client.started.gateway
+    for bounds, kept in ((CaptureSection(exchanges=2), 2), (CaptureSection(exchanges=1), 1), (CaptureSection(), 0)):
+        value = gateway.current.value
+        gateway.apply(dataclasses.replace(value, config=msgspec.structs.replace(value.config, capture=bounds)))
+        for _ in range(3):
+            await ask(client)
+        assert len((await listed(client))["captures"]) == kept
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
