@@ -110,8 +110,9 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     tensor_parallel: devices that share the model. tensor_split: relative sizes of their parts, in their order, or
     `auto` for the ratio of their free memory; None is equal parts.
-    max_model_len caps the context, kv_cache_mb the KV cache; None lets the neuron decide. debug: levers that make the
-    engine fail, for tests; refused by a neuron that was not started with `--debug-levers`.
+    max_model_len caps the context, kv_cache_mb the KV cache; None lets the neuron decide. deterministic: answers do not
+    depend on what else the model works on, at the price of speed; None is the neuron's configuration. debug: levers
+    that make the engine fail, for tests; refused by a neuron that was not started with `--debug-levers`.
     """
 
     model_id: str
@@ -123,6 +124,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     kv_cache_mb: int | None = None
     tensor_split: tuple[float, ...] | Literal["auto"] | None = None
     debug: dict[str, Any] | None = None
+    deterministic: bool | None = None
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):

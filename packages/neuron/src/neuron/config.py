@@ -95,7 +95,8 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every engine group is started with.
 
     kv_cache_mb sizes the KV cache of a device, kv_cache_tokens that of a CPU; None lets the engine decide.
-    num_threads: torch threads on a CPU, of all ranks together. collective_timeout_s: how long ranks wait to meet, and
+    num_threads: torch threads on a CPU, of all ranks together. deterministic: answers do not depend on what else a
+    model works on, at the price of speed. collective_timeout_s: how long ranks wait to meet, and
     for each other in one collective, where nothing else ends it. start_timeout_s: from spawn to the engine's first
     frame. load_stall_timeout_s: the longest silence while loading. load_deadline_s, load_min_mb_per_s: a load may take
     that long in all, and its weights at that rate on top (MiB/s, below any disk worth using). recovery_attempts:
@@ -113,6 +114,7 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_step_tokens: Positive = 2048
     max_running: Positive = 256
     num_threads: Positive | None = None
+    deterministic: bool = False
     collective_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 120.0
     start_timeout_s: Seconds = 180.0
     load_stall_timeout_s: Seconds = 600.0

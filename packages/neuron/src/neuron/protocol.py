@@ -30,7 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     one rank, a private folder of this epoch where the ranks meet (rendezvous store and sockets between them).
     shares: relative sizes of the ranks' parts, in rank order; empty = equal parts. num_threads: torch threads on a CPU,
     of all ranks together. collective_timeout_s: how long the ranks wait to meet, and then for each other in one
-    collective; the last resort behind the daemon's own deadlines. debug: levers of tests, see `neuron.engine.debug`.
+    collective; the last resort behind the daemon's own deadlines. deterministic: results do not depend on the batch.
+    debug: levers of tests, see `neuron.engine.debug`.
     all_reduce: how ranks sum, by what is fastest for each size of message, or always by NCCL (gloo on a CPU).
     weight_descriptors: inherited descriptors, by file name, of copies in memory that are read instead of the files.
     """
@@ -57,6 +58,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     collective_timeout_s: float = 120.0
     weight_descriptors: dict[str, int] = {}
     all_reduce: Literal["auto", "library"] = "auto"
+    deterministic: bool = False
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):

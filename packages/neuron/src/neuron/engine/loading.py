@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
+from neuron.engine.compute import settle_compute
 from neuron.engine.debug import Levers, LoadPhase
 from neuron.engine.engine import Engine
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
@@ -223,11 +224,13 @@ def _load_rank(
     max_running = min(config.max_running, config.max_step_tokens)
     memory = None if link is None else StepMemory(shape, dtype=dtype, device=device, num_ranks=group.world_size)
 
+    attention = make_attention_backend(device, deterministic=config.deterministic)
+
     def build_runner(num_pages: int) -> ModelRunner:
         return ModelRunner(
             report.levers.around(model),
             PagedKV(layout, num_pages, device),
-            make_attention_backend(device),
+            attention,
             vocab_size=shape.vocab_size,
             max_step_tokens=config.max_step_tokens,
             max_running=max_running,
@@ -235,6 +238,7 @@ def _load_rank(
             device=device,
             leader=StepLeader(link) if isinstance(link, LeaderLink) else None,
             memory=memory,
+            deterministic=config.deterministic,
         )
 
     figures = Figures(
@@ -246,6 +250,10 @@ def _load_rank(
     if link is not None:
         # Warming up has collectives: it begins when the last rank has read its weights.
         link.agree(figures)
+    settle_compute(
+        model, attention, group=group, device=device, page_size=config.page_size, max_model_len=max_model_len,
+        deterministic=config.deterministic,
+    )  # fmt: skip
     if device.type == "cuda":
         # The largest step first, over the smallest cache: what it leaves in the allocator is the activations' share.
         build_runner(2).warm_up(config.max_step_tokens, max_running)

@@ -53,6 +53,7 @@ class ModelRunner:
 
     With several ranks each has a runner. Rank 0's has a `leader`, which tells the others of each step before it
     computes its own part; theirs are driven by `follow`. `memory`: what a step takes; None where nobody asks.
+    deterministic: what is sampled of a row depends on it alone; model and attention have modes of their own for that.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ModelRunner:
         device: torch.device,
         leader: StepLeader | None = None,
         memory: StepMemory | None = None,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._leader = leader
@@ -83,7 +85,7 @@ class ModelRunner:
             page_size=kv.page_size,
             device=device,
         )
-        self._sampler = Sampler(vocab_size, device)
+        self._sampler = Sampler(vocab_size, device, row_by_row=deterministic)
         # What warming up has shown of a step without prefill, and of a token of it; then the engine learns by itself.
         self.step_seconds = 0.0
         self.prefill_seconds_per_token = 0.0

@@ -61,7 +61,9 @@ class Sampled:
 class Sampler:
     """Samples for one model. Not thread-safe; holds no state that a result depends on."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, *, row_by_row: bool = False) -> None:
+        """row_by_row: a row's outcome is the same bits in any batch; the kernel of a device works so anyway."""
+        self._row_by_row = row_by_row
         self._vocab_size = vocab_size
         self._device = device
         self._token_ids = torch.arange(vocab_size, dtype=torch.int64, device=device)
@@ -77,6 +79,9 @@ class Sampler:
                 Sampled(best) if best >= 0 else Sampled(best, None, _not_finite(logits[row]))
                 for row, best in enumerate(self._best_if_finite(logits))
             ]
+        if self._row_by_row and len(sequences) > 1 and self._device.type == "cpu":
+            alone = (self.sample(logits[row : row + 1], [sequence]) for row, sequence in enumerate(sequences))
+            return [sampled for row in alone for sampled in row]
         return self._sample_mixed(logits, sequences)
 
     def _sample_mixed(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
@@ -357,12 +362,23 @@ def _log_total(logits: Tensor, sharpness: Tensor) -> Tensor:
     return torch.stack(rows)[:, None]
 
 
+def row_log_totals(logits: Tensor) -> Tensor:
+    """log of the sum of exp over each row: [R, V] -> [R, 1].
+
+    On the CPU each row by itself: torch computes exp in one way for runs of elements and in another for what is left of
+    a tensor, or of a thread's share of it, so that the last bit would depend on how many rows there are.
+    """
+    if logits.device.type != "cpu":
+        return torch.logsumexp(logits, dim=-1, keepdim=True)
+    return torch.stack([torch.logsumexp(row, dim=0) for row in logits])[:, None]
+
+
 def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:
     """Log-probability of one token per row and of the row's best `counts[row]`, of the distribution as it is.
 
     logits: [R, V] float32.
     """
-    log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    log_total = row_log_totals(logits)
     index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
     own: list[float] = (logits.gather(1, index) - log_total)[:, 0].tolist()
     most = min(max(counts), logits.shape[-1])

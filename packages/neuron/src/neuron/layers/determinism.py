@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from neuron.layers.embedding import LMHead
-from neuron.layers.linear import LinearLayer, RowParallelLinear
+from neuron.layers.linear import LinearLayer
 from neuron.layers.norm import QKNorm, RMSNorm
 from neuron.layers.products import deterministic_product
 from neuron.layers.rotary import RotaryEmbedding
@@ -21,19 +21,15 @@ from neuron.layers.rotary import RotaryEmbedding
 def make_deterministic(model: nn.Module, rotary: RotaryEmbedding, *, max_positions: int) -> None:
     """Fix the way of every layer of a loaded model, once, before its first step.
 
-    max_positions: of the longest sequence that will be served. The attention backend and the sampler have modes of
-    their own.
+    max_positions: of the longest sequence that will be served. The attention backend, the sampler and the sums over
+    ranks (`ParallelGroup.sum_in_order`) have modes of their own.
     """
     for module in model.modules():
         if isinstance(module, LinearLayer):
             module.product = deterministic_product(module.weight)
-        if isinstance(module, RowParallelLinear):
-            # Two summands have one order.
-            module.adds_in_order = module.group.world_size > 2
         if isinstance(module, LMHead) and module.weight is not None:
             module.product = deterministic_product(module.weight)
         if isinstance(module, RMSNorm | QKNorm):
             module.deterministic = True
-            device = next(module.parameters()).device
-            rotary.reserve(max_positions, device)
     rotary.deterministic = True
+    rotary.reserve(max_positions, next(model.parameters()).device)

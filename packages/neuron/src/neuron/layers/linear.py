@@ -218,9 +218,6 @@ class RowParallelLinear(LinearLayer):
         weight_format: WeightFormat | None = None,
     ) -> None:
         self._has_bias = bias
-        # Products of the ranks are gathered and added in the order of the ranks: a collective's own order may depend on
-        # where in the tensor an element lies.
-        self.adds_in_order = False
         super().__init__(
             in_features if isinstance(in_features, Shard) else shard_evenly(in_features, group, what="input size"),
             (OutputPart(None, whole(out_features)),),
@@ -238,11 +235,4 @@ class RowParallelLinear(LinearLayer):
         return placements
 
     def forward(self, x: Tensor) -> Tensor:
-        part = self.weight_format.apply(self, x)
-        if not self.adds_in_order:
-            return self.group.all_reduce(part)
-        first, *others = self.group.all_gather(part).chunk(self.group.world_size, dim=-1)
-        total = first.clone()
-        for other in others:
-            total += other
-        return total
+        return self.group.all_reduce(self.weight_format.apply(self, x))

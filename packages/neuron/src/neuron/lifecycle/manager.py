@@ -417,6 +417,7 @@ class ModelManager:
             max_running=engine.max_running,
             prefix_cache=self._config.harness.candle.prefix_cache.enabled,
             num_threads=engine.num_threads,
+            deterministic=engine.deterministic if spec.deterministic is None else spec.deterministic,
             all_reduce=engine.all_reduce,
             debug=spec.debug or {},
         )
