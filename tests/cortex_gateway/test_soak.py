@@ -1,0 +1,77 @@
+"""After a mixed load nothing of a request is left: no object, no task, no descriptor, no place that is taken.
+
+The load is that of `tests/bench/soak.py`, which goes on for longer and watches the memory of a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cortex_core.catalogue import Catalogue
+from cortex_core.gateway_config import Http1Parser
+from cortex_gateway.http1.connection import Http1Connection
+from cortex_gateway.http1.cycle import RequestCycle
+from cortex_gateway.placement.placement import Lease
+from cortex_gateway.relay.body import RequestBody
+from cortex_gateway.relay.departure import DepartureWatch
+from cortex_gateway.relay.events import EventRelay
+from cortex_gateway.relay.exchange import Exchange
+from cortex_gateway.relay.idle import IdleWatch
+from cortex_gateway.relay.opening import StreamOpening
+from cortex_gateway.relay.silence import PingedSend
+from cortex_gateway.relay.translation import TranslatedStream
+from cortex_gateway.server import RunningGateway, running
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.protocol.http_stream import HTTPStream
+
+from tests.bench.soak import Load, backends, config, gauges
+
+OF_A_REQUEST = (
+    *(Exchange, RequestBody, DepartureWatch, Lease, IdleWatch, EventRelay, TranslatedStream, StreamOpening, PingedSend),
+    *(RequestCycle, Http1Connection, TCPServer, HTTPStream),
+)
+
+
+def left() -> Counter[str]:
+    """Objects of requests and connections that something still holds."""
+    gc.collect()
+    return Counter(type(each).__name__ for each in gc.get_objects() if type(each).__name__ in NAMES)
+
+
+NAMES = frozenset(each.__name__ for each in OF_A_REQUEST) | {"PromptTCPServer"}
+
+
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def settled(started: RunningGateway) -> None:
+    """No request and no client's connection is left; the kernel tells nobody when the last one is closed."""
+    async with asyncio.timeout(30):
+        while started.gateway.relay.num_active or any(left().values()):
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+async def test_a_mixed_load_leaves_nothing_behind(parser: Http1Parser) -> None:
+    async with backends() as neurons, running(config(neurons, parser), Catalogue(), grace_s=0) as started:
+        gateway = started.gateway
+        async with asyncio.timeout(30):
+            while any(node.health == "unknown" for node in gateway.fleet.snapshot.nodes.values()):
+                await gateway.fleet.changed()
+        await Load(started.url).run(requests=200, events=0, clients=8)  # opens the connections to the neurons
+        await settled(started)
+        tasks, descriptors = len(asyncio.all_tasks()), num_descriptors()
+        load = Load(started.url)
+        await load.run(requests=600, events=1500, clients=8)
+        assert {200, 400, 401, 404, 422, 429} <= set(load.statuses), load.statuses
+        await settled(started)
+        assert not gateway.relay._active and gateway.relay._body_memory.held == 0
+        assert not any((await asyncio.to_thread(gauges, started.metrics_url + "/metrics")).values())
+        async with asyncio.timeout(30):
+            while len(asyncio.all_tasks()) > tasks or num_descriptors() > descriptors:
+                await asyncio.sleep(0.1)
