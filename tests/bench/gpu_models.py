@@ -1,28 +1,27 @@
-"""Whole models: our runner on dummy weights, and `transformers` on the same shapes in the same run."""
+"""Whole models: our engine on dummy weights, and `transformers` on the same shapes in the same run."""
 
 from __future__ import annotations
 
 import gc
+import inspect
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_engine import EngineUnderTest, Request, mixed_requests
 from gpu_steps import PAGE_SIZE, pages_for, step_batch, step_plan
-from gpu_timing import Ceilings, Timer, capture
-from neuron import kernels
+from gpu_timing import Ceilings, Timer
 from neuron.engine.batch import StepContext
 from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.engine.runner import ModelRunner
 from neuron.layers.attention import make_attention_backend
-from neuron.models.decoder import CausalLM
 from neuron.models.registry import build_model
-from neuron.weights.loader import load_dummy_weights, load_weights
+from neuron.weights.loader import load_weights
 from torch import Tensor
 
 _QWEN3: dict[str, Any] = {
@@ -72,11 +71,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: decode at (batch, context) and prompts of these lengths; new_tokens: of the peer's generate."""
+    """What is measured: decode at (batch, context) over `steps` steps, prompts of these lengths, and a mix of
+    `num_requests` whose prompts and answers have `shortest` to `longest` tokens; new_tokens: of the peer's generate."""
 
     decodes: tuple[tuple[int, int], ...]
     prompts: tuple[int, ...]
     new_tokens: int
+    steps: int
+    rounds: int
+    num_requests: int
+    shortest: int
+    longest: int
+
+    def requests(self, config: dict[str, Any]) -> list[Request]:
+        return mixed_requests(
+            self.num_requests, shortest=self.shortest, longest=self.longest, vocab_size=config["vocab_size"]
+        )
 
 
 @dataclass(frozen=True)
@@ -114,57 +124,22 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-class Ours:
-    """Our model, cache and runner, as the engine has them."""
-
-    def __init__(self, config: dict[str, Any], device: torch.device, dtype: torch.dtype, plan: Plan) -> None:
-        self.config = config
-        self.device = device
-        self.model: CausalLM = build_model(config, device=device, dtype=dtype)
-        load_dummy_weights(self.model, seed=0)
-        longest = max(context for _, context in (*plan.decodes, *((1, prompt) for prompt in plan.prompts)))
-        num_pages = max(
-            pages_for(batch, context) for batch, context in (*plan.decodes, *((1, prompt) for prompt in plan.prompts))
-        )
-        shape = self.model.config
-        layout = KVLayout(shape.num_layers, shape.num_kv_heads_local, shape.head_dim, PAGE_SIZE, dtype)
-        self.kv = PagedKV(layout, num_pages, device)
-        for index in range(shape.num_layers):
-            self.kv.layer(index).normal_()
-        self.attention = make_attention_backend(device)
-        self.runner = ModelRunner(
-            self.model,
-            self.kv,
-            self.attention,
-            vocab_size=shape.vocab_size,
-            max_step_tokens=max(*plan.prompts, max(batch for batch, _ in plan.decodes)),
-            max_running=max(batch for batch, _ in plan.decodes),
-            max_model_len=longest,
-            device=device,
-        )
-
-    def step_seconds(self, timer: Timer, *, batch: int, context: int, query: int) -> float:
-        """One step through the runner as it is today, host work and sampling included."""
-        plan = step_plan(batch, context_len=context, query_len=query, vocab_size=self.config["vocab_size"])
-        return statistics.median(timer.wall_seconds(lambda: self.runner.execute(plan)))
-
-    @torch.inference_mode()
-    def graph_seconds(self, timer: Timer, *, batch: int, context: int) -> float:
-        """The decode step as one CUDA graph: planning of attention, model, head and sampling."""
-        from neuron.kernels.sampling import sample
-
-        step = step_batch(
-            step_plan(batch, context_len=context, query_len=1, vocab_size=self.config["vocab_size"]), self.device
-        )
-        zeros = torch.zeros(batch, device=self.device)
-        greedy = (zeros, zeros.int(), zeros + 1, zeros, zeros.long())
-
-        def decode() -> None:
-            hidden = self.model.forward(StepContext(step, self.kv, self.attention))
-            sample(self.model.compute_logits(hidden), *greedy)
-
-        replay = capture(decode, before=lambda: self.attention.prepare(step))
-        return statistics.median(timer.rounds_of(replay))
+def offline_floor_seconds(
+    ceilings: Ceilings, config: dict[str, Any], requests: Sequence[Request], *, itemsize: int
+) -> float:
+    """The least time for a mix that is handed in at once: every prompt's arithmetic, then one step after the other,
+    each reading the weights once and the cache of whoever is not done yet."""
+    seconds = 0.0
+    for prompt, _ in requests:
+        length = len(prompt)
+        work = Work.of(config, tokens=length, rows=1, cached=0, pairs=length * (length + 1) / 2, itemsize=itemsize)
+        seconds += work.flops / ceilings.flops_per_s
+    for step in range(1, max(new_tokens for _, new_tokens in requests)):
+        contexts = [len(prompt) + step for prompt, new_tokens in requests if new_tokens > step]
+        cells = sum(contexts)
+        work = Work.of(config, tokens=len(contexts), rows=len(contexts), cached=cells, pairs=cells, itemsize=itemsize)
+        seconds += ceilings.seconds(num_bytes=work.num_bytes, flops=work.flops)
+    return seconds
 
 
 class Peer:
@@ -223,6 +198,38 @@ class Peer:
         # The first gaps of a static cache are compilation and graph capture.
         return statistics.median(gaps[len(gaps) // 2 :])
 
+    def continuous_tokens_per_s(self, requests: Sequence[Request]) -> float:
+        """Output tokens per second of its continuous batching, all requests handed in at once."""
+        generation = self._transformers.GenerationConfig(
+            do_sample=False, pad_token_id=0, eos_token_id=None, max_new_tokens=max(number for _, number in requests)
+        )
+        manager = self.model.init_continuous_batching(generation_config=generation)
+        manager.warmup()
+        manager.start()
+        try:
+            started = time.perf_counter()
+            for prompt, new_tokens in requests:
+                manager.add_request(input_ids=prompt, max_new_tokens=new_tokens)
+            produced = finished = 0
+            while finished < len(requests):
+                result = manager.get_result(timeout=1.0)
+                if result is None:
+                    if not manager.is_running():
+                        raise RuntimeError("its generation thread has ended")
+                    continue
+                if result.error is not None:
+                    raise RuntimeError(f"a request failed: {result.error}")
+                if result.is_finished():
+                    finished += 1
+                    produced += len(result.generated_tokens)
+            return produced / (time.perf_counter() - started)
+        finally:
+            # Newer versions can be told not to finish what is in flight.
+            can_insist = "hard_stop" in inspect.signature(manager.stop).parameters
+            manager.stop(block=True, timeout=20.0, **({"hard_stop": True} if can_insist else {}))
+            if hasattr(manager, "destroy"):
+                manager.destroy()
+
 
 @torch.inference_mode()
 def check_against_peer(device: torch.device, dtype: torch.dtype, *, small: bool) -> Row:
@@ -263,47 +270,72 @@ def check_against_peer(device: torch.device, dtype: torch.dtype, *, small: bool)
     }
 
 
-def measure(
-    name: str,
-    config: dict[str, Any],
-    timer: Timer,
-    ceilings: Ceilings,
-    plan: Plan,
-    dtype: torch.dtype,
-    *,
-    with_graphs: bool,
-    with_peer: bool,
-    note: Callable[[str], None],
-) -> tuple[list[Row], Peer | None]:
-    """Rows of one model; the peer is kept for the compiled runs that follow while time is left."""
-    device = timer.device
-    rows: list[Row] = []
-    ours = Ours(config, device, dtype, plan)
-    cases = [("decode", batch, context, 1) for batch, context in plan.decodes]
-    cases += [("prefill", 1, length, length) for length in plan.prompts]
-    for kind, batch, context, query in cases:
-        floor = floor_seconds(ceilings, config, batch=batch, context=context, query=query, itemsize=dtype.itemsize)
-        row: Row = {"model": name, "case": kind, "batch": batch, "context": context, "floor_ms": floor * 1e3}
-        row["runner_ms"] = ours.step_seconds(timer, batch=batch, context=context, query=query) * 1e3
-        if kind == "decode" and with_graphs and kernels.is_available(device):
-            row["graph_ms"] = ours.graph_seconds(timer, batch=batch, context=context) * 1e3
-        rows.append(row)
-        note(
-            f"{name} {kind} {batch} x {context}: "
-            + ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k.endswith("_ms"))
-        )
-    del ours
-    free()
-    if not with_peer:
-        return rows, None
-    peer = Peer(config, device, dtype)
-    for row in rows:
+def measure_engine(
+    name: str, config: dict[str, Any], engine: EngineUnderTest, ceilings: Ceilings, plan: Plan, *, itemsize: int
+) -> Iterator[Row]:
+    """Decode steps and first tokens of the engine as it serves."""
+    for batch, context in plan.decodes:
+        floor = floor_seconds(ceilings, config, batch=batch, context=context, query=1, itemsize=itemsize)
+        seconds = engine.decode_seconds(batch, context, steps=plan.steps)
+        yield _row(name, "decode", batch, context, floor, seconds)
+    for length in plan.prompts:
+        floor = floor_seconds(ceilings, config, batch=1, context=length, query=length, itemsize=itemsize)
+        yield _row(name, "prefill", 1, length, floor, engine.first_token_seconds(length, rounds=plan.rounds))
+
+
+def _row(name: str, case: str, batch: int, context: int, floor: float, seconds: float) -> Row:
+    return {
+        "model": name, "case": case, "batch": batch, "context": context,
+        "floor_ms": floor * 1e3, "engine_ms": seconds * 1e3, "fraction": floor / seconds,
+    }  # fmt: skip
+
+
+def measure_offline(
+    name: str, config: dict[str, Any], engine: EngineUnderTest, ceilings: Ceilings, plan: Plan, *, itemsize: int
+) -> Iterator[Row]:
+    """The mix of requests through the engine."""
+    requests = plan.requests(config)
+    floor = offline_floor_seconds(ceilings, config, requests, itemsize=itemsize)
+    new_tokens = sum(new_tokens for _, new_tokens in requests)
+    rate = engine.offline_tokens_per_s(requests)
+    yield {
+        "model": name,
+        "requests": len(requests),
+        "prompt_tokens": sum(len(prompt) for prompt, _ in requests),
+        "output_tokens": new_tokens,
+        "tokens_per_s": rate,
+        "floor_tokens_per_s": new_tokens / floor,
+        "fraction": rate * floor / new_tokens,
+    }
+
+
+def compare_static(rows: Sequence[Row], peer: Peer, plan: Plan, timer: Timer, *, compiled: bool) -> Iterator[Row]:
+    """The peer's `generate` at the same batches and its prefill, written into our rows; yields what it did.
+
+    compiled: with its static cache, which it compiles; otherwise as it comes. What is most telling comes first.
+    """
+    for row in sorted(rows, key=lambda row: (row["case"] != "decode", row["batch"] not in (1, 32), row["batch"])):
+        started = time.perf_counter()
         if row["case"] == "prefill":
-            row["peer_eager_ms"] = peer.prompt_seconds(timer, row["context"]) * 1e3
+            if "peer_eager_ms" in row:
+                continue
+            key, seconds = "peer_eager_ms", peer.prompt_seconds(timer, row["context"])
         else:
-            row["peer_eager_ms"] = 1e3 * peer.decode_seconds(
-                batch=row["batch"], context=row["context"], new_tokens=plan.new_tokens, static=False
+            key = "peer_static_ms" if compiled else "peer_eager_ms"
+            seconds = peer.decode_seconds(
+                batch=row["batch"], context=row["context"], new_tokens=plan.new_tokens, static=compiled
             )
+        row[key] = seconds * 1e3
+        best = min(row[key] for key in ("peer_eager_ms", "peer_static_ms") if key in row)
+        row["ratio_to_peer"] = best / row["engine_ms"]
         free()
-        note(f"{name} {row['case']} {row['batch']} x {row['context']}: transformers {row['peer_eager_ms']:.3f} ms")
-    return rows, peer
+        took = time.perf_counter() - started
+        yield {"model": row["model"], "case": row["case"], "batch": row["batch"], key: row[key], "took_s": took}
+
+
+def compare_continuous(rows: Sequence[Row], peer: Peer, plan: Plan, config: dict[str, Any]) -> Iterator[Row]:
+    """The peer's continuous batching on the same mix, written into our row."""
+    for row in rows:
+        row["peer_tokens_per_s"] = peer.continuous_tokens_per_s(plan.requests(config))
+        row["ratio_to_peer"] = row["tokens_per_s"] / row["peer_tokens_per_s"]
+        yield {"model": row["model"], "peer_tokens_per_s": row["peer_tokens_per_s"]}
