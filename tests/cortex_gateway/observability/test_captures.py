@@ -190,6 +190,59 @@ async def test_off_is_the_default_and_an_admin_can_switch(neuron: FakeNeuron, st
             assert response.status == 400
 
 
+@pytest.mark.parametrize(
+    ("events", "kept"),
+    [
+        ([b'data: {"api_key": "hunter2"}\n\n', b"data: x\n\n"], ['data: {"api_key": "[removed]"}\n\n', "data: x\n\n"]),
+        ([b"data: sk-cortex-0123\n\n"], ["data: sk-cortex-0123\n\n"]),
+    ],
+)
+async def test_secrets_in_answers_go_too(
+    neuron: FakeNeuron, start: Start, events: list[bytes], kept: list[str]
+) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron, capture={"exchanges": 1})
+    seen = await relayed(client, neuron, events)
+    assert [piece["text"] for piece in seen["answer"]["pieces"]] == kept
+
+
+async def test_a_secret_that_comes_in_parts_goes_as_well(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron, capture={"exchanges": 1})
+    seen = await relayed(client, neuron, [b"data: " + b"x" * 300 + b" sk-cortex-0123456789abcdef\n\n"], split_at=325)
+    (piece,) = seen["answer"]["pieces"]
+    assert piece["text"] == f"data: {'x' * 300} [removed]\n\n"
+
+
+async def relayed(
+    client: Client, neuron: FakeNeuron, events: list[bytes], *, split_at: int | None = None
+) -> dict[str, Any]:
+    """What is kept of an answer in which each event is a piece of its own, or that is no stream and comes in two."""
+    steps = [asyncio.Event() for _ in events]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if split_at is not None:
+            whole = web.StreamResponse(headers={"content-type": "application/json"})
+            await whole.prepare(request)
+            await whole.write(events[0][:split_at])
+            await steps[0].wait()
+            await whole.write(events[0][split_at:])
+            return whole
+        response = await FakeNeuron.begin_stream(request)
+        for event, step in zip(events, steps, strict=True):
+            await response.write(event)
+            await step.wait()
+        return response
+
+    neuron.answer = answer
+    async with client.post(CHAT, {**BODY, "stream": split_at is None}) as response:
+        for step in steps:
+            assert await response.content.readany()
+            step.set()
+        await response.read()
+        return await shown(client, response.headers["x-request-id"])
+
+
 async def test_the_bounds_are_those_of_the_configuration_that_applies_now(neuron: FakeNeuron, start: Start) -> None:
     neuron.have(MODEL)
     client = await start(neuron)

@@ -26,7 +26,7 @@ class Piece(msgspec.Struct, frozen=True):
     """Some bytes of an answer, as they went to the client: at_ms since the request came."""
 
     at_ms: float
-    text: str
+    data: bytes
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class CapturedRequest(msgspec.Struct, frozen=True):
     path: str
     query: str
     headers: list[tuple[str, str]]
-    body: str | None
+    body: bytes | None
     num_bytes: int
     is_cut: bool
     is_shortened: bool
@@ -60,7 +60,10 @@ class CapturedAnswer(msgspec.Struct, frozen=True):
 
 
 class Exchanged(msgspec.Struct, frozen=True):
-    """One exchange, once it is over; summary is its access line. num_bytes: what it is charged."""
+    """One exchange, once it is over; summary is its access line. num_bytes: what it is charged.
+
+    Bodies are kept as bytes: as text, one emoji makes each of their characters four bytes long.
+    """
 
     summary: AccessRecord
     request: CapturedRequest
@@ -208,7 +211,7 @@ class Capture:
                     path=self._scope["path"],
                     query=clean_query(self._scope.get("query_string", b"")).decode("utf-8", "replace"),
                     headers=_shown(clean_headers(self._scope["headers"])),
-                    body=None if self._body is None else clean_body(self._body).decode("utf-8", "replace"),
+                    body=None if self._body is None else clean_body(self._body),
                     num_bytes=self._request_bytes,
                     is_cut=self._request_is_cut,
                     is_shortened=self._request_is_shortened,
@@ -237,8 +240,13 @@ class Capture:
     def _clean_pieces(self) -> list[Piece]:
         """Secrets are rare in answers: all of one is searched at once, and the pieces only where there is one."""
         whole = b"".join(data for _, data in self._pieces)
-        clean = clean_body if clean_body(whole) != whole else bytes
-        return [Piece(at_ms, clean(data).decode("utf-8", "replace")) for at_ms, data in self._pieces]
+        clean = clean_body(whole)
+        if clean == whole:
+            return [Piece(at_ms, data) for at_ms, data in self._pieces]
+        pieces = [Piece(at_ms, clean_body(data)) for at_ms, data in self._pieces]
+        if b"".join(piece.data for piece in pieces) == clean:
+            return pieces
+        return [Piece(self._pieces[0][0], clean)]  # it came in parts: better one piece than a half of it
 
     def _reserve(self, num_bytes: int) -> bool:
         if self._num_bytes + num_bytes > self._max_bytes or not self._captures.reserve(num_bytes):
@@ -261,4 +269,21 @@ def summary_of(exchanged: Exchanged) -> dict[str, Any]:
         "request_bytes": exchanged.request.num_bytes,
         "answer_bytes": exchanged.answer.num_bytes,
         "is_cut": exchanged.request.is_cut or exchanged.answer.is_cut,
+    }
+
+
+def document_of(exchanged: Exchanged) -> dict[str, Any]:
+    """All of it, as text."""
+    body = exchanged.request.body
+    pieces = [
+        {"at_ms": piece.at_ms, "text": piece.data.decode("utf-8", "replace")} for piece in exchanged.answer.pieces
+    ]
+    request = {name: getattr(exchanged.request, name) for name in exchanged.request.__struct_fields__}
+    answer = {name: getattr(exchanged.answer, name) for name in exchanged.answer.__struct_fields__}
+    return {
+        "summary": exchanged.summary,
+        "request": {**request, "body": None if body is None else body.decode("utf-8", "replace")},
+        "attempts": exchanged.attempts,
+        "answer": {**answer, "pieces": pieces},
+        "num_bytes": exchanged.num_bytes,
     }

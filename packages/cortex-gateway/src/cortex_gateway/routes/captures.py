@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cortex_gateway.configuration.value import Current
-from cortex_gateway.observability.captures import Captures, summary_of
+from cortex_gateway.observability.captures import Captures, document_of, summary_of
 from cortex_gateway.routes.admin import json
 
 
@@ -41,7 +41,7 @@ class CaptureRoutes:
                 f"No exchange `{request_id[:64]}` is kept. Only the last {self._captures.max_exchanges} are.",
                 code="capture_not_found",
             )
-        return json(exchanged)
+        return json(document_of(exchanged))
 
     async def switch(self, request: Request) -> Response:
         """Keep more or fewer from now on, until the gateway ends."""
