@@ -310,6 +310,20 @@ def test_a_stream_that_goes_wrong_ends_in_one_failure(stream: bytes, message: st
     assert not any(isinstance(event, (Failure, Usage)) for event in before)
 
 
+def test_of_calls_that_are_mixed_and_cut_off_only_the_last_has_no_end() -> None:
+    first = {"index": 1, "id": "call_a", "function": {"name": "f", "arguments": '{"a"'}}
+    second = {"index": 2, "id": "call_b", "function": {"name": "g", "arguments": '{"b"'}}
+    events = read(sse(choice(tool_calls=[first]), choice(tool_calls=[second]), choice("length")) + DONE)
+    assert events[:-1] == [
+        ToolCallStart(0, 0, "a", "f"),
+        ToolCallArguments(0, 0, '{"a"'),
+        ToolCallEnd(0, 0),
+        ToolCallStart(0, 1, "b", "g"),
+        ToolCallArguments(0, 1, '{"b"'),
+        Finish(0, "length"),
+    ]
+
+
 def test_a_stream_that_breaks_off_is_worth_a_retry() -> None:
     (*_, last) = read(sse(choice(content="a")))
     assert isinstance(last, Failure)

@@ -117,28 +117,92 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
+class _CallState:
+    """A call as it comes in. given_id: as the server calls it; no more arguments are taken once it has ended."""
+
+    def __init__(self, start: ToolCallStart, given_id: str | None) -> None:
+        self.start = start
+        self.given_id = given_id
+        self.arguments: list[str] = []
+        self.has_ended = False
+
+    def is_whole(self) -> bool:
+        try:
+            return isinstance(_decode("".join(self.arguments)), dict)
+        except (msgspec.DecodeError, RecursionError):
+            return False
+
+
 class _ChoiceState:
-    """Which call of a choice is open, and whether the choice has finished."""
+    """Which calls of a choice there are, and whether the choice has finished.
+
+    Events of one call never stand among another's: while the arguments of the open call are incomplete, calls that
+    begin are held back. by_index: the calls as the server counts them.
+    """
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
         self.tail = ""
         self.num_calls = 0
-        self.open_index: int | None = None
-        self.arguments: list[str] = []
         self.is_finished = False
+        self._by_index: dict[int, _CallState] = {}
+        self._last: _CallState | None = None
+        self._open: _CallState | None = None
+        self._held: list[_CallState] = []
 
-    def close_call(self) -> list[Event]:
-        if self.open_index is None:
+    def call_of(self, call: _Call, name: str | None) -> _CallState | None:
+        """The call that a fragment belongs to, None where it begins one.
+
+        Servers leave the index out, or give each call the same one and another id.
+        """
+        if call.index is None:
+            return None if name else self._last
+        known = self._by_index.get(call.index)
+        if known is not None and name and call.id and call.id != known.given_id and known.is_whole():
+            return None
+        return known
+
+    def begin_call(self, call: _Call, name: str | None) -> tuple[_CallState, list[Event]]:
+        call_id = (call.id or uuid.uuid4().hex).removeprefix(_CALL_PREFIX)
+        begun = _CallState(ToolCallStart(self.choice, self.num_calls, call_id, name or ""), call.id)
+        self.num_calls += 1
+        self._last = begun
+        if call.index is not None:
+            self._by_index[call.index] = begun
+        if self._open is not None and not self._open.is_whole():
+            self._held.append(begun)
+            return begun, []
+        return begun, [*self._end_call(), *self._open_call(begun)]
+
+    def add_arguments(self, call: _CallState, text: str) -> list[Event]:
+        call.arguments.append(text)
+        if call is not self._open:
             return []
-        self.open_index = None
-        return [ToolCallEnd(self.choice, self.num_calls - 1)]
+        events: list[Event] = [ToolCallArguments(self.choice, call.start.index, text)]
+        while self._held and self._open is not None and self._open.is_whole():
+            events += [*self._end_call(), *self._open_call(self._held.pop(0))]
+        return events
 
-    def has_whole_arguments(self) -> bool:
-        try:
-            return isinstance(_decode("".join(self.arguments)), dict)
-        except (msgspec.DecodeError, RecursionError):
-            return False
+    def close_calls(self, *, is_cut_off: bool = False) -> list[Event]:
+        """What is left of all calls. is_cut_off: the last one has no end if its arguments are incomplete."""
+        events: list[Event] = []
+        while self._held:
+            events += [*self._end_call(), *self._open_call(self._held.pop(0))]
+        if self._open is not None and (not is_cut_off or self._open.is_whole()):
+            events += self._end_call()
+        return events
+
+    def _open_call(self, call: _CallState) -> list[Event]:
+        self._open = call
+        text = "".join(call.arguments)
+        return [call.start, *([ToolCallArguments(self.choice, call.start.index, text)] if text else [])]
+
+    def _end_call(self) -> list[Event]:
+        if self._open is None:
+            return []
+        ended, self._open = self._open, None
+        ended.has_ended = True
+        return [ToolCallEnd(self.choice, ended.start.index)]
 
 
 class StreamReader:
@@ -223,13 +287,13 @@ class StreamReader:
         delta = choice.delta
         reasoning = delta.reasoning_content or delta.reasoning
         if reasoning:
-            events += [*state.close_call(), ReasoningDelta(choice.index, reasoning)]
+            events += [*state.close_calls(), ReasoningDelta(choice.index, reasoning)]
             self._num_deltas += 1
         logprobs = _logprobs(choice.logprobs)
         if delta.content and self._tail_len:
             state.tail = (state.tail + delta.content)[-self._tail_len :]
         if delta.content or logprobs:
-            events += [*state.close_call(), TextDelta(choice.index, delta.content or "", logprobs)]
+            events += [*state.close_calls(), TextDelta(choice.index, delta.content or "", logprobs)]
             self._num_deltas += 1
         for call in delta.tool_calls or ():
             if not self.is_done:
@@ -239,29 +303,24 @@ class StreamReader:
 
     def _read_call(self, call: _Call, state: _ChoiceState, events: list[Event]) -> None:
         function = call.function or _Function()
-        index = call.index if call.index is not None else state.num_calls - (0 if function.name else 1)
-        if index >= state.num_calls:
-            events += state.close_call()
-            call_id = (call.id or uuid.uuid4().hex).removeprefix(_CALL_PREFIX)
-            events.append(ToolCallStart(state.choice, state.num_calls, call_id, function.name or ""))
-            state.open_index = index = state.num_calls
-            state.num_calls += 1
-            state.arguments = []
-        if index != state.open_index:
-            self._fail(ApiError("internal", "The upstream server resumed a tool call that had ended"), events)
-            return
+        found = state.call_of(call, function.name)
+        if found is None:
+            found, begun = state.begin_call(call, function.name)
+            events += begun
         arguments = function.arguments
         text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
-        if text:
-            state.arguments.append(text)
-            events.append(ToolCallArguments(state.choice, index, text))
-            self._num_deltas += 1
+        if not text:
+            return
+        if found.has_ended:
+            self._fail(ApiError("internal", "The upstream server resumed a tool call that had ended"), events)
+            return
+        events += state.add_arguments(found, text)
+        self._num_deltas += 1
 
     def _finish_choice(self, choice: _Choice, state: _ChoiceState, events: list[Event]) -> None:
         state.is_finished = True
         reason, stop_sequence = _finish_reason(choice, self._stop, state.tail)
-        if reason != "length" or state.has_whole_arguments():
-            events += state.close_call()
+        events += state.close_calls(is_cut_off=reason == "length")
         events.append(Finish(choice.index, reason, stop_sequence))
 
     def _finish_stream(self, events: list[Event]) -> None:
