@@ -149,6 +149,7 @@ def small_operation_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def sampling_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from neuron.kernels.log_total import log_totals
     from neuron.kernels.sampling import sample
     from neuron.layers.sampling import TokenMasks, TokenPenalties
 
@@ -162,6 +163,7 @@ def sampling_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             f"sampling {vocab_size}",
             lambda logits=logits: sample(logits, zeros, zeros.int(), zeros, zeros, zeros.long()),  # type: ignore[misc]
         )
+        yield f"log totals {vocab_size}", lambda logits=logits: log_totals(logits)  # type: ignore[misc]
         masks = TokenMasks(torch.zeros(rows, -(-vocab_size // 32), dtype=torch.int32), zeros.int())
         yield (
             f"constrained sampling {vocab_size}",

@@ -14,7 +14,15 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOM = {90: 227 * 1024, 80: 163 * 1024}  # shared memory that one block can have
-CASES = ("attention qwen3", "norm 4096", "activation 12288", "rotary 128", "sampling 151936", "6144x4096")
+CASES = (
+    "attention qwen3",
+    "norm 4096",
+    "activation 12288",
+    "rotary 128",
+    "sampling 151936",
+    "log totals 151936",
+    "6144x4096",
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,7 @@ def test_every_kernel_compiles(variants: list[dict[str, Any]], capability: int) 
         "_rotary_kernel",
         "scan_kernel",
         "_silu_mul_kernel",
+        "log_total_kernel",
         "merge_linear_kernel",
         "tile_kernel",
         "vector_kernel",

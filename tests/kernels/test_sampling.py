@@ -16,7 +16,7 @@ from neuron.engine.sequence import Sequence
 from neuron.engine.token_bias import TokenBias
 from neuron.kernels import KernelUnsupported, sampling
 from neuron.layers.sampling import TokenMasks, TokenPenalties
-from neuron.protocol import Generate, SamplingParams
+from neuron.protocol import Generate, Logprobs, SamplingParams
 from torch import Tensor
 
 VOCAB_SIZE = 1500
@@ -386,7 +386,7 @@ def test_the_engines_sampler_draws_the_same_through_the_kernel(
         def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
             mask[32:] = 0
 
-    def draw() -> list[tuple[int, object]]:
+    def draw() -> list[tuple[int, Logprobs | None]]:
         sequences = [Sequence(Generate(row, [1], p, 99), row) for row, p in enumerate(params)]
         for sequence in sequences:
             if TokenBias.is_needed(sequence.sampling):
@@ -400,9 +400,37 @@ def test_the_engines_sampler_draws_the_same_through_the_kernel(
         assert sampled[5].error.health.nan == 1
         return [(row.token, row.logprobs) for row in sampled[:5]]
 
+    from neuron.kernels.log_total import log_totals
+
+    kernels: dict[str, Any] = {"sample": sampling.sample, "log_totals": log_totals}
     monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda *_: None)
     expected = draw()
-    monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda *_: sampling.sample)
-    assert draw() == expected
+    monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda _, name, __: kernels[name])
+    for (token, logprobs), (expected_token, expected_logprobs) in zip(draw(), expected, strict=True):
+        assert token == expected_token
+        assert (logprobs is None) == (expected_logprobs is None)
+        if logprobs is not None and expected_logprobs is not None:
+            assert logprobs.top_ids == expected_logprobs.top_ids
+            assert logprobs.logprob == pytest.approx(expected_logprobs.logprob, abs=1e-5)
     assert expected[2][0] == 7
     assert expected[4][0] < 1024
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_log_totals_of_a_row_do_not_depend_on_the_others(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neuron.kernels import log_total
+
+    monkeypatch.setattr(log_total, "_BLOCK", 256)
+    logits = torch.cat([normal(3, 2.0), normal(1, 1.0) * 1e4, torch.full((1, VOCAB_SIZE), -math.inf)])
+    logits[1, ::7] = -math.inf
+    logits[2, 300:] = -math.inf
+    wide = torch.cat([logits, logits], dim=1).to(device)[:, :VOCAB_SIZE]
+    actual = log_total.log_totals(wide)
+    expected = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
+    torch.testing.assert_close(actual[:4].cpu().double(), expected[:4], rtol=1e-6, atol=1e-5)
+    assert actual[4].item() == -math.inf
+    for row in range(5):
+        assert torch.equal(log_total.log_totals(wide[row : row + 1]), actual[row : row + 1])
+    assert log_total.log_totals(wide[:0]).shape == (0, 1)
+    with pytest.raises(KernelUnsupported, match="strides"):
+        log_total.log_totals(wide.T)

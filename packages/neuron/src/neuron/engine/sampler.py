@@ -363,13 +363,15 @@ def _log_total(logits: Tensor, sharpness: Tensor) -> Tensor:
 
 
 def row_log_totals(logits: Tensor) -> Tensor:
-    """log of the sum of exp over each row: [R, V] -> [R, 1].
+    """log of the sum of exp over each row, the same bits whatever other rows there are: [R, V] -> [R, 1] float32.
 
     On the CPU each row by itself: torch computes exp in one way for runs of elements and in another for what is left of
-    a tensor, or of a thread's share of it, so that the last bit would depend on how many rows there are.
+    a tensor, or of a thread's share of it.
     """
-    if logits.device.type != "cpu":
-        return torch.logsumexp(logits, dim=-1, keepdim=True)
+    kernel = fused_kernel("log_total", "log_totals", logits.device)
+    if kernel is not None:
+        totals: Tensor = kernel(logits)
+        return totals
     return torch.stack([torch.logsumexp(row, dim=0) for row in logits])[:, None]
 
 

@@ -8,6 +8,7 @@
 | `rotary` | per-head Q/K RMSNorm + rotary embedding + K/V write, one pass over packed rows | `neuron.layers.rotary` |
 | `activation` | SiLU(gate) * up | `neuron.layers.activation` |
 | `vector_linear`, `tile_linear` | matrix products for few rows, and one of a fixed order | `neuron.layers.linear` |
+| `log_total` | log of the sum of exp of each row of logits | `torch.logsumexp` |
 | `sampling`, `sampling_scan`, `sampling_pick` | from logits to tokens in two launches | `neuron.engine.sampler` |
 
 This module imports neither Triton nor a kernel, so a host without Triton can ask `is_available` and go on with torch.
