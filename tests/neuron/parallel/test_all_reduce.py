@@ -142,6 +142,8 @@ def test_symmetric_kernels_get_the_buffer_and_only_what_they_can_take() -> None:
 
     assert takes(one, 4) and takes(one, 64) and not takes(one, 65) and not takes(one, 3) and not takes(one, 0)
     assert takes(two, 8) and not takes(two, 4)  # each rank has its part
+    inside = torch.zeros(68)
+    assert one.takes(inside[4:]) and not one.takes(inside[1:65])  # begins in the middle of 16 bytes
     assert not takes(one, 8, torch.float16) and not takes(one, 4, torch.int64)
 
 

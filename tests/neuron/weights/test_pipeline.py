@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neuron.models.errors import BadCheckpoint
-from neuron.weights.pipeline import HostTransfer, Piece, num_reader_threads, transfer_pieces
+from neuron.weights.pipeline import CudaTransfer, HostTransfer, Piece, num_reader_threads, transfer_pieces
 from neuron.weights.slices import Runs
 from torch import Tensor
 
@@ -132,3 +133,58 @@ def test_columns_are_copied_out_of_a_larger_matrix(tmp_path: Path) -> None:
 
 def test_ranks_share_the_threads() -> None:
     assert 2 <= num_reader_threads(8) <= num_reader_threads(1) <= 8
+
+
+class FakeCuda:
+    """What the transfer asks of torch.cuda, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        log = self.log
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None: ...
+
+            def wait_stream(self, other: str) -> None:
+                log.append(f"wait for {other}")
+
+            def synchronize(self) -> None:
+                log.append("synchronize")
+
+        class Event:
+            def __init__(self, **options: bool) -> None:
+                assert options == {"blocking": True}  # the device thread sleeps, and leaves the core to the readers
+
+            def record(self, stream: Stream) -> None:
+                log.append("record")
+
+        @contextmanager
+        def stream(side: Stream) -> Iterator[None]:
+            log.append("side stream")
+            yield
+            log.append("ordinary stream")
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the ordinary stream")
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty cache"))
+
+
+def test_a_device_gets_its_copies_on_a_side_stream_behind_what_made_the_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    transfer = CudaTransfer(torch.device("cpu"))
+    staged = torch.arange(6.0)
+    same = torch.zeros(6)
+    assert transfer.send(same, staged) is not None
+    assert torch.equal(same, staged)
+    transfer.finish()
+    one_copy = ["side stream", "record", "ordinary stream"]
+    assert cuda.log == ["wait for the ordinary stream", *one_copy, "synchronize"]
+    other = torch.zeros(6, dtype=torch.bfloat16)
+    transfer.send(other, staged)
+    assert torch.equal(other, staged.to(torch.bfloat16))
+    transfer.finish()
+    assert cuda.log[5:] == [*one_copy, "synchronize", "empty cache"]  # scratch of the side stream goes back

@@ -110,7 +110,12 @@ class Symmetric:
         self._unit_bytes = unit_bytes
 
     def takes(self, x: Tensor) -> bool:
-        return x.dtype in _SYMMETRIC_DTYPES and 0 < x.nbytes <= self._buffer.nbytes and x.nbytes % self._unit_bytes == 0
+        return (
+            x.dtype in _SYMMETRIC_DTYPES
+            and _is_aligned(x)
+            and 0 < x.nbytes <= self._buffer.nbytes
+            and x.nbytes % self._unit_bytes == 0
+        )
 
     def __call__(self, x: Tensor) -> None:
         flat = x.view(-1)
@@ -180,14 +185,14 @@ class AllReduce:
     def __init__(self, rungs: Sequence[Rung], choice: Choice | None = None) -> None:
         self._rungs = {rung.name: rung for rung in rungs}
         self.choice = choice or Choice()
-        self._decided: dict[tuple[int, torch.dtype], Rung] = {}
+        self._decided: dict[tuple[int, torch.dtype, bool], Rung] = {}
         self._always: Rung | None = None
 
     def rung_for(self, x: Tensor) -> Rung:
-        """The way a tensor takes, decided once for each size: by its size and dtype alone, so all ranks agree."""
+        """The way a tensor takes, decided once for each size: by what is equal on all ranks alone, so they agree."""
         if self._always is not None:
             return self._always
-        key = (x.nbytes, x.dtype)
+        key = (x.nbytes, x.dtype, _is_aligned(x))
         rung = self._decided.get(key)
         if rung is None:
             rung = self._rungs[self.choice.name_for(x.nbytes)]
@@ -219,6 +224,7 @@ def build_all_reduce(
     rungs: list[Rung] = [library, *symmetric]
     times = slowest_times({rung.name: measure(rung, device) for rung in rungs}, device)
     choice = choose(times)
+    torch.cuda.empty_cache()  # what measuring took is about to be counted as free
     for size, name in choice.by_size.items():
         found = " ".join(f"{other}={times[other][size] * 1e6:.1f}" for other in times if size in times[other])
         logger.info("all-reduce bytes=%d rung=%s microseconds %s", size, name, found)
@@ -266,6 +272,11 @@ def slowest_times(times: Mapping[str, Mapping[int, float]], device: torch.device
     for (name, size), seconds in zip(keys, agreed.tolist(), strict=True):
         result[name][size] = seconds
     return result
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Allocations begin at multiples of more, so this is a matter of where in one a tensor lies."""
+    return x.data_ptr() % _VECTOR_BYTES == 0
 
 
 def _agree(is_so: bool, device: torch.device) -> bool:
