@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -104,3 +106,11 @@ async def test_without_telemetry_the_line_names_the_trace_all_the_same(
         await neuron.post(CHAT, neuron.chat(), {"traceparent": "00-nonsense"})
     traced, untraced = [line.getMessage() for line in caplog.records if line.name == "neuron.request"]
     assert f"trace_id={TRACE}" in traced and "trace_id" not in untraced
+
+
+def test_without_telemetry_nothing_of_it_is_imported() -> None:
+    code = (
+        "import sys, neuron.server, neuron.api.app\n"
+        "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
