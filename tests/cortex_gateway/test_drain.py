@@ -134,18 +134,18 @@ async def test_who_waits_for_a_cold_load_is_served_within_the_grace_and_nobody_n
 ) -> None:
     neuron.load_gate.clear()
     gateway = await serve(neuron, grace_s=600, hold_s=0.05)
-    waiting = [asyncio.ensure_future(gateway.ask(body)) for body in (STREAM, BODY)]
-    await neuron.load_started.wait()
-    while await gateway.in_flight() < 2:
-        await asyncio.sleep(0.01)
-    gateway.stop()
-    await gateway.drains()
-    status, headers, body = await gateway.ask(BODY)
-    assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down") and int(headers["retry-after"]) > 0
-    neuron.load_gate.set()
-    (stream_status, _, stream), (status, _, _) = [await each for each in waiting]
-    assert (stream_status, status) == (200, 200)
-    assert stream.startswith(b": ping\n\n") and stream.endswith(OPENAI_END)
+    async with gateway.post(STREAM) as stream:
+        assert await stream.content.readuntil(b"\n\n") == b": ping\n\n"
+        whole = asyncio.ensure_future(gateway.ask(BODY))
+        while await gateway.in_flight() < 2:
+            await asyncio.sleep(0.01)
+        gateway.stop()
+        await gateway.drains()
+        status, headers, body = await gateway.ask(BODY)
+        assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down") and int(headers["retry-after"]) > 0
+        neuron.load_gate.set()
+        assert (await stream.read()).endswith(OPENAI_END)
+        assert (await whole)[0] == 200
     assert await gateway.ended() == 0
     assert neuron.num_loads == 1
 
