@@ -11,6 +11,7 @@ from neuron.engine.batch import StepBatch, StepContext
 from neuron.engine.engine import Engine
 from neuron.engine.kv_cache import KVLayout, PagedKV
 from neuron.engine.runner import ModelRunner
+from neuron.engine.stream import Stream
 from neuron.protocol import Generate, Logprobs, SamplingParams, SequenceFailed
 from torch import Tensor
 
@@ -94,6 +95,8 @@ def toy_engine(
     tokenizer_json: str | None = None,
     prefix_cache: bool = True,
     epoch: int = 0,
+    overlaps: bool = False,
+    stream: Stream | None = None,
 ) -> Engine:
     layout = KVLayout(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32)
     runner = ModelRunner(
@@ -105,6 +108,8 @@ def toy_engine(
         max_running=max_running,
         max_model_len=max_model_len,
         device=CPU,
+        overlaps=overlaps,
+        stream=stream,
     )
     return Engine(
         runner,

@@ -260,9 +260,9 @@ def _short_of_memory(rank: int, folder: str, expected: list[int]) -> None:
     runner._memory = _ShortMemory()  # type: ignore[assignment]
     follow = runner.follow
 
-    def watched(batch, slices):  # type: ignore[no-untyped-def]
+    def watched(batch, slices, graph=None):  # type: ignore[no-untyped-def]
         sizes.append(batch.num_tokens)
-        follow(batch, slices)
+        follow(batch, slices, graph)
 
     runner.follow = watched  # type: ignore[method-assign]
     follower.run()

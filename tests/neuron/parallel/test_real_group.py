@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from neuron.protocol import Ping
+from neuron.protocol import Ping, SamplingParams
 from neuron.supervisor.errors import EngineLoadError
 
 from tests.neuron.engine.checkpoints import write_qwen3
@@ -28,6 +28,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cpu_ticks(pid: int) -> int:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
+
+
+async def test_two_ranks_overlap_their_steps_and_answer_as_one_does(tmp_path: Path, checkpoint: Path) -> None:
+    sampling = SamplingParams(temperature=0.8, seed=7, frequency_penalty=0.5)
+    async with RealGroup(tmp_path, checkpoint, ranks=1, overlap=False) as alone:
+        expected = [await alone.answer(*PROMPTS), await alone.answer(*PROMPTS, sampling=sampling)]
+    async with RealGroup(tmp_path, checkpoint, ranks=2, overlap=True) as group:
+        assert [await group.answer(*PROMPTS), await group.answer(*PROMPTS, sampling=sampling)] == expected
 
 
 async def test_two_ranks_serve_from_load_to_shutdown_as_one_does(tmp_path: Path, checkpoint: Path) -> None:

@@ -96,9 +96,10 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kv_cache_mb sizes the KV cache of a device, kv_cache_tokens that of a CPU; None lets the engine decide.
     num_threads: torch threads on a CPU, of all ranks together. deterministic: answers do not depend on what else a
-    model works on, at the price of speed. collective_timeout_s: how long ranks wait to meet, and
-    for each other in one collective, where nothing else ends it. start_timeout_s: from spawn to the engine's first
-    frame. load_stall_timeout_s: the longest silence while loading. load_deadline_s, load_min_mb_per_s: a load may take
+    model works on, at the price of speed. overlap: launch each step while the one before is computed; None does so on
+    a GPU. cuda_graphs: record decode steps on a GPU. collective_timeout_s: how long ranks wait to meet, and for each
+    other in one collective, where nothing else ends it. start_timeout_s: from spawn to the engine's first frame.
+    load_stall_timeout_s: the longest silence while loading. load_deadline_s, load_min_mb_per_s: a load may take
     that long in all, and its weights at that rate on top (MiB/s, below any disk worth using). recovery_attempts:
     rebuilds in a row before a model counts as failed; a group that has lived for stable_after_s starts counting anew.
     weight_cache_mb: host memory for copies of checkpoints, from which models come back; 0 keeps none, None decides by
@@ -115,6 +116,8 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_running: Positive = 256
     num_threads: Positive | None = None
     deterministic: bool = False
+    overlap: bool | None = None
+    cuda_graphs: bool = True
     collective_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 120.0
     start_timeout_s: Seconds = 180.0
     load_stall_timeout_s: Seconds = 600.0

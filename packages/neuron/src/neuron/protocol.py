@@ -31,7 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     shares: relative sizes of the ranks' parts, in rank order; empty = equal parts. num_threads: torch threads on a CPU,
     of all ranks together. collective_timeout_s: how long the ranks wait to meet, and then for each other in one
     collective; the last resort behind the daemon's own deadlines. deterministic: results do not depend on the batch.
-    debug: levers of tests, see `neuron.engine.debug`.
+    overlap: launch a step while the one before is computed; None does so on devices and not on a CPU. cuda_graphs:
+    record decode steps, where kernels allow it. debug: levers of tests, see `neuron.engine.debug`.
     all_reduce: how ranks sum, by what is fastest for each size of message, or always by NCCL (gloo on a CPU).
     weight_descriptors: inherited descriptors, by file name, of copies in memory that are read instead of the files.
     """
@@ -59,6 +60,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     weight_descriptors: dict[str, int] = {}
     all_reduce: Literal["auto", "library"] = "auto"
     deterministic: bool = False
+    overlap: bool | None = None
+    cuda_graphs: bool = True
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -234,8 +237,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
     running and waiting count sequences; pages exclude page 0; cached_pages are free pages that still hold a
     reusable prefix (counted in free_pages). The *_tokens and *_seconds fields are cumulative since load.
-    step_deadline_s: upper bound, with margin, of how long any next step may take by the engine's cost model; a group
-    that holds work and sends no frame for so long is stuck.
+    graph_steps: decode steps replayed as CUDA graphs; graphless_steps: those that found none recorded; late_compiles:
+    kernels compiled after warming up. step_deadline_s: upper bound, with margin, of how long any next step may take by
+    the engine's cost model; a group that holds work and sends no frame for so long is stuck.
     """
 
     step: int = 0
@@ -252,6 +256,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
     step_deadline_s: float = 60.0
+    graph_steps: int = 0
+    graphless_steps: int = 0
+    late_compiles: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", array_like=True):

@@ -183,6 +183,15 @@ class _Snapshot(Collector):
         }
         counters = {
             "step": CounterMetricFamily("neuron_engine_steps", "Forward passes.", labels=label),
+            "graph_steps": CounterMetricFamily(
+                "neuron_graph_steps", "Decode steps that were replayed as CUDA graphs.", labels=label
+            ),
+            "graphless_steps": CounterMetricFamily(
+                "neuron_graphless_steps", "Decode steps for which no CUDA graph was recorded.", labels=label
+            ),
+            "late_compiles": CounterMetricFamily(
+                "neuron_late_compiles", "Kernels compiled after warming up, each one a defect.", labels=label
+            ),
             "preemptions": CounterMetricFamily("neuron_engine_preemptions", "Sequences set back.", labels=label),
             "prefill_tokens": CounterMetricFamily("neuron_prefill_tokens", "Prompt tokens computed.", labels=label),
             "prefill_seconds": CounterMetricFamily("neuron_prefill_seconds", "Time in prefill.", labels=label),

@@ -10,29 +10,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from neuron.engine.errors import (
-    DeviceError,
-    EngineError,
-    RequestError,
-    ShortOfMemory,
-    StepError,
-    describe,
-    is_device_fault,
-    is_out_of_memory,
-)
+from neuron.engine.errors import EngineError, RequestError, ShortOfMemory
 from neuron.engine.grammar import GrammarCompiler, GrammarState
 from neuron.engine.page_pool import PagePool
 from neuron.engine.prefix_cache import PrefixCache
 from neuron.engine.runner import ChunkResult, ModelRunner
-from neuron.engine.sampler import Sampled
-from neuron.engine.scheduler import Chunk, Scheduler, StepPlan
+from neuron.engine.scheduler import Scheduler, StepPlan
 from neuron.engine.sequence import Sequence, Status
 from neuron.engine.step_deadline import StepDeadline
+from neuron.engine.step_pipeline import StepPipeline
 from neuron.engine.token_bias import TokenBias
 from neuron.protocol import (
     EngineStats,
     FinishKind,
     Generate,
+    Logprobs,
     SequenceFailed,
     SequenceUpdate,
     StepOutput,
@@ -89,6 +81,14 @@ class Engine:
         )
         self.max_model_len = self._scheduler.max_model_len
         self._prefill_limit = self._scheduler.max_prefill_tokens
+        self._pipeline = StepPipeline(
+            runner,
+            self._scheduler,
+            depth=int(runner.overlaps),
+            page_size=page_size,
+            book=self._book_step,
+            on_shortage=self._shorten_prefill,
+        )
         self._deadline = StepDeadline(
             step_seconds=step_seconds,
             seconds_per_token=prefill_seconds_per_token,
@@ -185,6 +185,8 @@ class Engine:
         memory."""
         if self._scheduler.has_runnable or self._failures or self._updates or self._compiled or self._is_stale:
             return True
+        if not self._pipeline.is_empty:
+            return True
         return bool(self._set_back) and min(due for due, _ in self._set_back) <= time.monotonic()
 
     @property
@@ -193,27 +195,54 @@ class Engine:
         return self._scheduler.is_empty and not self.has_work
 
     def step(self) -> StepOutput | None:
-        """Compute one step and report it; None if there was nothing to compute or to report.
+        """Book one step and report it; None if there was nothing to compute or to report.
 
-        Raises `DeviceError` when the device is lost; every other failure ends the sequences it concerns.
+        With overlap the next step is launched before that. Raises `DeviceError` when the device is lost; every other
+        failure ends the sequences it concerns.
         """
         self._take_compiled()
         if self._set_back:
             self._take_set_back(time.monotonic())
+        pipeline = self._pipeline
         self._clean_pages()
-        plan = self._scheduler.schedule()
-        if plan is not None:
-            started = time.perf_counter()
-            results = self._attempt(plan)
-            self._count(plan, results, time.perf_counter() - started)
-            for result in results:
-                self._book(result)
+        is_booked = self._capture_what_is_missed() or pipeline.advance()
+        if is_booked:
             self._clean_pages()  # now, so that an idle engine has all its pages
-        if plan is None and not (self._updates or self._failures or self._is_stale):
+        if pipeline.has_released:
+            pipeline.has_released = False
+            self._is_stale = True
+        if not (is_booked or self._updates or self._failures or self._is_stale):
             return None
         output = StepOutput(self._epoch, self.stats(), self._updates, self._failures)
         self._updates, self._failures, self._is_stale = [], [], False
         return output
+
+    def _capture_what_is_missed(self) -> bool:
+        """Record a CUDA graph that many steps have had to do without. True if a step was booked for it."""
+        graphs = self._runner.graphs
+        key = None if graphs is None else graphs.next_key(is_idle=False)
+        if key is None:
+            return False
+        is_booked = not self._pipeline.is_empty
+        self._pipeline.drain()
+        self._runner.capture_graph(key)
+        return is_booked
+
+    @property
+    def has_idle_work(self) -> bool:
+        """True if `work_while_idle` would do something."""
+        graphs = self._runner.graphs
+        return graphs is not None and graphs.next_key(is_idle=True) is not None
+
+    def work_while_idle(self) -> None:
+        """One piece of what makes later steps faster: records a CUDA graph. To be called while `is_idle`.
+
+        Takes about as long as a few steps. Raises `DeviceError`.
+        """
+        graphs = self._runner.graphs
+        key = None if graphs is None else graphs.next_key(is_idle=True)
+        if key is not None:
+            self._runner.capture_graph(key)
 
     def _clean_pages(self) -> None:
         """Zero the pages that held what must not be read again; others may have them then."""
@@ -222,35 +251,17 @@ class Engine:
             self._runner.zero_pages(dirty)
             self._pool.cleaned(dirty)
 
-    def _attempt(self, plan: StepPlan) -> list[ChunkResult]:
-        """Execute; after a failure again in halves, so that in the end only the chunks that fail alone are lost.
+    def _shorten_prefill(self, plan: StepPlan) -> None:
+        """A step found no memory."""
+        self._good_steps = 0
+        prefill = plan.num_tokens - plan.num_decodes
+        if prefill:
+            self._scheduler.max_prefill_tokens = max(self._page_size, prefill // 2)
 
-        Where memory is short, it is freed, prefill becomes shorter, and what does not fit alone comes again later.
-        """
-        try:
-            return self._runner.execute(plan)
-        except Exception as exc:
-            if is_device_fault(exc):
-                raise DeviceError("device", describe(exc)) from exc
-            is_memory = is_out_of_memory(exc)
-            reason = describe(exc)
-        # Outside of the handler: the traceback kept the failed step's tensors alive.
-        if is_memory:
-            self._good_steps = 0
-            self._runner.free_memory()
-            prefill = plan.num_tokens - plan.num_decodes
-            if prefill:
-                self._scheduler.max_prefill_tokens = max(self._page_size, prefill // 2)
-        chunks = plan.chunks
-        if len(chunks) > 1:
-            middle = len(chunks) // 2
-            return self._attempt(plan.only(chunks[:middle])) + self._attempt(plan.only(chunks[middle:]))
-        chunk = chunks[0]
-        if is_memory and chunk.num_tokens > self._page_size:
-            shorter = Chunk(chunk.sequence, chunk.start, max(self._page_size, chunk.num_tokens // 2), samples=False)
-            return self._attempt(plan.only([shorter]))
-        error = ShortOfMemory if is_memory else StepError
-        return [ChunkResult(chunk, Sampled(-1, error=error("step", reason)))]
+    def _book_step(self, plan: StepPlan, results: list[ChunkResult], seconds: float) -> None:
+        self._count(plan, results, seconds)
+        for result in results:
+            self._book(result)
 
     def _count(self, plan: StepPlan, results: list[ChunkResult], seconds: float) -> None:
         self._num_steps += 1
@@ -275,48 +286,56 @@ class Engine:
         """Turn one chunk's result into an update or a failure, and move its sequence on."""
         chunk, sampled = result.chunk, result.sampled
         sequence = chunk.sequence
-        if sampled is not None and sampled.error is not None:
-            if isinstance(sampled.error, ShortOfMemory) and sequence.num_set_backs < len(_SET_BACK_S):
+        error = sampled[0].error if sampled else None
+        if sequence.status is not Status.RUNNING:
+            # It ended, or was cancelled, while the device had this step.
+            if error is not None and error.kind == "nan_logits":
+                self._scheduler.distrust(sequence)
+            return
+        if error is not None:
+            if isinstance(error, ShortOfMemory) and sequence.num_set_backs < len(_SET_BACK_S):
                 self._set_back.append((time.monotonic() + _SET_BACK_S[sequence.num_set_backs], sequence))
                 sequence.num_set_backs += 1
                 self._scheduler.set_back(sequence)
                 return
-            if sampled.error.kind == "nan_logits":
+            if error.kind == "nan_logits":
                 self._scheduler.distrust(sequence)
-            self._fail(sequence, sampled.error)
+            self._fail(sequence, error)
             return
         self._scheduler.computed(chunk)
         if result.prompt_logprobs:
             # After a preemption the prompt is computed again; what is there already is not added twice.
             known = len(sequence.prompt_logprobs) - chunk.start
             sequence.prompt_logprobs += result.prompt_logprobs[max(known, 0) :]
-        if sampled is None:
-            if not sequence.is_cached_reported:
-                sequence.is_cached_reported = True
-                self._updates.append(SequenceUpdate(sequence.request_id, cached_tokens=sequence.num_cached))
-            return
-        try:
-            is_output, finish = sequence.append(sampled.token, max_model_len=self.max_model_len)
-        except RequestError as exc:
-            self._fail(sequence, exc)
-            return
         cached = None
         if not sequence.is_cached_reported:
             sequence.is_cached_reported = True
             cached = sequence.num_cached
+        if not sampled:
+            if cached is not None:
+                self._updates.append(SequenceUpdate(sequence.request_id, cached_tokens=cached))
+            return
+        tokens: list[int] = []
+        logprobs: list[Logprobs] = []
+        finish: FinishKind | None = None
+        for item in sampled:
+            try:
+                is_output, finish = sequence.append(item.token, max_model_len=self.max_model_len)
+            except RequestError as exc:
+                self._fail(sequence, exc)
+                return
+            if is_output:
+                tokens.append(item.token)
+                if item.logprobs is not None:
+                    logprobs.append(item.logprobs)
+            if finish is not None:
+                break
         prompt_logprobs = None
         if sequence.wants_prompt_logprobs:
             sequence.wants_prompt_logprobs = False
             prompt_logprobs = sequence.prompt_logprobs
         self._updates.append(
-            SequenceUpdate(
-                sequence.request_id,
-                [sampled.token] if is_output else [],
-                finish,
-                [sampled.logprobs] if is_output and sampled.logprobs is not None else None,
-                cached,
-                prompt_logprobs,
-            )
+            SequenceUpdate(sequence.request_id, tokens, finish, logprobs or None, cached, prompt_logprobs)
         )
         if finish is not None:
             self._scheduler.finish(sequence)
@@ -333,7 +352,7 @@ class Engine:
     # ------------------------------------------------------------------ state
 
     def stats(self) -> EngineStats:
-        scheduler, pool = self._scheduler, self._pool
+        scheduler, pool, graphs = self._scheduler, self._pool, self._runner.graphs
         return EngineStats(
             step=self._num_steps,
             running=scheduler.num_running,
@@ -349,6 +368,9 @@ class Engine:
             prefix_hit_tokens=self._cache.hit_tokens,
             prefix_query_tokens=self._cache.query_tokens,
             step_deadline_s=self._deadline.seconds,
+            graph_steps=0 if graphs is None else graphs.num_replays,
+            graphless_steps=0 if graphs is None else graphs.num_misses,
+            late_compiles=self._runner.compiles.num_late,
         )
 
     def sign_of_life(self) -> StepOutput:

@@ -8,6 +8,8 @@ from neuron.engine.errors import DeviceError, describe
 from neuron.engine.runner import ModelRunner
 from neuron.parallel.control import (
     Capacity,
+    Capture,
+    Captured,
     Command,
     FollowerLink,
     FreeMemory,
@@ -44,19 +46,26 @@ class Follower:
                 return
             self._obey(command)
 
+    def close(self) -> None:
+        """Give up the graphs, before the communicator that they use goes with the process."""
+        self._runner.close()
+
     def _obey(self, command: Command) -> None:
         runner = self._runner
         if isinstance(command, RunStep):
             try:
                 # First of all: the next message overwrites what the command views.
-                batch = runner.unpack(command.batch)
+                batch = runner.unpack(command.batch, command.graph)
                 if command.is_probe and not self._is_agreed(command):
                     return
-                runner.follow(batch, command.logits_slices)
+                runner.follow(batch, command.logits_slices, command.graph)
             except DeviceError:
                 raise
             except Exception as exc:
                 raise DeviceError("rank_fault", f"step {command.plan} failed on this rank: {describe(exc)}") from exc
+        elif isinstance(command, Capture):
+            is_there = runner.record_graph(command.graph)
+            self._link.report(Captured(command.epoch, command.step, is_there))
         elif isinstance(command, ZeroPages):
             runner.zero_pages(command.pages)
         elif isinstance(command, FreeMemory):

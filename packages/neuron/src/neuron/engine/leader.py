@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from neuron.engine.batch import PackedBatch
-from neuron.parallel.control import Capacity, FreeMemory, LeaderLink, Proceed, RunStep, ZeroPages
+from neuron.engine.cuda_graphs import GraphKey
+from neuron.parallel.control import (
+    Capacity,
+    Capture,
+    Captured,
+    FreeMemory,
+    LeaderLink,
+    Proceed,
+    RunStep,
+    ZeroPages,
+)
 
 
 class StepTooLarge(MemoryError):
@@ -31,15 +41,18 @@ class StepLeader:
         batch: PackedBatch,
         logits_slices: list[tuple[int, int]],
         max_tokens_here: Callable[[int, int], int],
+        *,
+        graph: GraphKey | None = None,
     ) -> None:
         """From here on the followers compute the step, and rank 0 must.
 
-        max_tokens_here(tokens, rows of logits): the largest step that rank 0's memory holds. Raises `StepTooLarge`,
+        max_tokens_here(tokens, rows of logits): the largest step that rank 0's memory holds. graph: what all replay;
+        such a step needs no memory that is not there already. Raises `StepTooLarge`,
         and then nobody computes it; `DeviceError` when a follower is lost.
         """
         link = self._link
-        is_probe = batch.num_tokens > self._proven_tokens or batch.num_logits > self._proven_rows
-        link.send(RunStep(link.epoch, link.next_step(), plan, batch, logits_slices, is_probe))
+        is_probe = graph is None and (batch.num_tokens > self._proven_tokens or batch.num_logits > self._proven_rows)
+        link.send(RunStep(link.epoch, link.next_step(), plan, batch, logits_slices, is_probe, graph))
         if not is_probe:
             return
         capacities = {0: max_tokens_here(batch.num_tokens, batch.num_logits)}
@@ -56,6 +69,15 @@ class StepLeader:
         """All ranks have computed a step of so many tokens and rows of logits."""
         self._proven_tokens = max(self._proven_tokens, num_tokens)
         self._proven_rows = max(self._proven_rows, num_rows)
+
+    def capture(self, graph: GraphKey) -> None:
+        """The followers record this CUDA graph, and rank 0 must too. Raises `DeviceError`."""
+        self._link.send(Capture(self._link.epoch, self._link.next_step(), graph))
+
+    def all_captured(self, here: bool) -> bool:
+        """True if every rank has recorded the graph that `capture` named. Raises `DeviceError`."""
+        reports = self._link.gather(Captured).values()
+        return here and all(report.is_there for report in reports)
 
     def zero_pages(self, pages: list[int]) -> None:
         """Raises `DeviceError`."""

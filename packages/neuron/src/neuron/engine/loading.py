@@ -19,7 +19,9 @@ from typing import Any
 import msgspec
 import torch
 
+from neuron import kernels
 from neuron.engine.compute import settle_compute
+from neuron.engine.cuda_graphs import CudaGraphDevice
 from neuron.engine.debug import Levers, LoadPhase
 from neuron.engine.engine import Engine
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
@@ -29,6 +31,8 @@ from neuron.engine.leader import StepLeader
 from neuron.engine.memory import available_host_bytes, num_physical_cores
 from neuron.engine.runner import ModelRunner
 from neuron.engine.step_memory import StepMemory
+from neuron.engine.warm_up import every_variant
+from neuron.graph_memory import graph_bytes
 from neuron.layers.attention import make_attention_backend
 from neuron.models.decoder import CausalLM
 from neuron.models.registry import build_model
@@ -120,9 +124,12 @@ def resolve_dtype(config: EngineConfig, hf_config: dict[str, Any], device: torch
     return _DTYPES.get(name, torch.bfloat16)
 
 
-def num_cache_pages(config: EngineConfig, layout: KVLayout, max_model_len: int, device: torch.device) -> int:
+def num_cache_pages(
+    config: EngineConfig, layout: KVLayout, max_model_len: int, device: torch.device, reserved_bytes: int = 0
+) -> int:
     """Pages (page 0 included) of this rank's cache: as configured, else from the memory that is free now.
 
+    reserved_bytes: what the device is still to hold beside it.
     Raises `ModelError` (`out_of_memory`).
     """
     if config.kv_cache_bytes is not None:
@@ -131,7 +138,7 @@ def num_cache_pages(config: EngineConfig, layout: KVLayout, max_model_len: int, 
         return layout.pages_for_tokens(config.kv_cache_tokens)
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        return layout.pages_for_bytes(int(free_bytes * (1.0 - _CUDA_RESERVE_SHARE)))
+        return layout.pages_for_bytes(max(int(free_bytes * (1.0 - _CUDA_RESERVE_SHARE)) - reserved_bytes, 0))
     wanted = layout.pages_for_tokens(_DEFAULT_CPU_SEQUENCES * max_model_len)
     # Ranks on the CPU take from the same memory.
     budget = int(available_host_bytes() * _DEFAULT_CPU_SHARE) // config.tensor_parallel_size
@@ -225,8 +232,22 @@ def _load_rank(
     memory = None if link is None else StepMemory(shape, dtype=dtype, device=device, num_ranks=group.world_size)
 
     attention = make_attention_backend(device, deterministic=config.deterministic)
+    overlaps = config.overlap if config.overlap is not None else device.type == "cuda"
+    has_graphs = config.cuda_graphs and kernels.is_available(device)
+    graphs_bytes = 0
+    if has_graphs:
+        sizes = memory or StepMemory(shape, dtype=dtype, device=device, num_ranks=group.world_size)
+        graphs_bytes = graph_bytes(
+            max_running=max_running,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads_local,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+            bytes_per_token=sizes.bytes_per_token,
+            item_bytes=dtype.itemsize,
+        )
 
-    def build_runner(num_pages: int) -> ModelRunner:
+    def build_runner(num_pages: int, *, is_last: bool = True) -> ModelRunner:
         return ModelRunner(
             report.levers.around(model),
             PagedKV(layout, num_pages, device),
@@ -239,6 +260,9 @@ def _load_rank(
             leader=StepLeader(link) if isinstance(link, LeaderLink) else None,
             memory=memory,
             deterministic=config.deterministic,
+            overlaps=overlaps,
+            group=group,
+            graphs=CudaGraphDevice() if has_graphs and is_last else None,
         )
 
     figures = Figures(
@@ -256,14 +280,21 @@ def _load_rank(
     )  # fmt: skip
     if device.type == "cuda":
         # The largest step first, over the smallest cache: what it leaves in the allocator is the activations' share.
-        build_runner(2).warm_up(config.max_step_tokens, max_running)
-    figures = msgspec.structs.replace(figures, num_pages=num_cache_pages(config, layout, max_model_len, device))
+        build_runner(2, is_last=False).warm_up(config.max_step_tokens, max_running)
+    num_pages = num_cache_pages(config, layout, max_model_len, device, graphs_bytes)
+    figures = msgspec.structs.replace(figures, num_pages=num_pages)
     if link is not None:
         figures = link.agree(figures)
     runner = build_runner(figures.num_pages)
     report.phase("warm_up")
     runner.warm_up(min(config.max_step_tokens, 2 * config.page_size))
+    if device.type == "cuda":
+        every_variant(
+            runner, max_step_tokens=config.max_step_tokens, max_running=max_running, max_model_len=max_model_len
+        )
     report.levers.arm()
+    if device.type == "cuda":
+        runner.compiles.arm()
     if link is not None:
         link.agree(figures)  # all are ready
     architectures = hf_config.get("architectures") or [type(model).__name__]
@@ -273,6 +304,7 @@ def _load_rank(
 def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engine, Loaded]:
     """The engine around rank 0's part, and what is told of it."""
     model, figures = rank.model, rank.figures
+    _record_first_graphs(rank.runner, model.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(
         rank.runner,
@@ -322,6 +354,23 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
     return engine, loaded
 
 
+def _record_first_graphs(runner: ModelRunner, device: torch.device) -> None:
+    """Those that cover every batch size with some padding; the followers, which are in their loops by now, do too."""
+    if runner.graphs is None:
+        return
+    runner.graphs.forget_misses()
+    began, before = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
+    for key in runner.graphs.keys_at_load():
+        runner.capture_graph(key)
+    taken = before - torch.cuda.mem_get_info(device)[0]
+    logger.info(
+        "recorded %d CUDA graphs in %.2f s: %.1f MB",
+        len(runner.graphs.captured),
+        time.perf_counter() - began,
+        taken / 1e6,
+    )
+
+
 def _join(config: EngineConfig, rank: int, device: torch.device) -> ParallelGroup:
     return join_group(
         Path(config.group_dir),
@@ -352,4 +401,6 @@ def _open_device(config: EngineConfig, rank: int) -> torch.device:
         raise ModelError("device", f"device {index} was asked for, but there are only {torch.cuda.device_count()}")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    # Not the default stream: what is recorded for replay is recorded on the stream that all steps run on.
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     return device

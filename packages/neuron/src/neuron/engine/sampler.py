@@ -7,10 +7,10 @@ then Gumbel-max with the noise of (seed, position). Every operation works on row
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from neuron.engine.errors import EngineError, RequestError
 from neuron.engine.noise import log_exponential_noise, noise_key
+from neuron.engine.sampling_rows import SamplingRows, is_greedy
 from neuron.engine.sequence import Sequence
+from neuron.engine.stream import to_device, to_host
 from neuron.layers.fused import fused_kernel
 from neuron.layers.sampling import TokenMasks, TokenPenalties
 from neuron.protocol import LogitsHealth, Logprobs, SamplingParams
@@ -27,26 +29,10 @@ from neuron.protocol import LogitsHealth, Logprobs, SamplingParams
 if TYPE_CHECKING:
     from neuron.kernels.sampling import SampledRows
 
-# Below this temperature the best token wins by more than any noise can make up for.
-_GREEDY_BELOW = 1e-5
 # Candidates looked at first for top-p and min-p without top-k; rows that need more are done again with more.
 _FIRST_CANDIDATES = 128
 # On the CPU, noise for the whole vocabulary is made in blocks of this many elements, which stay in a core's cache.
 _NOISE_ELEMENTS = 32768
-
-
-def is_greedy(sampling: SamplingParams) -> bool:
-    return sampling.temperature < _GREEDY_BELOW
-
-
-def is_plain_greedy(sequence: Sequence) -> bool:
-    """True if the argmax of the raw logits is all that is wanted."""
-    return (
-        sequence.sampling.temperature < _GREEDY_BELOW
-        and sequence.bias is None
-        and sequence.grammar is None
-        and sequence.sampling.logprobs < 0
-    )
 
 
 @dataclass(slots=True)
@@ -56,6 +42,34 @@ class Sampled:
     token: int
     logprobs: Logprobs | None = None
     error: EngineError | None = None
+
+
+class Draw(Protocol):
+    """The outcome of sampling a step, perhaps still on the device.
+
+    tokens: [R] int64 on the device, a valid token id in every row (also in one that failed), as inputs of a next step.
+    """
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    def read(self) -> list[Sampled]:
+        """On the host, once the stream has come so far."""
+        ...
+
+
+class HostDraw:
+    """Sampled on the host."""
+
+    def __init__(self, sampled: list[Sampled]) -> None:
+        self._sampled = sampled
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.tensor([max(item.token, 0) for item in self._sampled], dtype=torch.int64)
+
+    def read(self) -> list[Sampled]:
+        return self._sampled
 
 
 class Sampler:
@@ -70,40 +84,57 @@ class Sampler:
         self._bit_index = torch.arange(32, dtype=torch.int32, device=device)
 
     def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        """One token for each row. logits: [R, V] float32, overwritten; sequences: R.
+        """One token for each row, on the host. logits: [R, V] float32, overwritten; sequences: R.
 
         A row with NaN or infinity, or whose grammar fails, gets an error; the others are not affected.
         """
-        if all(is_plain_greedy(sequence) for sequence in sequences):
-            return [
-                Sampled(best) if best >= 0 else Sampled(best, None, _not_finite(logits[row]))
-                for row, best in enumerate(self._best_if_finite(logits))
-            ]
-        if self._row_by_row and len(sequences) > 1 and self._device.type == "cpu":
-            alone = (self.sample(logits[row : row + 1], [sequence]) for row, sequence in enumerate(sequences))
-            return [sampled for row in alone for sampled in row]
-        return self._sample_mixed(logits, sequences)
+        draw = self.draw(logits, SamplingRows.of(sequences, self._vocab_size))
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return draw.read()
 
-    def _sample_mixed(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs >= 0]
-        raw = logits[self._rows(wanted)] if wanted else None
+    def draw(self, logits: Tensor, rows: SamplingRows, *, are_kept: bool = True) -> Draw:
+        """The same of what was collected before. Where the sampling kernel runs, nothing here waits for the device.
+
+        are_kept: the memory of the logits is nobody else's until the draw is read.
+        """
         kernel = fused_kernel("sampling", "sample", self._device)
-        host_tokens: list[int]
         if kernel is not None:
-            host_tokens, errors = self._sample_by_kernel(kernel, logits, sequences)
-        else:
-            finite = self._is_finite(logits).tolist()
-            errors = {row: _not_finite(logits[row]) for row, is_finite in enumerate(finite) if not is_finite}
-            self._apply_bias(logits, sequences)
-            rows, masks, refused = self._grammar_masks(sequences)
-            self._apply_masks(logits, rows, masks)
-            errors |= refused
-            host_tokens = self._choose(logits, sequences).tolist()
+            # The kernel writes penalties and masks into the logits; log-probabilities are of the logits as they are.
+            raw = logits[self._rows(rows.wanted)] if rows.wanted else None
+            penalties, masks = kernel_penalties(rows, self._device), kernel_masks(rows, self._device)
+            chosen = kernel(logits, *kernel_parameters(rows, self._device), penalties=penalties, masks=masks)
+            return KernelDraw(chosen.tokens, report_of(chosen), rows, logits=logits if are_kept else None, raw=raw)
+        if rows.is_plain:
+            return HostDraw(
+                [
+                    Sampled(best) if best >= 0 else Sampled(best, None, _not_finite(logits[row]))
+                    for row, best in enumerate(self._best_if_finite(logits))
+                ]
+            )
+        if self._row_by_row and rows.num_rows > 1 and self._device.type == "cpu":
+            return HostDraw(
+                [self.draw(logits[row : row + 1], rows.alone(row)).read()[0] for row in range(rows.num_rows)]
+            )
+        return HostDraw(self._sample_mixed(logits, rows))
+
+    def _sample_mixed(self, logits: Tensor, rows: SamplingRows) -> list[Sampled]:
+        finite = self._is_finite(logits)
+        wanted = rows.wanted
+        broken = [row for row, is_finite in enumerate(finite.tolist()) if not is_finite]
+        errors: dict[int, EngineError] = {row: _not_finite(logits[row]) for row in broken}
+        raw = logits[self._rows(wanted)] if wanted else None
+
+        self._apply_bias(logits, rows)
+        self._apply_masks(logits, rows)
+        errors |= rows.errors
+
+        host_tokens: list[int] = self._choose(logits, rows).tolist()
 
         logprobs: dict[int, Logprobs] = {}
         if raw is not None:
             wanted_tokens = [host_tokens[row] for row in wanted]
-            counts = [sequences[row].sampling.logprobs for row in wanted]
+            counts = [rows.params[row].logprobs for row in wanted]
             logprobs = dict(zip(wanted, token_logprobs(raw, wanted_tokens, counts), strict=True))
         return [
             Sampled(token, None if row in errors else logprobs.get(row), errors.get(row))
@@ -113,7 +144,7 @@ class Sampler:
     # ------------------------------------------------------------------ small tools
 
     def _rows(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+        return to_device(torch.tensor(rows, dtype=torch.int64), self._device)
 
     def _argmax(self, logits: Tensor) -> Tensor:
         # numpy's argmax is an order of magnitude faster than torch's on the CPU; both return a NaN's index.
@@ -141,156 +172,72 @@ class Sampler:
 
     # ------------------------------------------------------------------ changes to logits
 
-    def _apply_bias(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
-        rows: list[int] = []
-        lengths: list[int] = []
-        parts = []
-        for row, sequence in enumerate(sequences):
-            if sequence.bias is not None and len(sequence.bias):
-                rows.append(row)
-                lengths.append(len(sequence.bias))
-                parts.append(sequence.bias.entries())
-        if not parts:
+    def _apply_bias(self, logits: Tensor, rows: SamplingRows) -> None:
+        if not rows.biases:
             return
+        parts = [bias.entries() for _, bias in rows.biases]
         ids, factors, summands = (
-            torch.from_numpy(np.concatenate(column)).to(self._device) for column in zip(*parts, strict=True)
+            to_device(torch.from_numpy(np.concatenate(column)), self._device) for column in zip(*parts, strict=True)
         )
-        where = (torch.from_numpy(np.repeat(rows, lengths)).to(self._device), ids)
+        numbers = np.repeat([row for row, _ in rows.biases], [len(bias) for _, bias in rows.biases])
+        where = (to_device(torch.from_numpy(numbers), self._device), ids)
         values = logits[where]
         logits[where] = torch.where(values > 0, values / factors, values * factors) + summands
 
-    def _grammar_masks(
-        self, sequences: Rows[Sequence]
-    ) -> tuple[list[int], npt.NDArray[np.int32], dict[int, EngineError]]:
-        """(rows with a grammar, their masks as `TokenMasks` has them, errors of grammars that fail)."""
-        rows = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
-        masks = np.full((len(rows), -(-self._vocab_size // 32)), -1, dtype=np.int32)
-        errors: dict[int, EngineError] = {}
-        for index, row in enumerate(rows):
-            grammar = sequences[row].grammar
-            if grammar is not None:
-                try:
-                    grammar.fill_mask(masks[index])
-                except RequestError as exc:
-                    errors[row] = exc
-        return rows, masks, errors
-
-    def _apply_masks(self, logits: Tensor, rows: list[int], masks: npt.NDArray[np.int32]) -> None:
-        if not rows:
+    def _apply_masks(self, logits: Tensor, rows: SamplingRows) -> None:
+        if rows.masks is None:
             return
         if logits.device.type == "cpu":
-            bits = torch.from_numpy(np.unpackbits(masks.view(np.uint8), axis=-1, bitorder="little"))
+            bits = torch.from_numpy(np.unpackbits(rows.masks.view(np.uint8), axis=-1, bitorder="little"))
         else:
-            words = torch.from_numpy(masks).to(self._device)
+            words = to_device(torch.from_numpy(rows.masks), self._device)
             bits = torch.bitwise_and(words[:, :, None] >> self._bit_index, 1).flatten(1)
         refused = bits[:, : self._vocab_size] == 0
-        if len(rows) == logits.shape[0]:
+        if len(rows.mask_rows) == logits.shape[0]:
             logits.masked_fill_(refused, -math.inf)
         else:
-            where = self._rows(rows)
+            where = self._rows(rows.mask_rows)
             logits[where] = logits[where].masked_fill_(refused, -math.inf)
 
     # ------------------------------------------------------------------ drawing
 
-    def _choose(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    def _choose(self, logits: Tensor, rows: SamplingRows) -> Tensor:
         """[R] int64: the best token of greedy rows, a drawn one of the others."""
-        tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-        greedy = [row for row, sequence in enumerate(sequences) if is_greedy(sequence.sampling)]
-        if len(greedy) == len(sequences):
+        tokens = torch.empty(rows.num_rows, dtype=torch.int64, device=logits.device)
+        greedy = [row for row, sampling in enumerate(rows.params) if is_greedy(sampling)]
+        if len(greedy) == rows.num_rows:
             return self._argmax(logits)
         if greedy:
             index = self._rows(greedy)
             tokens[index] = self._argmax(logits[index])
-        for rows, drawn in self._draw(logits, sequences):
-            tokens[self._rows(rows)] = drawn
+        for drawn_rows, drawn in self._draw(logits, rows):
+            tokens[self._rows(drawn_rows)] = drawn
         return tokens
 
-    def _sample_by_kernel(
-        self, kernel: Callable[..., SampledRows], logits: Tensor, sequences: Rows[Sequence]
-    ) -> tuple[list[int], dict[int, EngineError]]:
-        """Rows of every kind at once, all of it on the device: (tokens, errors by row)."""
-        params = [sequence.sampling for sequence in sequences]
-        floats = self._to_device(
-            [
-                [0.0 if is_greedy(sampling) else sampling.temperature for sampling in params],
-                [sampling.top_p for sampling in params],
-                [sampling.min_p for sampling in params],
-            ],
-            torch.float32,
-        )
-        integers = self._to_device(
-            [
-                [sampling.top_k for sampling in params],
-                [noise_key(sequence.sampling.seed, sequence.num_output) for sequence in sequences],
-            ],
-            torch.int64,
-        )
-        masked, words, errors = self._grammar_masks(sequences)
-        masks = None
-        if masked:
-            mask_of_row = np.full(len(sequences), -1, dtype=np.int32)
-            mask_of_row[masked] = np.arange(len(masked))
-            masks = TokenMasks(self._to_device(words, torch.int32), self._to_device(mask_of_row, torch.int32))
-        sampled = kernel(
-            logits, floats[0], integers[0], floats[1], floats[2], integers[1],
-            penalties=self._penalties(sequences), masks=masks,
-        )  # fmt: skip
-        # Tokens and flags come to the host in one copy.
-        outcome = torch.where(sampled.finite, sampled.tokens, -1 - sampled.tokens).tolist()
-        broken = [row for row, token in enumerate(outcome) if token < 0]
-        return (
-            [token if token >= 0 else -1 - token for token in outcome],
-            {row: _not_finite(logits[row]) for row in broken} | errors,
-        )
-
-    def _penalties(self, sequences: Rows[Sequence]) -> TokenPenalties | None:
-        """What the kernel applies; None if no sequence has any."""
-        listed = [None if bias is None or not len(bias) else bias for bias in (item.bias for item in sequences)]
-        if not any(bias is not None for bias in listed):
-            return None
-        starts = np.cumsum([0, *(0 if bias is None else len(bias) for bias in listed)], dtype=np.int32)
-        parts = [bias.counted() for bias in listed if bias is not None]
-        tokens, biases, uses = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return TokenPenalties(
-            self._to_device(starts, torch.int32),
-            self._to_device(tokens, torch.int64),
-            self._to_device(biases, torch.float32),
-            self._to_device(uses, torch.int32),
-            self._to_device([(0.0, 0.0, 1.0) if bias is None else bias.penalties for bias in listed], torch.float32),
-        )
-
-    def _to_device(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """A tensor of the values (nested lists or an array), copied without waiting for the device."""
-        host = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
-        if self._device.type != "cuda":
-            return host.to(self._device)
-        return host.pin_memory().to(self._device, non_blocking=True)
-
-    def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Iterator[tuple[list[int], Tensor]]:
+    def _draw(self, logits: Tensor, rows: SamplingRows) -> Iterator[tuple[list[int], Tensor]]:
         """(rows, tokens [len(rows)]) for the rows that are sampled and not greedy."""
         whole: list[int] = []
         truncated: list[int] = []
-        for row, sequence in enumerate(sequences):
-            sampling = sequence.sampling
+        for row, sampling in enumerate(rows.params):
             if not is_greedy(sampling):
                 cuts = 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1.0 or sampling.min_p > 0.0
                 (truncated if cuts else whole).append(row)
-        for rows in (whole, truncated):
-            if not rows:
+        for numbers in (whole, truncated):
+            if not numbers:
                 continue
-            params = [sequences[row].sampling for row in rows]
+            params = [rows.params[row] for row in numbers]
             keys = torch.tensor(
-                [noise_key(sequences[row].sampling.seed, sequences[row].num_output) for row in rows],
+                [noise_key(rows.params[row].seed, rows.positions[row]) for row in numbers],
                 dtype=torch.int64,
                 device=self._device,
             )
             # [r, 1], multiplied where needed: rows are not copied just to be scaled.
             sharpness = torch.tensor([[1.0 / sampling.temperature] for sampling in params], device=self._device)
-            own = logits if len(rows) == len(sequences) else logits[self._rows(rows)]
-            if rows is whole:
-                yield rows, self._draw_whole(own, sharpness, keys)
+            own = logits if len(numbers) == rows.num_rows else logits[self._rows(numbers)]
+            if numbers is whole:
+                yield numbers, self._draw_whole(own, sharpness, keys)
             else:
-                yield rows, self._draw_truncated(own, sharpness, keys, params)
+                yield numbers, self._draw_truncated(own, sharpness, keys, params)
 
     def _draw_whole(self, logits: Tensor, sharpness: Tensor, keys: Tensor) -> Tensor:
         best_score = torch.full((logits.shape[0],), -math.inf, device=self._device)
@@ -375,25 +322,147 @@ def row_log_totals(logits: Tensor) -> Tensor:
     return torch.stack([torch.logsumexp(row, dim=0) for row in logits])[:, None]
 
 
-def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:
+def kernel_parameters(rows: SamplingRows, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the sampling kernel takes beside the logits: temperatures, top_ks, top_ps, min_ps, keys, each [R].
+
+    Two copies, for which nobody waits.
+    """
+    host_floats, host_integers = torch.empty(3, rows.num_rows), torch.empty(2, rows.num_rows, dtype=torch.int64)
+    fill_parameters(rows, host_floats.numpy(), host_integers.numpy())
+    floats, integers = to_device(host_floats, device), to_device(host_integers, device)
+    return floats[0], integers[0], floats[1], floats[2], integers[1]
+
+
+def fill_parameters(rows: SamplingRows, floats: npt.NDArray[np.float32], integers: npt.NDArray[np.int64]) -> None:
+    """Write the kernel's parameters of R rows: floats [3, R] (temperature, top_p, min_p), integers [2, R] (top_k, key).
+
+    Greedy is temperature 0.
+    """
+    if rows.is_plain:
+        floats[0], floats[1], floats[2] = 0.0, 1.0, 0.0
+        integers[:] = 0
+        return
+    params = rows.params
+    floats[0] = [0.0 if is_greedy(sampling) else sampling.temperature for sampling in params]
+    floats[1] = [sampling.top_p for sampling in params]
+    floats[2] = [sampling.min_p for sampling in params]
+    integers[0] = [sampling.top_k for sampling in params]
+    integers[1] = [
+        noise_key(sampling.seed, position) for sampling, position in zip(params, rows.positions, strict=True)
+    ]
+
+
+def kernel_penalties(rows: SamplingRows, device: torch.device) -> TokenPenalties | None:
+    """What the kernel applies; None if no row has any."""
+    if not rows.biases:
+        return None
+    lengths = np.zeros(rows.num_rows + 1, dtype=np.int64)
+    factors = np.tile(np.array([0.0, 0.0, 1.0], dtype=np.float32), (rows.num_rows, 1))
+    for row, bias in rows.biases:
+        lengths[row + 1] = len(bias)
+        factors[row] = bias.penalties
+    parts = [bias.counted() for _, bias in rows.biases]
+    columns = (np.cumsum(lengths, dtype=np.int32), *(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return TokenPenalties(*(to_device(torch.from_numpy(column), device) for column in (*columns, factors)))
+
+
+def kernel_masks(rows: SamplingRows, device: torch.device) -> TokenMasks | None:
+    """What the kernel applies; None if no row has a grammar."""
+    if rows.masks is None:
+        return None
+    mask_of_row = np.full(rows.num_rows, -1, dtype=np.int32)
+    mask_of_row[rows.mask_rows] = np.arange(len(rows.mask_rows))
+    return TokenMasks(to_device(torch.from_numpy(rows.masks), device), to_device(torch.from_numpy(mask_of_row), device))
+
+
+def report_of(chosen: SampledRows) -> Tensor:
+    """[R] int64, all that the host needs of most rows: a token, or -1 - token where the logits are not finite."""
+    return torch.where(chosen.finite, chosen.tokens, -1 - chosen.tokens)
+
+
+class KernelDraw:
+    """Sampled by the kernel: what the host needs is on its way to it.
+
+    tokens: [R] int64; report: see `report_of`. rows: may be fewer than R, which a CUDA graph pads. logits: [R, V], None
+    where they do not outlive the step (a CUDA graph's); raw: those of the rows whose log-probabilities are wanted.
+    """
+
+    def __init__(
+        self, tokens: Tensor, report: Tensor, rows: SamplingRows, *, logits: Tensor | None, raw: Tensor | None
+    ) -> None:
+        self.tokens = tokens
+        self._rows = rows
+        self._logits = logits
+        self._report = to_host(report)
+        self._logprobs: DeviceLogprobs | None = None
+        self._wanted = rows.wanted
+        if raw is not None:
+            index = to_device(torch.tensor(self._wanted, dtype=torch.int64), raw.device)
+            counts = [rows.params[row].logprobs for row in self._wanted]
+            self._logprobs = DeviceLogprobs(raw, tokens[index], counts)
+
+    def read(self) -> list[Sampled]:
+        rows = self._rows
+        tokens: list[int] = self._report.tolist()[: rows.num_rows]
+        errors = dict(rows.errors)
+        for row, token in enumerate(tokens):
+            if token < 0:
+                tokens[row] = -1 - token
+                errors[row] = _not_finite(None if self._logits is None else self._logits[row])
+        logprobs: dict[int, Logprobs] = {}
+        if self._logprobs is not None:
+            logprobs = dict(zip(self._wanted, self._logprobs.read(), strict=True))
+        return [
+            Sampled(token, None if row in errors else logprobs.get(row), errors.get(row))
+            for row, token in enumerate(tokens)
+        ]
+
+
+class DeviceLogprobs:
     """Log-probability of one token per row and of the row's best `counts[row]`, of the distribution as it is.
 
-    logits: [R, V] float32.
+    logits: [R, V] float32; tokens: [R] int64, both on the device; copies for the host are begun.
     """
-    log_total = row_log_totals(logits)
-    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
-    own: list[float] = (logits.gather(1, index) - log_total)[:, 0].tolist()
-    most = min(max(counts), logits.shape[-1])
-    if most <= 0:
-        return [Logprobs(value) for value in own]
-    values, ids = logits.topk(most, dim=-1)
-    top_values: list[list[float]] = (values - log_total).tolist()
-    top_ids: list[list[int]] = ids.tolist()
-    return [Logprobs(own[row], top_ids[row][:count], top_values[row][:count]) for row, count in enumerate(counts)]
+
+    def __init__(self, logits: Tensor, tokens: Tensor, counts: list[int]) -> None:
+        self._counts = counts
+        log_total = row_log_totals(logits)
+        self._own = to_host((logits.gather(1, tokens[:, None]) - log_total)[:, 0])
+        self._values: Tensor | None = None
+        self._ids: Tensor | None = None
+        most = min(max(counts), logits.shape[-1])
+        if most > 0:
+            values, ids = logits.topk(most, dim=-1)
+            self._values, self._ids = to_host(values - log_total), to_host(ids)
+
+    def read(self) -> list[Logprobs]:
+        """On the host, once the stream has come so far."""
+        own: list[float] = self._own.tolist()
+        if self._values is None or self._ids is None:
+            return [Logprobs(value) for value in own]
+        top_values: list[list[float]] = self._values.tolist()
+        top_ids: list[list[int]] = self._ids.tolist()
+        return [
+            Logprobs(own[row], top_ids[row][:count], top_values[row][:count]) for row, count in enumerate(self._counts)
+        ]
 
 
-def _not_finite(row: Tensor) -> RequestError:
-    """The error of a row that holds NaN or infinity, with the counts that tell one cause from another."""
+def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:
+    """`DeviceLogprobs` of known tokens, read at once."""
+    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+    result = DeviceLogprobs(logits, index, counts)
+    if logits.device.type == "cuda":
+        torch.cuda.current_stream(logits.device).synchronize()
+    return result.read()
+
+
+def _not_finite(row: Tensor | None) -> RequestError:
+    """The error of a row that holds NaN or infinity, with the counts that tell one cause from another.
+
+    None where the row is gone: a CUDA graph's logits are overwritten by the step that already runs.
+    """
+    if row is None:
+        return RequestError("nan_logits", "NaN or infinity among the logits")
     finite = row[torch.isfinite(row)]
     has_finite = bool(finite.numel())
     health = LogitsHealth(

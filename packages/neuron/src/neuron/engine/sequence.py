@@ -29,18 +29,27 @@ class Sequence:
     sampled token has not, it is the next step's input. pages: int32 array of page numbers in order.
     num_cached: prompt tokens found in the prefix cache at the first admission, None before. arrival: position in the
     order of arrival, which decides admission and, reversed, preemption.
+
+    Of steps that were launched and whose results have not been read: num_scheduled: tokens whose K and V they write at
+    the latest, num_computed where there are none. num_pending: tokens they sample, which the device knows and the host
+    does not. num_in_flight: how many steps; the pages belong to them too. carry_row: the row of the last one whose
+    sampled token is this sequence's next input.
     """
 
     __slots__ = (
         "arrival",
         "bias",
+        "carry_row",
         "grammar",
         "is_cached_reported",
         "max_tokens",
         "num_cached",
         "num_computed",
+        "num_in_flight",
+        "num_pending",
         "num_pending_until",
         "num_prompt",
+        "num_scheduled",
         "num_set_backs",
         "page_hashes",
         "pages",
@@ -59,6 +68,10 @@ class Sequence:
         self.tokens: list[int] = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
+        self.num_scheduled = 0
+        self.num_pending = 0
+        self.num_in_flight = 0
+        self.carry_row = -1
         self.num_cached: int | None = None
         self.is_cached_reported = False
         self.pages: array[int] = array("i")
@@ -83,8 +96,14 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+    def num_unscheduled(self) -> int:
+        """Tokens, pending ones included, that no launched step computes."""
+        return len(self.tokens) + self.num_pending - self.num_scheduled
+
+    def ends_with_pending(self, max_model_len: int) -> bool:
+        """True if the pending tokens are the last ones by number, whatever they are."""
+        num_tokens = len(self.tokens) + self.num_pending
+        return num_tokens - self.num_prompt >= self.max_tokens or num_tokens >= max_model_len
 
     def append(self, token: int, *, max_model_len: int) -> tuple[bool, FinishKind | None]:
         """Take a sampled token. Returns whether it is output (a stop token is not) and the reason to end, if any."""

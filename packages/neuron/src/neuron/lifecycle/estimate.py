@@ -1,8 +1,8 @@
 """How many bytes a model takes, from its `config.json` and the headers of its weight files: nothing is loaded for it.
 
-Four parts per rank: weights in the dtype they are loaded in, KV cache per token, activations of the largest step, and
-what an engine process takes before it has a model. The engine measures for itself when it loads; tests hold this
-estimate to what it measures.
+Five parts per rank: weights in the dtype they are loaded in, KV cache per token, activations of the largest step, CUDA
+graphs of decode steps, and what an engine process takes before it has a model. The engine measures for itself when it
+loads; tests hold this estimate to what it measures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from neuron.graph_memory import graph_bytes
 from neuron.lifecycle.preflight import refusal
 from neuron.protocol import EngineConfig
 
@@ -110,13 +111,14 @@ class Footprint(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     activations: int
     overhead: int
+    graphs: int = 0
     second_copies: int = 0
     cache_factor: float = 1.0
 
     @property
     def fixed(self) -> int:
         """All but the KV cache."""
-        return self.weights + self.activations + self.overhead
+        return self.weights + self.activations + self.graphs + self.overhead
 
     def cache_bytes(self, num_tokens: int) -> int:
         """What a cache for so many tokens takes."""
@@ -155,6 +157,7 @@ def footprints(config: EngineConfig, shape: ModelShape, tensors: Iterable[Stored
                 kv_bytes_per_token=shape.num_layers * 2 * kv_heads * shape.head_dim * item_bytes,
                 activations=_activations(config, shape, share, kv_heads, item_bytes),
                 overhead=overhead,
+                graphs=_graphs(config, shape, share, kv_heads, item_bytes),
                 second_copies=matrices * item_bytes if is_host and item_bytes == 4 else 0,
                 cache_factor=_HOST_CACHE_FACTOR if is_host else 1.0,
             )
@@ -236,13 +239,32 @@ def _activations(config: EngineConfig, shape: ModelShape, share: float, kv_heads
     Alive at once are hidden states (residual, norm, projection, sum, some of them beside a float32 copy) and twice the
     widest intermediate of a block; of logits a gathered and a cut copy and the float32 one.
     """
-    heads = math.ceil(shape.num_heads * share) + 2 * kv_heads
-    inner = math.ceil(shape.intermediate_size * share)
-    widest = 3 * max(inner, heads * shape.head_dim)
-    bytes_per_token = (6 * shape.hidden_size + 2 * widest) * max(item_bytes, 2)
+    bytes_per_token = _bytes_per_token(shape, share, kv_heads, item_bytes)
     bytes_per_row = shape.vocab_size * (2 * item_bytes + 4)
     num_rows = min(config.max_running, config.max_step_tokens)
     return config.max_step_tokens * bytes_per_token + num_rows * bytes_per_row
+
+
+def _bytes_per_token(shape: ModelShape, share: float, kv_heads: int, item_bytes: int) -> int:
+    heads = math.ceil(shape.num_heads * share) + 2 * kv_heads
+    inner = math.ceil(shape.intermediate_size * share)
+    widest = 3 * max(inner, heads * shape.head_dim)
+    return (6 * shape.hidden_size + 2 * widest) * max(item_bytes, 2)
+
+
+def _graphs(config: EngineConfig, shape: ModelShape, share: float, kv_heads: int, item_bytes: int) -> int:
+    """What the engine sets aside for recorded decode steps; none on a CPU."""
+    if not config.devices or not config.cuda_graphs:
+        return 0
+    return graph_bytes(
+        max_running=min(config.max_running, config.max_step_tokens),
+        num_layers=shape.num_layers,
+        num_heads=math.ceil(shape.num_heads * share),
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        bytes_per_token=_bytes_per_token(shape, share, kv_heads, item_bytes),
+        item_bytes=item_bytes,
+    )
 
 
 def _positions(hf: Mapping[str, Any]) -> int:

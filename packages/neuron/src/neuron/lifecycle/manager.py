@@ -419,6 +419,8 @@ class ModelManager:
             num_threads=engine.num_threads,
             deterministic=engine.deterministic if spec.deterministic is None else spec.deterministic,
             all_reduce=engine.all_reduce,
+            overlap=engine.overlap,
+            cuda_graphs=engine.cuda_graphs,
             debug=spec.debug or {},
         )
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from neuron.engine.batch import PackedBatch
+from neuron.engine.cuda_graphs import GraphKey
 from neuron.engine.errors import DeviceError
 
 _SOCKET_FILE = "ctl"
@@ -65,13 +66,21 @@ class RunStep(Message, frozen=True, tag="run", array_like=True):
     """Compute this batch. plan: the scheduler's number of the step, which repeats when it is tried again in parts.
 
     logits_slices: (first row, number of rows) of further logits to compute after those of the batch. is_probe: say
-    first whether it fits (`Capacity`), and wait for `Proceed`.
+    first whether it fits (`Capacity`), and wait for `Proceed`. graph: the CUDA graph to replay, which every rank has
+    recorded; None to launch kernel by kernel.
     """
 
     plan: int
     batch: PackedBatch
     logits_slices: list[tuple[int, int]] = []
     is_probe: bool = False
+    graph: GraphKey | None = None
+
+
+class Capture(Message, frozen=True, tag="capture", array_like=True):
+    """Record the CUDA graph of this key, and say whether it is there (`Captured`)."""
+
+    graph: GraphKey
 
 
 class Proceed(Message, frozen=True, tag="proceed", array_like=True):
@@ -94,7 +103,7 @@ class Stop(Message, frozen=True, tag="stop", array_like=True):
     """Leave the loop; nothing follows."""
 
 
-Command = Agreed | RunStep | Proceed | ZeroPages | FreeMemory | Stop
+Command = Agreed | RunStep | Capture | Proceed | ZeroPages | FreeMemory | Stop
 
 
 class Joined(Message, frozen=True, tag="joined", array_like=True):
@@ -115,8 +124,14 @@ class Capacity(Message, frozen=True, tag="capacity", array_like=True):
     max_tokens: int
 
 
-Report = Joined | Ready | Capacity
-_R = TypeVar("_R", Joined, Ready, Capacity)
+class Captured(Message, frozen=True, tag="captured", array_like=True):
+    """is_there: this rank can replay the graph."""
+
+    is_there: bool
+
+
+Report = Joined | Ready | Capacity | Captured
+_R = TypeVar("_R", Joined, Ready, Capacity, Captured)
 _C = TypeVar("_C", Agreed, Proceed)
 
 _encoder = msgspec.msgpack.Encoder()

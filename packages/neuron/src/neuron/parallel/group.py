@@ -65,6 +65,12 @@ class ParallelGroup:
         """From now on add up in rank order, whatever the size of the message: no sum depends on what else is in it."""
         self._sum.fix(Gathered(self.world_size, self._process_group))
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Overwrite `x`, which must be contiguous, with rank 0's; returns it."""
+        if self.world_size > 1:
+            dist.broadcast(x, group=self._process_group, group_src=0)
+        return x
+
     def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Concatenate the ranks' tensors [..., n] along the last dimension: [..., sum of n], in rank order.
 

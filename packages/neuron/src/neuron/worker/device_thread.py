@@ -116,7 +116,9 @@ class DeviceThread(threading.Thread):
             self._outbox.send(encode_frame(EngineFault(self._config.epoch, kind, message)))
             return EXIT_FAULT
         finally:
-            if not self._rank:
+            if self._rank:
+                follower.close()
+            else:
                 engine.close()
         return EXIT_OK
 
@@ -134,7 +136,12 @@ class DeviceThread(threading.Thread):
                 if problems:
                     logger.error("the page books were wrong and have been rebuilt: %s", "; ".join(problems))
             sleep_s = None if engine.is_idle else _SIGN_OF_LIFE_S
-            for command in inbox.take(wait=not engine.has_work, timeout_s=sleep_s):
+            does_idle_work = engine.is_idle and engine.has_idle_work
+            commands = inbox.take(wait=not (engine.has_work or does_idle_work), timeout_s=sleep_s)
+            if does_idle_work and not commands:
+                engine.work_while_idle()  # one piece, and then a look at what has come
+                continue
+            for command in commands:
                 if isinstance(command, Generate):
                     engine.add(command)
                 elif isinstance(command, Cancel):
