@@ -19,19 +19,16 @@ NEURON = """
 [harness.candle.admission]
 max_in_flight = 1
 """
-GATEWAY = """
-models_config = "models.toml"
+QUICK = "stream_hold_s = 0.05\nping_interval_s = 0.05"
+TRANSLATING = f"""
 [gateway]
 listen = "127.0.0.1:0"
 metrics_listen = "127.0.0.1:0"
-stream_hold_s = 0.05
-ping_interval_s = 0.05
-[poll]
-interval_s = 0.2
+{QUICK}
 [[neurons]]
-name = "{name}"
-endpoint = "{url}"
-kind = "{kind}"
+name = "n0"
+endpoint = "{{url}}"
+kind = "openai"
 """
 LONG_PROMPT = "the quick brown fox jumps over the lazy dog " * 1_500
 PHASES = ("queued", "prefill", "streaming", "whole")
@@ -42,19 +39,16 @@ class Departures:
     """One neuron with one seat behind two gateways: one knows it as a neuron, one as a server that speaks only chat."""
 
     def __init__(self, folder: Path) -> None:
-        self.fleet = FleetOfNeurons(folder, num_neurons=1, neuron=NEURON)
+        self.fleet = FleetOfNeurons(folder, num_neurons=1, neuron=NEURON, gateway=QUICK)
         self.neuron_url = self.fleet.neurons[0].url
-        self.gateways: dict[str, Daemon] = {}
-        (folder / "models.toml").write_text(f'[[models]]\nid = "{MODEL}"\n')
-        for way, kind in zip(WAYS, ("neuron", "openai"), strict=True):
-            config = folder / f"{way}.toml"
-            config.write_text(GATEWAY.format(name="n0", url=self.neuron_url, kind=kind))
-            self.gateways[way] = Daemon(way, ["cortex_cli", "serve", "--config", str(config)])
+        config = folder / "translating.toml"
+        config.write_text(TRANSLATING.format(url=self.neuron_url))
+        translating = Daemon("translated", ["cortex_cli", "serve", "--config", str(config)])
+        self.gateways = {"native": self.fleet.gateway, "translated": translating}
         self._session: aiohttp.ClientSession
 
     def stop(self) -> None:
-        for gateway in self.gateways.values():
-            gateway.stop()
+        self.gateways["translated"].stop()
         self.fleet.stop()
 
     async def __aenter__(self) -> Self:
