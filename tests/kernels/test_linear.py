@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,11 +16,17 @@ from torch import Tensor
 
 # Relative to the largest result: rounding of the dtype, and of sums of up to a few thousand products.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-FULL = os.environ.get("CORTEX_FULL") == "1"
 # [N, K]: small forms of the layers of Qwen3-0.6B and 8B, and sizes that divide by nothing.
-SHAPES = [(48, 256), (66, 100), (3, 1030), (129, 33)]
-if FULL:
-    SHAPES += [(1024, 3072), (4096, 1024), (6144, 1024), (1, 1), (65, 4096), (1000, 1000)]
+SHAPES = [
+    (48, 256),
+    (66, 100),
+    (3, 1030),
+    (129, 33),
+    *(
+        pytest.param(shape, marks=pytest.mark.full)
+        for shape in ((1024, 3072), (4096, 1024), (6144, 1024), (1, 1), (65, 4096), (1000, 1000))
+    ),
+]
 H200 = Chip(num_multiprocessors=132, shared_memory=227 * 1024)
 
 

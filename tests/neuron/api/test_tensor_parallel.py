@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,18 @@ async def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
 
         status, body = await post(neuron, "/models/load", {"model_id": DEMO_MODEL, "tensor_parallel": 3})
         assert status == 422 and body["error"]["code"] == "unsupported_parallelism", body
+
+
+@pytest.mark.full
+async def test_deterministic_answers_of_two_processes_do_not_depend_on_the_company(tmp_path: Path) -> None:
+    """The same of one load; the other loads of this neuron go on as they were."""
+    engine = EngineSection(num_threads=2, kv_cache_tokens=8192)
+    config = NeuronConfig(engine=engine, state_dir="")
+    async with run_neuron(tmp_path, config=config, load=False, command=worker_command) as neuron:
+        assert await load(neuron, tensor_parallel=2, deterministic=True) == 2
+        model = neuron.daemon.services.manager.get(DEMO_MODEL)
+        assert model.group is not None
+        assert model.group.config.deterministic
+        alone = await answers(neuron)
+        together = await asyncio.gather(*(answers(neuron) for _ in range(3)))
+        assert together == [alone] * 3
