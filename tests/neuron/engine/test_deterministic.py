@@ -61,6 +61,7 @@ def test_a_request_gets_the_same_bits_alone_and_in_any_company(checkpoint) -> No
             checkpoint, max_step_tokens=24, max_running=7, kv_cache_tokens=320
         ),
         "everybody at once": load(checkpoint, prefix_cache=False, max_step_tokens=1024),
+        "one step ahead": load(checkpoint, max_step_tokens=64, overlap=True),
     }.items():
         crowd = run(engine, *items, check=False)
         differing = [
