@@ -6,6 +6,7 @@ just servers with an OpenAI API.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import openai
 import pytest
 
 from .fleet_of_neurons import Daemon, neuron_daemon
-from .fleet_process import FleetProcess, call, eventually
+from .fleet_process import MODEL, FleetProcess, call, eventually
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +44,12 @@ def gateway_over(neurons: list[str], folder: Path, *, kind: str) -> Daemon:
     config = folder / "cortex.toml"
     config.write_text(f'[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\nload_wait_s = 30\n{entries}')
     gateway = Daemon(kind, ["cortex_cli", "serve", "--config", str(config)])
-    ready = b'"status":"loaded"'
-    eventually(
-        lambda: call(gateway.url, "GET", "/admin/fleet")[2].count(ready) == len(neurons),
-        within_s=240,
-        what="the gateway has found the model everywhere",
-    )
+
+    def found() -> bool:
+        nodes = json.loads(call(gateway.url, "GET", "/admin/fleet")[2])["nodes"]
+        return all((MODEL, "loaded") in [(model["id"], model["status"]) for model in node["models"]] for node in nodes)
+
+    eventually(found, within_s=240, what="the gateway has found the model everywhere")
     return gateway
 
 
