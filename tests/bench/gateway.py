@@ -49,6 +49,8 @@ Figures = dict[str, float]
 
 
 class Ratio(NamedTuple):
+    """Of the bars for one thing, one has to be met."""
+
     what: str
     of: tuple[str, str]  # subject, measure
     to: tuple[str, str]
@@ -142,7 +144,7 @@ def subject(name: str, backend: str, log_path: Path, options: argparse.Namespace
     with log_path.open("w") as log, log_path.open() as lines:
         process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240  # the router imports for a minute where the machine is busy
             text = ""
             found = None
             while found is None:
@@ -210,7 +212,7 @@ def compare(subjects: list[str], options: argparse.Namespace) -> list[dict[str, 
 
 
 def judge(rounds: list[dict[str, Figures]], *, is_judged: bool) -> bool:
-    is_good = True
+    met: dict[str, bool] = {}
     for ratio in RATIOS:
         (subject_name, measure_name), (other, other_measure) = ratio.of, ratio.to
         if subject_name not in rounds[0] or other not in rounds[0]:
@@ -220,13 +222,15 @@ def judge(rounds: list[dict[str, Figures]], *, is_judged: bool) -> bool:
         verdict = ""
         if ratio.bar is not None and is_judged:
             is_met = median <= ratio.bar
-            is_good = is_good and is_met
-            verdict = f"; bar {ratio.bar}x: {'pass' if is_met else 'FAIL'}"
+            met[ratio.what] = met.get(ratio.what, False) or is_met
+            verdict = f"; bar {ratio.bar}x: {'met' if is_met else 'missed'}"
         against = other if other_measure == measure_name else f"{other_measure} passed through"
         listed = " ".join(f"{value:.2f}" for value in each)
         of = f" ({subject_name})" if subject_name in OBSERVED else ""
         print(f"CPU per {ratio.what}{of}: {median:.2f}x {against} (rounds: {listed}{verdict})")
-    return is_good
+    for what, is_met in met.items():
+        print(f"{what}: {'pass' if is_met else 'FAIL'}")
+    return all(met.values())
 
 
 def preamble(script: str) -> None:
