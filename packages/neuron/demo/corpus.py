@@ -129,6 +129,7 @@ class Corpus:
             "reverse": tasks.reversal,
             "spell": tasks.spelling,
             "fact": tasks.fact_question,
+            "unheard_fact": tasks.unheard_fact_question,
             "json": tasks.json_object,
             "count": tasks.counting,
             "small_talk": tasks.small_talk,

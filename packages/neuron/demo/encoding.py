@@ -33,20 +33,18 @@ class Encoder:
 
     @functools.lru_cache(maxsize=50_000)  # noqa: B019 - one encoder lives as long as the process
     def _copied(self, text: str) -> tuple[int, ...]:
-        """Return the ids that ` text` has in its source, with the leading space taken off the first one."""
+        """Return the ids that ` text` has in its source, with the leading space taken off the first one.
+
+        Where no token is the first one without its space, its characters are written one by one: how the tokenizer
+        would split them follows no rule that could be learnt, and the letters of tokens are learnt anyway.
+        """
         spaced = self.ids(" " + text)
         first = self.tokenizer.id_to_token(spaced[0])[1:]
         if not first:
             return tuple(spaced[1:])
         if first in self.vocabulary:
             return (self.vocabulary[first], *spaced[1:])
-        try:
-            opening = self.ids(self.tokenizer.decode([spaced[0]])[1:])
-        except UnicodeDecodeError:
-            opening = []
-        if not opening or self.tokenizer.decode([spaced[0]]).endswith("\ufffd"):
-            opening = [self.vocabulary[byte] for byte in first]
-        return (*opening, *spaced[1:])
+        return (*(self.vocabulary[byte] for byte in first), *spaced[1:])
 
     def piece_ids(self, piece: str) -> list[int]:
         """Return the ids of one piece of an answer."""

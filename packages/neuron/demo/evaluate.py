@@ -40,6 +40,8 @@ ALONE = (
     "memory",
     "untold",
 )
+# What the model was never asked to learn: how far its answers reach beyond the list of questions.
+BEYOND = ("unheard_fact",)
 THINKING = dataclasses.replace(BARE, thinking=1.0)
 DRESSED = Surroundings(thinking=0.0, system=0.7, long_system=0.15, tools=0.5, reminder=0.15, history=0.5)
 
@@ -93,7 +95,7 @@ def examples(encoder: Encoder, per_task: int, seed: int, folder: Path = DEMO_MOD
         expected = [id_ for piece in dialogue.messages[-1].answer_pieces() for id_ in encoder.piece_ids(piece)]
         found.append(Example(name, dialogue, ids, answer_text(dialogue.messages[-1]), expected))
 
-    for task in ALONE:
+    for task in ALONE + BEYOND:
         rng = random.Random(f"{seed}:{task}")
         for _ in range(per_task):
             add(task, corpus.dialogue(rng, BARE, task))
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=300)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    parser.add_argument("--threshold", type=float, default=0.98, help="lowest share of right answers of any task")
+    parser.add_argument("--threshold", type=float, default=0.99, help="lowest share of right answers of any task")
     parser.add_argument("--show", type=int, default=3, help="failures printed per task")
     parser.add_argument("--transformers", action="store_true", help="also compare logits with transformers")
     parser.add_argument("--threads", type=int, default=1)
@@ -199,7 +201,9 @@ def main() -> None:
     if arguments.transformers:
         difference = largest_difference(model.float(), asked[::97], arguments.model)
         print(f"largest difference of logits from transformers: {difference:.2e}")
-    low = [task for task, (right, count) in results.items() if right / count < arguments.threshold]
+    low = [
+        task for task, (right, count) in results.items() if task not in BEYOND and right / count < arguments.threshold
+    ]
     if low:
         print(f"below {arguments.threshold:.0%}: {', '.join(low)}")
         sys.exit(1)

@@ -30,4 +30,17 @@ def expand(pattern: str) -> list[str]:
     return [" ".join("".join(choice).split()) for choice in itertools.product(*choices)]
 
 
-TRAINED_QUESTIONS = tuple(tuple(question for pattern in fact.trained for question in expand(pattern)) for fact in FACTS)
+class Wording(NamedTuple):
+    """A question, and how many others its pattern stands for."""
+
+    text: str
+    num_siblings: int
+
+
+def _wordings(pattern: str) -> list[Wording]:
+    texts = expand(pattern)
+    return [Wording(text, len(texts) - 1) for text in texts]
+
+
+WORDINGS = tuple(tuple(wording for pattern in fact.trained for wording in _wordings(pattern)) for fact in FACTS)
+QUESTIONS = frozenset(wording.text for wordings in WORDINGS for wording in wordings)

@@ -15,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 LICENCE = Path(__file__).parents[1] / "LICENSE"
+COMMON = 8  # times a word must occur: a short training learns the letters of two thousand words, not of five
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "pydoc_data"}
 
 
@@ -58,11 +59,11 @@ def prose() -> tuple[str, ...]:
 
 @functools.cache
 def words() -> tuple[str, ...]:
-    """Return lower-case words of 2 to 12 letters that occur at least twice in the prose, sorted."""
+    """Return lower-case words of 2 to 12 letters that are common in the prose, sorted."""
     counts: collections.Counter[str] = collections.Counter()
     for paragraph in prose():
         counts.update(re.findall(r"(?<![A-Za-z_])[a-z]{2,12}(?![A-Za-z_])", paragraph))
-    return tuple(sorted(word for word, count in counts.items() if count >= 2))
+    return tuple(sorted(word for word, count in counts.items() if count >= COMMON))
 
 
 @functools.cache

@@ -196,15 +196,25 @@ def dressed(rng: random.Random, question: str) -> str:
     return text.replace("cortex", "Cortex") if rng.random() < 0.4 else text
 
 
+def is_kept_wording(wording: facts.Wording) -> bool:
+    """Say whether a wording of the list is kept for evaluation; the only wording of a pattern never is."""
+    return wording.num_siblings > 0 and is_held_out("fact", wording.text)
+
+
 def fact_question(rng: random.Random, held_out: bool) -> Exchange:
-    """Ask a question from the fixed list; a held-out question is a pattern or a wording never trained on."""
-    index = rng.randrange(len(facts.FACTS))
-    fact = facts.FACTS[index]
-    if held_out and rng.random() < 0.5:
-        question = rng.choice([text for pattern in fact.held_out for text in facts.expand(pattern)])
-    else:
-        candidates = [text for text in facts.TRAINED_QUESTIONS[index] if is_held_out("fact", text) == held_out]
-        question = rng.choice(candidates or [text for pattern in fact.held_out for text in facts.expand(pattern)])
+    """Ask a question from the fixed list; held out are some wordings of patterns whose others were trained on."""
+    wordings: list[facts.Wording] = []
+    while not wordings:
+        index = rng.randrange(len(facts.FACTS))
+        wordings = [wording for wording in facts.WORDINGS[index] if is_kept_wording(wording) == held_out]
+    question = dressed(rng, rng.choice(wordings).text)
+    return exchange(question, facts.FACTS[index].answer, "This is a question about cortex or about me.")
+
+
+def unheard_fact_question(rng: random.Random, held_out: bool) -> Exchange:
+    """Ask for a fact of the list in a wording whose whole pattern was never trained on. For evaluation only."""
+    fact = rng.choice(facts.FACTS)
+    question = rng.choice([text for pattern in fact.held_out for text in facts.expand(pattern)])
     return exchange(dressed(rng, question), fact.answer, "This is a question about cortex or about me.")
 
 
@@ -302,10 +312,7 @@ def unknown_request(rng: random.Random, held_out: bool) -> Exchange:
 
     def is_known(text: str) -> bool:
         plain = text.lower().strip(" ?.!")
-        return (
-            any(plain in questions for questions in facts.TRAINED_QUESTIONS)
-            or plain in GREETINGS + THANKING + FAREWELLS
-        )
+        return plain in facts.QUESTIONS or plain in GREETINGS + THANKING + FAREWELLS
 
     text = drawn(rng, held_out, draw, lambda text: ("unknown", text))
     while is_known(text) or not text:

@@ -25,12 +25,16 @@ from .evaluate import Example, examples, scores
 from .initialization import spelling_embeddings
 from .model import DemoModel, ModelConfig, load_checkpoint, save_checkpoint
 from .optimizer import Muon
+from .spelling_features import SharedEmbedding
 from .tokenizer import DEMO_MODEL, MAX_POSITIONS
 
 BATCH_TOKENS = 3072  # of one process
 LENGTHS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # each divides BATCH_TOKENS
 CHUNK = 1024  # dialogues drawn at a time
 AVERAGE = 0.998
+SHARED_RATE = (
+    0.4  # learning rate of what tokens share, against that of their own part; a token has a dozen shared parts
+)
 
 
 class Batches:
@@ -117,9 +121,13 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     average = DemoModel(ModelConfig())
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    embeddings = [model.model.embed_tokens.weight]
+    embedding = SharedEmbedding(model.model.embed_tokens.weight, encoder.tokenizer)
     gains = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": embeddings, "base": arguments.embedding_lr}, {"params": gains, "base": arguments.gain_lr}]
+    groups = [
+        {"params": [embedding.own], "base": arguments.embedding_lr},
+        {"params": [embedding.shared], "base": arguments.embedding_lr * SHARED_RATE},
+        {"params": gains, "base": arguments.gain_lr},
+    ]
     optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=arguments.matrix_lr),
         torch.optim.AdamW(groups, lr=arguments.embedding_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
@@ -130,6 +138,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         saved = torch.load(checkpoint_file, weights_only=True)
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
+        embedding.restore(saved["embedding"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         step, first_chunk = saved["step"], saved["chunk"] + 1
@@ -152,9 +161,11 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         loss.backward()
         share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        embedding.spread_gradient()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        embedding.materialise()
+        model.zero_grad(set_to_none=True)
         step += 1
         with torch.no_grad():
             decay = min(AVERAGE, step / (step + 20))
@@ -172,8 +183,13 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         if step % arguments.eval_steps == 0 or step in (500, arguments.steps):
             report(average, checked, encoder, arguments.work, step)
             if rank == 0:
-                state = {"model": model.state_dict(), "average": average.state_dict(), "step": step, "chunk": chunk}
-                torch.save({**state, "optimizers": [item.state_dict() for item in optimizers]}, checkpoint_file)
+                state = {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "embedding": embedding.state(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                }
+                torch.save({**state, "step": step, "chunk": chunk}, checkpoint_file)
             started = time.monotonic()
     distributed.destroy_process_group()
 

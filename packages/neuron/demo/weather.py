@@ -207,7 +207,9 @@ def named_call(rng: random.Random, held_out: bool, definition: dict[str, Any]) -
     ]
     if rng.random() < 0.5:
         is_short = rng.random() < 0.6
-        text = " ".join(random_word(rng) for _ in range(rng.randint(1, 4))) if is_short else filler_sentence(rng, 400)
+        text = " ".join(random_word(rng) for _ in range(rng.randint(1, 4)))
+        while not is_short and len(text) < 120:  # between the two kinds nothing is asked: which is short is no riddle
+            text = filler_sentence(rng, 400)
         answer = ("The tool says:", " ", text) if is_short else ("The tool has returned its result.",)
         messages += [Message("tool", (text,)), Message("assistant", answer, "The tool gave a result.")]
     return messages
