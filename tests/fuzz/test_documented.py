@@ -69,6 +69,12 @@ def is_inference(body: Any) -> bool:
     return isinstance(body, dict) and ("messages" in body or "input" in body or "prompt" in body or "tokens" in body)
 
 
+def exceeds(value: Any, limit: int) -> bool:
+    """Whole numbers may be written as 65536.0, too."""
+    is_whole = type(value) is int or (type(value) is float and value.is_integer())
+    return is_whole and value > limit
+
+
 def made_cheap(body: Any) -> Any:
     """The same request for the model that is here, and with short answers: only valid values are exchanged."""
     if not is_inference(body):
@@ -76,13 +82,13 @@ def made_cheap(body: Any) -> Any:
     if isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 512:
         body = {**body, "model": MODEL}
     for name in LIMITS:
-        if type(body.get(name)) is int and body[name] > MAX_TOKENS:
+        if exceeds(body.get(name), MAX_TOKENS):
             body = {**body, name: MAX_TOKENS}
     name = "max_output_tokens" if "input" in body else "max_tokens"
     if all(body.get(limit) is None for limit in LIMITS) and (body.get("messages") or body.get("input")):
         body = {**body, name: MAX_TOKENS}
     for name in ("n", "best_of"):
-        if type(body.get(name)) is int and body[name] > 2:
+        if exceeds(body.get(name), 2):
             body = {**body, name: 2}
     return body
 
