@@ -41,7 +41,9 @@ class Servers:
     def __init__(self, folder: Path) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # loads of models that nobody has must not ask the world for them
         gateway = f"{LIMITS}load_wait_s = 2\nunstreamed_wait_s = 2\n"
-        self.fleet = FleetOfNeurons(folder, num_neurons=1, gateway=gateway, neuron=f"[server]\n{LIMITS}")
+        self.fleet = FleetOfNeurons(
+            folder, num_neurons=1, gateway=gateway, neuron=f"[server]\n{LIMITS}\n[engine]\nmax_model_len = 8192\n"
+        )
         self.processes: dict[str, Daemon] = {"gateway": self.fleet.gateway, "neuron": self.fleet.neurons[0]}
         self.urls = {name: daemon.url for name, daemon in self.processes.items()}
         exporters = re.findall(r"metrics exporter on (http://\S+)/metrics", "".join(self.fleet.gateway.output))
