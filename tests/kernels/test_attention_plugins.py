@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from neuron.layers.attention_choice import HeadShape, _problem, pick
-from neuron.layers.attention_plugins import PLUGINS, PluginUnavailable, PrefillPlugin, installed_plugins, page_lists
+from neuron.layers.attention_plugins import (
+    PLUGINS,
+    PluginUnavailable,
+    PrefillPlugin,
+    PromptChunks,
+    installed_plugins,
+    page_lists,
+)
 from neuron.layers.attention_triton import TritonAttention
 from torch import Tensor
 
@@ -30,25 +36,27 @@ class PlainTorch:
     def prepare(self) -> None:
         self.steps += 1
 
-    def attend(self, q: Tensor, kv_layer: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self, q: Tensor, kv_layer: Tensor, given: PromptChunks, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
         self.calls += 1
         if self.fault is not None:
             raise self.fault
-        given = SimpleNamespace(**options)
         group = q.shape[1] // kv_layer.shape[3]
         out = torch.empty_like(q)
         assert given.query_start[0] == 0
-        assert given.query_start.diff().tolist() == given.query_lens
+        assert max(given.query_start.diff().tolist()) == given.max_query_len
+        assert int(given.query_start[-1]) == q.shape[0]
         assert max(given.context_lens.tolist()) == given.max_context_len
         for row, (begin, end) in enumerate(zip(given.query_start[:-1], given.query_start[1:], strict=True)):
             length = int(given.context_lens[row])
             pages = kv_layer[given.page_tables[row].long()]
             keys, values = (pages[:, half].flatten(0, 1)[:length].repeat_interleave(group, 1) for half in (0, 1))
-            score = torch.einsum("qhd,khd->hqk", q[begin:end], keys) * given.scale
+            score = torch.einsum("qhd,khd->hqk", q[begin:end], keys) * scale
             position = torch.arange(length - int(end - begin), length)[:, None]
             hidden = torch.arange(length)[None] > position
-            if given.sliding_window is not None:
-                hidden |= torch.arange(length)[None] <= position - given.sliding_window
+            if sliding_window is not None:
+                hidden |= torch.arange(length)[None] <= position - sliding_window
             out[begin:end] = torch.einsum("hqk,khd->qhd", score.masked_fill(hidden, float("-inf")).softmax(-1), values)
         return out * self.factor
 

@@ -9,18 +9,49 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from neuron.engine.batch import StepBatch
 
 _FLASHINFER_WORKSPACE_BYTES = 128 * 2**20
 
 
 class PluginUnavailable(Exception):
     """The library is not here, or cannot do this; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunks:
+    """The prompt chunks of a step, counted from the first of them.
+
+    query_start: [S + 1] int32, from 0; context_lens: [S] int32; page_tables: [S, n] int32. The others are known to the
+    host.
+    """
+
+    query_start: Tensor
+    context_lens: Tensor
+    page_tables: Tensor
+    max_query_len: int
+    max_context_len: int
+
+    @classmethod
+    def of(cls, batch: StepBatch) -> PromptChunks:
+        """Those of a batch that has some: they come behind its decodes, of one token each."""
+        first = batch.num_decodes
+        return cls(
+            query_start=batch.query_start[first:] - first,
+            context_lens=batch.context_lens[first:],
+            page_tables=batch.page_tables[first:],
+            max_query_len=max(batch.query_lens_host[first:]),
+            max_context_len=max(batch.context_lens_host[first:]),
+        )
 
 
 class PrefillPlugin(Protocol):
@@ -34,21 +65,10 @@ class PrefillPlugin(Protocol):
         ...
 
     def attend(
-        self,
-        q: Tensor,
-        kv_layer: Tensor,
-        *,
-        query_start: Tensor,
-        context_lens: Tensor,
-        page_tables: Tensor,
-        query_lens: list[int],
-        max_context_len: int,
-        scale: float,
-        sliding_window: int | None,
+        self, q: Tensor, kv_layer: Tensor, chunks: PromptChunks, *, scale: float, sliding_window: int | None
     ) -> Tensor:
-        """q: [T, Hq, D], contiguous; kv_layer: [num_pages, 2, page_size, Hkv, D]. query_start: [S + 1] int32, from 0;
-        context_lens: [S] int32; page_tables: [S, n] int32. Query tokens are the last of their context. A window counts
-        the query's own position. Returns [T, Hq, D]."""
+        """q: [T, Hq, D], contiguous; kv_layer: [num_pages, 2, page_size, Hkv, D]. Query tokens are the last of their
+        context. A window counts the query's own position. Returns [T, Hq, D]."""
         ...
 
 
@@ -73,23 +93,13 @@ class TorchVarlen:
         pass
 
     def attend(
-        self,
-        q: Tensor,
-        kv_layer: Tensor,
-        *,
-        query_start: Tensor,
-        context_lens: Tensor,
-        page_tables: Tensor,
-        query_lens: list[int],
-        max_context_len: int,
-        scale: float,
-        sliding_window: int | None,
+        self, q: Tensor, kv_layer: Tensor, chunks: PromptChunks, *, scale: float, sliding_window: int | None
     ) -> Tensor:
         keys, values = kv_layer.unbind(1)
         out: Tensor = self._varlen(
-            q, keys, values, query_start, None, max(query_lens), max_context_len,
+            q, keys, values, chunks.query_start, None, chunks.max_query_len, chunks.max_context_len,
             scale=scale, window_size=(_left(sliding_window), 0), enable_gqa=q.shape[1] != keys.shape[2],
-            seqused_k=context_lens, block_table=page_tables,
+            seqused_k=chunks.context_lens, block_table=chunks.page_tables,
         )  # fmt: skip
         return out
 
@@ -113,22 +123,12 @@ class FlashAttention3:
         pass
 
     def attend(
-        self,
-        q: Tensor,
-        kv_layer: Tensor,
-        *,
-        query_start: Tensor,
-        context_lens: Tensor,
-        page_tables: Tensor,
-        query_lens: list[int],
-        max_context_len: int,
-        scale: float,
-        sliding_window: int | None,
+        self, q: Tensor, kv_layer: Tensor, chunks: PromptChunks, *, scale: float, sliding_window: int | None
     ) -> Tensor:
         keys, values = kv_layer.unbind(1)
         out: Tensor = self._attend(
-            q, keys, values, cache_seqlens=context_lens, page_table=page_tables, cu_seqlens_q=query_start,
-            max_seqlen_q=max(query_lens), softmax_scale=scale, causal=True,
+            q, keys, values, cache_seqlens=chunks.context_lens, page_table=chunks.page_tables,
+            cu_seqlens_q=chunks.query_start, max_seqlen_q=chunks.max_query_len, softmax_scale=scale, causal=True,
             window_size=(_left(sliding_window), -1 if sliding_window is None else 0),
         )  # fmt: skip
         return out
@@ -153,17 +153,7 @@ class FlashInfer:
         self._planned.clear()
 
     def attend(
-        self,
-        q: Tensor,
-        kv_layer: Tensor,
-        *,
-        query_start: Tensor,
-        context_lens: Tensor,
-        page_tables: Tensor,
-        query_lens: list[int],
-        max_context_len: int,
-        scale: float,
-        sliding_window: int | None,
+        self, q: Tensor, kv_layer: Tensor, chunks: PromptChunks, *, scale: float, sliding_window: int | None
     ) -> Tensor:
         left = _left(sliding_window)
         wrapper = self._wrappers.get(left)
@@ -171,9 +161,9 @@ class FlashInfer:
             workspace = torch.empty(_FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
             wrapper = self._wrappers[left] = self._wrapper_type(workspace, "NHD")
         if left not in self._planned:
-            indptr, indices, last = page_lists(page_tables, context_lens, kv_layer.shape[2])
+            indptr, indices, last = page_lists(chunks.page_tables, chunks.context_lens, kv_layer.shape[2])
             wrapper.plan(
-                query_start, indptr, indices, last, q.shape[1], kv_layer.shape[3], q.shape[2], kv_layer.shape[2],
+                chunks.query_start, indptr, indices, last, q.shape[1], kv_layer.shape[3], q.shape[2], kv_layer.shape[2],
                 causal=True, sm_scale=scale, window_left=left, q_data_type=q.dtype, kv_data_type=kv_layer.dtype,
             )  # fmt: skip
             self._planned.add(left)

@@ -16,10 +16,10 @@ from neuron.kernels.attention_plan import AttentionPlan, plan_attention
 from neuron.kernels.kv_write import kv_write
 from neuron.kernels.paged_attention import run_attention
 from neuron.kernels.tiling import Chip, Tiling, chip_of, decode_tiling, invariant_tiling, prefill_tiling
+from neuron.layers.attention_plugins import PrefillPlugin, PromptChunks
 
 if TYPE_CHECKING:
     from neuron.engine.batch import StepBatch
-    from neuron.layers.attention_plugins import PrefillPlugin
 
 MAX_HEAD_DIM = 256
 
@@ -90,11 +90,13 @@ class TritonAttention:
         self._deterministic = deterministic
         # Another library's attention for prompt chunks, if start-up has found one that is faster.
         self.prefill_plugin: PrefillPlugin | None = None
+        self._chunks: PromptChunks | None = None
         self._plans: dict[tuple[bool, int | None, Tiling], list[AttentionPlan]] = {}
 
     def prepare(self, batch: StepBatch) -> None:
         """Forget the last step. Must be called once before the first layer of each step."""
         self._plans.clear()
+        self._chunks = None
         if self.prefill_plugin is not None:
             self.prefill_plugin.prepare()
 
@@ -146,18 +148,10 @@ class TritonAttention:
             plans += self._plans_for(True, batch, self._tune(tiling), sliding_window)
         plugin = self.prefill_plugin if soft_cap is None and sinks is None else None
         if batch.num_decodes < batch.num_sequences and plugin is not None:
+            if self._chunks is None:
+                self._chunks = PromptChunks.of(batch)
             first = batch.num_decodes
-            out[first:] = plugin.attend(
-                q[first:],
-                kv_layer,
-                query_start=batch.query_start[first:] - first,
-                context_lens=batch.context_lens[first:],
-                page_tables=batch.page_tables[first:],
-                query_lens=batch.query_lens_host[first:],
-                max_context_len=max(batch.context_lens_host[first:]),
-                scale=scale,
-                sliding_window=sliding_window,
-            )
+            out[first:] = plugin.attend(q[first:], kv_layer, self._chunks, scale=scale, sliding_window=sliding_window)
         elif batch.num_decodes < batch.num_sequences:
             tiling = self._tiling(chip, head_dim, group, kv_layer.dtype, decodes=False)
             plans += self._plans_for(False, batch, self._tune(tiling), sliding_window)
