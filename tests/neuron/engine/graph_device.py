@@ -34,17 +34,21 @@ class RecordedGraph:
 
 
 class FakeGraphDevice:
-    """events: what happened, in order. refuses: numbers of recordings (from 1) that find no memory."""
+    """events: what happened, in order. refuses: numbers of recordings (from 1) that find no memory. fault: what every
+    recording raises."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
         self.refuses: set[int] = set()
+        self.fault: Exception | None = None
         self.num_pools = 0
         self._has_pool = False
         self._number = 0
 
     def record(self, work: Callable[[], None]) -> RecordedGraph:
         self._number += 1
+        if self.fault is not None:
+            raise self.fault
         if self._number in self.refuses:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if not self._has_pool:

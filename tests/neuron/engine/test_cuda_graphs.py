@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from .test_overlap import KINDS, PageWatch, drive, same, with_grammars
 from .toy import PAGE, Answers, ToyModel, request
 
 
-def graphs(max_rows: int = 256, **calls) -> tuple[StepGraphs, FakeGraphDevice]:
-    device = FakeGraphDevice()
+def graphs(
+    device: FakeGraphDevice | None = None, *, max_rows: int = 256, **calls
+) -> tuple[StepGraphs, FakeGraphDevice]:
+    device = device or FakeGraphDevice()
     nothing = lambda key: None  # noqa: E731
     return StepGraphs(
         device,
@@ -52,7 +55,8 @@ def test_sizes_end_with_what_may_run(max_rows: int) -> None:
 
 def test_a_few_are_recorded_at_load_and_all_others_largest_first() -> None:
     subject, device = graphs()
-    subject.record_all(subject.keys_at_load())
+    for key in subject.keys_at_load():
+        subject.record(key)
     assert [key.num_rows for key in subject.captured] == [256, 64, 16, 4, 1]
     rest = record_everything(subject)
     tokens = [key.num_rows for key in rest if key.ends_with == "tokens"]
@@ -69,8 +73,9 @@ def test_a_few_are_recorded_at_load_and_all_others_largest_first() -> None:
 @settings(deadline=None, max_examples=20)
 @given(max_rows=st.integers(1, 300), data=st.data())
 def test_the_graphs_of_loading_cover_every_batch_and_the_smallest_that_fits_is_taken(max_rows: int, data) -> None:
-    subject, _ = graphs(max_rows)
-    subject.record_all(subject.keys_at_load())
+    subject, _ = graphs(max_rows=max_rows)
+    for key in subject.keys_at_load():
+        subject.record(key)
     for key in list(subject._queue):
         if data.draw(st.booleans()):
             subject.record(key)
@@ -85,7 +90,8 @@ def test_the_graphs_of_loading_cover_every_batch_and_the_smallest_that_fits_is_t
 
 def test_what_is_missed_often_is_recorded_although_the_engine_is_never_idle() -> None:
     subject, _ = graphs()
-    subject.record_all(subject.keys_at_load())
+    for key in subject.keys_at_load():
+        subject.record(key)
     assert subject.next_key(is_idle=False) is None
     for _ in range(64):
         assert subject.find(2, 10, "logits") is None
@@ -114,17 +120,18 @@ def test_without_memory_a_size_goes_without_and_others_do_not() -> None:
     subject, device = graphs()
     device.refuses = {1}
     keys = subject.keys_at_load()
-    subject.record_all(keys)
+    for key in keys:
+        subject.record(key)
     assert subject.captured == keys[1:]
     assert subject.find(200, 10, "tokens") is None and subject.find(64, 10, "tokens") is not None
     assert keys[0] not in record_everything(subject), "it is not tried again and again"
 
 
-def test_where_recording_does_not_work_steps_go_on_without() -> None:
-    def run(key: GraphKey) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    subject, _ = graphs(warm_up=run)
+@pytest.mark.parametrize("make", [RuntimeError, torch.AcceleratorError])
+def test_where_recording_does_not_work_steps_go_on_without(make: Callable[[str], Exception]) -> None:
+    device = FakeGraphDevice()
+    device.fault = make("CUDA error: operation not permitted when stream is capturing")
+    subject, _ = graphs(device)
     assert not subject.record(subject.keys_at_load()[0])
     assert subject.next_key(is_idle=True) is None
     assert subject.find(1, 1, "tokens") is None
@@ -139,9 +146,22 @@ def test_a_device_that_is_lost_while_recording_is_reported() -> None:
         subject.record(subject.keys_at_load()[0])
 
 
+def test_a_rank_that_fails_while_the_others_are_in_a_collective_is_not_taken_for_short_of_memory() -> None:
+    def warm_up(key: GraphKey) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as exc:
+            raise DeviceError("rank_fault", "warming up failed on this rank") from exc
+
+    subject, _ = graphs(warm_up=warm_up)
+    with pytest.raises(DeviceError, match="this rank"):
+        subject.record(subject.keys_at_load()[0])
+
+
 def test_graphs_are_given_up_youngest_first_then_their_pool_and_can_be_recorded_again() -> None:
     subject, device = graphs()
-    subject.record_all(subject.keys_at_load())
+    for key in subject.keys_at_load():
+        subject.record(key)
     device.events.clear()
     subject.drop()
     assert device.events == [*(f"reset {number}" for number in (5, 4, 3, 2, 1)), "release pool"]

@@ -40,7 +40,7 @@ def compute(scheduler: Scheduler, plan, token: int = 1) -> None:
     """What an engine does with a plan that went well."""
     for chunk in plan.chunks:
         scheduler.computed(chunk)
-        if chunk.samples:
+        if chunk.num_sampled:
             _, finish = chunk.sequence.append(token, max_model_len=scheduler.max_model_len)
             if finish is not None:
                 scheduler.finish(chunk.sequence)
@@ -94,7 +94,7 @@ class Books(RuleBasedStateMachine):
             return
         assert 0 < plan.num_tokens <= self.budget
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks)
-        assert all(chunk.num_tokens == 1 and chunk.samples for chunk in plan.chunks[: plan.num_decodes])
+        assert all(chunk.num_tokens == 1 and chunk.num_sampled == 1 for chunk in plan.chunks[: plan.num_decodes])
         assert len({chunk.sequence.request_id for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             self.write(chunk)
@@ -146,16 +146,16 @@ def test_decodes_come_first_and_prefill_fills_the_rest():
     compute(scheduler, scheduler.schedule())
     scheduler.add(sequence(1, list(range(20))))
     plan = scheduler.schedule()
-    assert [(chunk.sequence.arrival, chunk.start, chunk.num_tokens, chunk.samples) for chunk in plan.chunks] == [
-        (0, 3, 1, True),
-        (1, 0, 9, False),
+    assert [(chunk.sequence.arrival, chunk.start, chunk.num_tokens, chunk.num_sampled) for chunk in plan.chunks] == [
+        (0, 3, 1, 1),
+        (1, 0, 9, 0),
     ]
     compute(scheduler, plan)
     compute(scheduler, scheduler.schedule())
     plan = scheduler.schedule()
-    assert [(chunk.sequence.arrival, chunk.start, chunk.num_tokens, chunk.samples) for chunk in plan.chunks] == [
-        (0, 5, 1, True),
-        (1, 18, 2, True),
+    assert [(chunk.sequence.arrival, chunk.start, chunk.num_tokens, chunk.num_sampled) for chunk in plan.chunks] == [
+        (0, 5, 1, 1),
+        (1, 18, 2, 1),
     ]
 
 

@@ -117,6 +117,13 @@ def test_a_damaged_file_ends_it_with_everything_given_back(content: tuple[int, T
     assert not device.queued
 
 
+def test_whatever_a_thread_dies_of_ends_the_load(content: tuple[int, Tensor]) -> None:
+    """Not only what reading is known to raise: who waits for the piece would wait for ever."""
+    beyond = Piece("beyond", content[0], (Runs(2**70, 1, 4, 4),), torch.float32, torch.empty(1))
+    with pytest.raises(OverflowError):
+        transfer_pieces([beyond], HostTransfer(), num_threads=1, on_bytes=lambda _: None)
+
+
 def test_columns_are_copied_out_of_a_larger_matrix(tmp_path: Path) -> None:
     matrix = torch.randn(50, 30)
     file = tmp_path / "matrix"

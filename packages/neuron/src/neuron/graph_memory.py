@@ -9,6 +9,9 @@ allocated.
 
 from __future__ import annotations
 
+# Rows of the decode steps that are recorded, each with and without sampling.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_NUM_GRAPHS = 2 * len(GRAPH_SIZES)
 # Attention cuts a context into at most so many segments in decode steps (kernels/tiling.py).
 _MAX_SEGMENTS = 32
 # Per row of the sampling kernel: candidates, maxima of groups, figures of tiles.
@@ -17,8 +20,6 @@ _SAMPLING_BYTES = 40 * 1024
 _LAUNCHES_PER_LAYER = 10
 _OTHER_LAUNCHES = 40
 _BYTES_PER_LAUNCH = 10 * 1024
-_NUM_GRAPHS = 26
-_MAX_ROWS = 256
 
 
 def graph_bytes(
@@ -35,7 +36,7 @@ def graph_bytes(
 
     num_heads: query heads of the rank. bytes_per_token: activations of a token of a step. item_bytes: of a weight.
     """
-    rows = min(max_running, _MAX_ROWS)
+    rows = min(max_running, GRAPH_SIZES[-1])
     partial = _MAX_SEGMENTS * num_heads * ((1 << (head_dim - 1).bit_length()) + 2) * 4
     logits = vocab_size * (2 * item_bytes + 4 + 4)
     launches = _NUM_GRAPHS * (num_layers * _LAUNCHES_PER_LAYER + _OTHER_LAUNCHES)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from neuron import kernels
+from neuron.engine.errors import ModelError
 from neuron.layers.attention import AttentionBackend
 from neuron.layers.attention_choice import HeadShape, choose_prefill_plugin
 from neuron.layers.determinism import make_deterministic
@@ -24,9 +26,15 @@ def settle_compute(
 ) -> None:
     """Fix every choice for deterministic models; for others, let measurements decide where there is a device.
 
-    attention: of `make_attention_backend`, for the same mode.
+    attention: of `make_attention_backend`, for the same mode. Raises `ModelError` for a device without our kernels, on
+    which nothing would make deterministic.
     """
     if deterministic:
+        if device.type == "cuda" and not kernels.is_available(device):
+            raise ModelError(
+                "unsupported_deterministic",
+                "deterministic answers on a GPU need our kernels: Triton, and compute capability 8.0",
+            )
         make_deterministic(model, model.rotary, max_positions=max_model_len)
         group.sum_in_order()
         return
@@ -46,3 +54,4 @@ def settle_compute(
             frozenset(config.sliding_windows),
         )
         choose_prefill_plugin(attention, shape, group, device)
+    torch.cuda.empty_cache()  # what measuring took is about to be counted as free

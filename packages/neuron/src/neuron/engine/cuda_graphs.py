@@ -16,16 +16,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from neuron.engine.errors import DeviceError, describe, is_device_fault, is_out_of_memory
+from neuron.engine.errors import DeviceError, describe, is_capture_refusal, is_device_fault, is_out_of_memory
+from neuron.graph_memory import GRAPH_SIZES
 
 logger = logging.getLogger(__name__)
 
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Recorded at load, beside the largest: with at most four times as many rows as it has, any step finds one of these.
 _SIZES_AT_LOAD = (1, 4, 16, 64)
 _MAX_PADDING = 4
@@ -195,7 +195,7 @@ class StepGraphs:
             return None
         if is_idle:
             return self._queue[0] if self._queue else None
-        worth = [key for key in self._queue if self._missed[key] >= _STEPS_UNTIL_WORTH_IT]
+        worth = [key for key, steps in self._missed.items() if steps >= _STEPS_UNTIL_WORTH_IT and key in self._queue]
         return max(worth, key=self._missed.__getitem__, default=None)
 
     def record(self, key: GraphKey) -> bool:
@@ -208,8 +208,10 @@ class StepGraphs:
         try:
             self._warm_up(key)  # what first runs make may not be made while recording
             self._graphs[key] = self._device.record(lambda: self._run(key))
+        except DeviceError:
+            raise
         except Exception as exc:
-            if is_device_fault(exc) and not is_out_of_memory(exc):
+            if is_device_fault(exc) and not is_out_of_memory(exc) and not is_capture_refusal(exc):
                 raise DeviceError("device", describe(exc)) from exc
             self._is_off = self._is_off or not is_out_of_memory(exc)
             logger.warning(
@@ -225,11 +227,6 @@ class StepGraphs:
         graph = self._graphs.pop(key, None)
         if graph is not None:
             graph.reset()
-
-    def record_all(self, keys: Iterable[GraphKey]) -> None:
-        """Record in this order."""
-        for key in keys:
-            self.record(key)
 
     def forget_misses(self) -> None:
         """Steps so far do not count: they were made for warming up."""

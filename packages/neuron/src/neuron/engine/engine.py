@@ -316,7 +316,7 @@ class Engine:
                 self._updates.append(SequenceUpdate(sequence.request_id, cached_tokens=cached))
             return
         tokens: list[int] = []
-        logprobs: list[Logprobs] = []
+        logprobs: list[Logprobs] | None = None
         finish: FinishKind | None = None
         for item in sampled:
             try:
@@ -327,16 +327,14 @@ class Engine:
             if is_output:
                 tokens.append(item.token)
                 if item.logprobs is not None:
-                    logprobs.append(item.logprobs)
+                    logprobs = [*(logprobs or ()), item.logprobs]
             if finish is not None:
                 break
         prompt_logprobs = None
         if sequence.wants_prompt_logprobs:
             sequence.wants_prompt_logprobs = False
             prompt_logprobs = sequence.prompt_logprobs
-        self._updates.append(
-            SequenceUpdate(sequence.request_id, tokens, finish, logprobs or None, cached, prompt_logprobs)
-        )
+        self._updates.append(SequenceUpdate(sequence.request_id, tokens, finish, logprobs, cached, prompt_logprobs))
         if finish is not None:
             self._scheduler.finish(sequence)
 

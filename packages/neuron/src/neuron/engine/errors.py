@@ -99,6 +99,12 @@ def is_device_fault(error: BaseException) -> bool:
     return False
 
 
+def is_capture_refusal(error: BaseException) -> bool:
+    """True if CUDA refused to record something into a graph: the context is as good as before."""
+    text = describe(error).lower()
+    return "captur" in text and not any(mark in text for mark in _STICKY)
+
+
 def describe(error: BaseException) -> str:
     """The whole chain in one line, outermost first: the inner link is usually the one that explains."""
     parts: list[str] = []

@@ -61,15 +61,15 @@ class ChunkResult:
 class Flight:
     """A step that the device has.
 
-    sequences, positions: of the rows that are sampled, and where in its sequence's output each token comes. is_sampled:
-    sampling is submitted too; else that waits for tokens of the step before. graph: the CUDA graph that runs it; rows:
-    how it is to sample. ticket: when all is done. started: clock of the launch, the pipeline's.
+    sequences, positions: of the rows that are sampled, and where in its sequence's output each token comes, None if at
+    the end of what the host has. is_sampled: sampling is submitted too; else that waits for tokens of the step before.
+    graph: the CUDA graph that runs it; rows: how it is to sample. ticket: when all is done. started: clock of launch.
     """
 
     plan: StepPlan
     sequences: list[Sequence]
-    positions: list[int]
-    ticket: Ticket
+    positions: list[int] | None
+    ticket: Ticket = field(init=False)
     is_sampled: bool = False
     logits: Tensor | None = None
     draw: Draw | None = None
@@ -168,22 +168,23 @@ class ModelRunner:
         they are booked. Raises as `execute` does, and then nothing is in flight.
         """
         leader = self._leader
-        sequences: list[Sequence] = []
-        positions: list[int] = []
+        sequences = [chunk.sequence for chunk in plan.chunks for _ in range(chunk.num_sampled)]
+        positions: list[int] | None = None
         waits = False
-        for chunk in plan.chunks:
-            for index in range(chunk.num_sampled):
-                sequence = chunk.sequence
-                sequences.append(sequence)
-                positions.append(len(sequence.tokens) + sequence.num_pending - sequence.num_prompt + index)
-                waits = waits or (sequence.num_pending > 0 and depends_on_last_token(sequence))
+        if plan.is_chained or any(chunk.num_sampled > 1 for chunk in plan.chunks):
+            positions = [
+                chunk.sequence.num_output + chunk.sequence.num_pending + index
+                for chunk in plan.chunks
+                for index in range(chunk.num_sampled)
+            ]
+            waits = any(sequence.num_pending and depends_on_last_token(sequence) for sequence in sequences)
         key = None if self.graphs is None else self._find_graph(plan, sequences, self.graphs)
         batch = self._builder.build(plan, graph_rows=0 if key is None else key.num_rows)
         slices = _prompt_slices(plan.chunks)
         if leader is not None:
             rows = [(part.first_row, part.num_rows) for part in slices]
             leader.launch(plan.step, self._builder.pack(batch), rows, self.max_tokens_now, graph=key)
-        flight = Flight(plan, sequences, positions, self._stream.record(), graph=key)
+        flight = Flight(plan, sequences, positions, graph=key)
 
         def compute() -> None:
             with torch.inference_mode():
@@ -206,7 +207,7 @@ class ModelRunner:
             if leader is None:
                 raise
             raise DeviceError("rank_fault", f"step {plan.step} failed on rank 0: {describe(exc)}") from exc
-        if leader is not None:
+        if leader is not None and key is None:  # a replay shows nothing of what a step that is not recorded takes
             leader.completed(batch.num_tokens, len(sequences))
         if not sequences or (key is not None and key.ends_with == "tokens"):
             flight.is_sampled = True
@@ -242,18 +243,15 @@ class ModelRunner:
     def collect(self, flight: Flight) -> list[ChunkResult]:
         """Wait for a launched step; one result per chunk. Raises what the device reports of it, and as `execute`."""
         flight.ticket.wait()
-        results = [ChunkResult(chunk) for chunk in flight.plan.chunks]
+        sampled = [] if flight.draw is None else flight.draw.read()
+        results: list[ChunkResult] = []
+        row = 0
+        for chunk in flight.plan.chunks:
+            results.append(ChunkResult(chunk, sampled[row : row + chunk.num_sampled]))
+            row += chunk.num_sampled
         for index, logprobs in flight.prompt_logprobs:
             known = results[index].prompt_logprobs or []
             results[index].prompt_logprobs = known + logprobs.read()
-        if flight.draw is not None:
-            row = 0
-            sampled = flight.draw.read()
-            for result in results:
-                number = result.chunk.num_sampled
-                if number:
-                    result.sampled = sampled[row : row + number]
-                    row += number
         return results
 
     def abandon(self, flight: Flight) -> None:
@@ -305,8 +303,14 @@ class ModelRunner:
         self._builder.graph_batch(key.num_rows, key.max_context_len)  # makes the tables that `build` then fills
         self._builder.build(StepPlan(0, [], 0, 0), graph_rows=key.num_rows)
         self._graph_inputs.stage(SamplingRows(key.num_rows, is_plain=True), key.num_rows)
-        self._stream.submit(lambda: self._run_graph_step(key))
-        self._stream.record().wait()
+        try:
+            self._stream.submit(lambda: self._run_graph_step(key))
+            self._stream.record().wait()
+        except Exception as exc:
+            if self._group is None:
+                raise
+            # The other ranks may be in a collective of this run, where nothing but the end of this one frees them.
+            raise DeviceError("rank_fault", f"warming up {key} failed on this rank: {describe(exc)}") from exc
 
     def _run_graph_step(self, key: GraphKey) -> None:
         """What a graph of this key records: nothing in it may depend on anything but the key."""

@@ -44,11 +44,6 @@ class Chunk:
     num_sampled: int
     carry_row: int = -1
 
-    @property
-    def samples(self) -> bool:
-        """True if the chunk reaches its sequence's last token."""
-        return self.num_sampled > 0
-
 
 @dataclass(slots=True)
 class StepPlan:

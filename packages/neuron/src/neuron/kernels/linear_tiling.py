@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neuron.kernels import KernelUnsupported
-from neuron.kernels.tiling import Chip
+from neuron.kernels.tiling import HOPPER_SHARED_MEMORY, Chip, power_of_two
 
 # Of a program that streams a weight through registers: 16-byte loads that each thread has under way.
 _LOADS_IN_FLIGHT = 8
@@ -19,7 +19,6 @@ _TILE_PROGRAMS = 2
 _MIN_SEGMENT = 512
 # The invariant product is cut as if for this many programs, on every chip: its bits do not depend on the chip's size.
 _INVARIANT_PROGRAMS = 264
-_HOPPER_SHARED_MEMORY = 200 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,6 @@ class TileTiling:
     num_stages: int
 
 
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def check_operands(x: Tensor, weight: Tensor, *, max_rows: int | None, gated: bool) -> int:
     """The number of outputs per row. Raises `KernelUnsupported` for what the kernels do not cover."""
     if max_rows is not None and x.shape[0] > max_rows:
@@ -71,7 +66,7 @@ def vector_tiling(chip: Chip, *, num_out: int, k: int, rows: int, gated: bool, i
     Sums take block_n * rows registers per element of a load: for several rows of x there are fewer of the weight.
     """
     per_load = 16 // itemsize
-    block_k = min(_THREADS * per_load, max(_power_of_two(k), 32 * per_load))
+    block_k = min(_THREADS * per_load, max(power_of_two(k), 32 * per_load))
     block_n = max(_LOADS_IN_FLIGHT // rows, 1)
     while block_n > 1 and num_out < block_n * _VECTOR_PROGRAMS * chip.num_multiprocessors:
         block_n //= 2
@@ -92,9 +87,9 @@ def split_tiling(chip: Chip, *, num_out: int, k: int, dtype: torch.dtype) -> Til
     block_n, block_k, num_warps, num_stages = 64, 128, 4, 4
     if dtype == torch.float32:
         block_n, block_k, num_stages = 32, 64, 3
-    elif chip.shared_memory < _HOPPER_SHARED_MEMORY:
+    elif chip.shared_memory < HOPPER_SHARED_MEMORY:
         num_stages = 3
-    block_k = min(block_k, max(_power_of_two(k), 16))
+    block_k = min(block_k, max(power_of_two(k), 16))
     segment, count = _segments(-(-num_out // block_n), k, block_k, _TILE_PROGRAMS * chip.num_multiprocessors)
     return TileTiling(16, block_n, block_k, segment, count, num_warps, num_stages)
 
@@ -104,6 +99,6 @@ def invariant_tiling(*, num_out: int, k: int, dtype: torch.dtype) -> TileTiling:
     block_m, block_n, block_k, num_stages = 64, 128, 64, 4
     if dtype == torch.float32:
         block_m, block_n, block_k, num_stages = 32, 32, 32, 3
-    block_k = min(block_k, max(_power_of_two(k), 16))
+    block_k = min(block_k, max(power_of_two(k), 16))
     segment, count = _segments(-(-num_out // block_n), k, block_k, _INVARIANT_PROGRAMS)
     return TileTiling(block_m, block_n, block_k, segment, count, 4, num_stages)

@@ -14,7 +14,7 @@ import torch
 # Shared memory per block tells the chip classes apart: 99 KiB (sm_86, sm_89, sm_120), 163 KiB (A100), 227 KiB (Hopper
 # and data-centre Blackwell).
 _LARGE_SHARED_MEMORY = 160 * 1024
-_HOPPER_SHARED_MEMORY = 200 * 1024
+HOPPER_SHARED_MEMORY = 200 * 1024
 # K and V tiles hang on a load of page numbers, so Triton's pipeliner needs two stages per level: 5 stages keep two
 # tiles of each in flight, 3 keep one.
 _DEEP_PIPELINE = 5
@@ -62,7 +62,8 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(num_multiprocessors=properties.multi_processor_count, shared_memory=shared)
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
+    """The smallest one that is not less."""
     return 1 << max(value - 1, 0).bit_length()
 
 
@@ -73,12 +74,12 @@ def decode_tiling(chip: Chip, *, head_dim: int, group: int, dtype: torch.dtype, 
     to keep loads in flight and small enough that one sequence of 640 tokens with 8 KV heads occupies 40 programs.
     """
     roomy = chip.shared_memory >= _LARGE_SHARED_MEMORY
-    block_d = _power_of_two(head_dim)
+    block_d = power_of_two(head_dim)
     tile_bytes = 64 * block_d * dtype.itemsize
     block_n = 64 if tile_bytes <= 16 * 1024 else (32 if tile_bytes <= 32 * 1024 else 16)
     return Tiling(
         block_q=query_tokens,
-        block_m=max(16, _power_of_two(query_tokens * group)),
+        block_m=max(16, power_of_two(query_tokens * group)),
         block_n=block_n,
         min_segment_tokens=128,
         max_segments=32,
@@ -95,17 +96,17 @@ def prefill_tiling(chip: Chip, *, head_dim: int, group: int, dtype: torch.dtype)
     Blocks are scheduled by the hardware, the longest contexts first (one program per item). A short chunk over a long
     cached prefix is cut along the context too, into at most 16 segments.
     """
-    block_d = _power_of_two(head_dim)
+    block_d = power_of_two(head_dim)
     if dtype == torch.float32:
         # No tensor cores in IEEE fp32: small tiles keep the accumulators in registers.
         block_m, block_n, num_warps, num_stages = 32, 32 if block_d <= 128 else 16, 4, 1
     elif block_d <= 128:
         block_m, block_n, num_warps, num_stages = 128, 64, 8, _DEEP_PIPELINE
-    elif chip.shared_memory >= _HOPPER_SHARED_MEMORY:
+    elif chip.shared_memory >= HOPPER_SHARED_MEMORY:
         block_m, block_n, num_warps, num_stages = 128, 32, 8, _DEEP_PIPELINE
     else:
         block_m, block_n, num_warps, num_stages = 64, 32, 4, _DEEP_PIPELINE
-    block_m = max(block_m, _power_of_two(group))
+    block_m = max(block_m, power_of_two(group))
     return Tiling(
         block_q=max(block_m // group, 1),
         block_m=block_m,
@@ -125,13 +126,13 @@ def invariant_tiling(chip: Chip, *, head_dim: int, group: int, dtype: torch.dtyp
     Blocks are lower than a prompt would like and higher than a decode needs. A long context of a single sequence
     occupies no more programs than it has KV heads: what is paid for a result that no neighbour and no chunk changes.
     """
-    block_d = _power_of_two(head_dim)
+    block_d = power_of_two(head_dim)
     block_m, block_n, num_stages = 64, 64 if block_d <= 128 else 32, _DEEP_PIPELINE
     if dtype == torch.float32:
         block_m, block_n, num_stages = 32, 32 if block_d <= 128 else 16, 1
     elif chip.shared_memory < _LARGE_SHARED_MEMORY:
         num_stages = _SHALLOW_PIPELINE
-    block_m = max(block_m, _power_of_two(group))
+    block_m = max(block_m, power_of_two(group))
     return Tiling(
         block_q=max(block_m // group, 1),
         block_m=block_m,

@@ -110,14 +110,17 @@ class FlashAttention3:
     name = "flash attention 3"
 
     def __init__(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+            raise PluginUnavailable("made for compute capability 9.0; elsewhere a failed launch ends the process")
+        failed: list[str] = []
         for module in ("flash_attn_interface", "sgl_kernel.flash_attn"):
             if find_spec(module.partition(".")[0]) is not None:
                 try:
                     self._attend: Callable[..., Any] = import_module(module).flash_attn_with_kvcache
                     return
-                except (ImportError, AttributeError, OSError) as exc:
-                    raise PluginUnavailable(f"{module} is installed but does not load: {exc}") from exc
-        raise PluginUnavailable("neither flash_attn_interface nor sgl_kernel is installed")
+                except Exception as exc:  # built for another torch, for one
+                    failed.append(f"{module} is installed but does not load: {exc}")
+        raise PluginUnavailable("; ".join(failed) or "neither flash_attn_interface nor sgl_kernel is installed")
 
     def prepare(self) -> None:
         pass
@@ -142,10 +145,7 @@ class FlashInfer:
     def __init__(self) -> None:
         if find_spec("flashinfer") is None:
             raise PluginUnavailable("flashinfer is not installed")
-        try:
-            self._wrapper_type: Callable[..., Any] = import_module("flashinfer").BatchPrefillWithPagedKVCacheWrapper
-        except (ImportError, AttributeError, OSError) as exc:
-            raise PluginUnavailable(f"flashinfer is installed but does not load: {exc}") from exc
+        self._wrapper_type: Callable[..., Any] = import_module("flashinfer").BatchPrefillWithPagedKVCacheWrapper
         self._wrappers: dict[int, Any] = {}
         self._planned: set[int] = set()
 
@@ -193,3 +193,5 @@ def installed_plugins(note: Callable[[str, str], None]) -> Iterator[PrefillPlugi
             yield make()
         except PluginUnavailable as exc:
             note(name, str(exc))
+        except Exception as exc:  # an import may raise anything, and none of these libraries is needed
+            note(name, f"is installed but does not load: {exc!r}")

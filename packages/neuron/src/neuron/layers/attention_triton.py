@@ -195,7 +195,7 @@ class TritonAttention:
             query_start=batch.query_start,
             num_blocks=batch.num_decodes,
             max_items=batch.num_decodes * segments,
-            split=True,
+            split=tiling.max_segments > 1,
             window=window,
         )
         return [plan]

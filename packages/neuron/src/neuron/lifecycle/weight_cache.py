@@ -123,8 +123,8 @@ class WeightCache:
 
     @property
     def held_bytes(self) -> int:
-        """Of all copies that are whole."""
-        return sum(copy.num_bytes for copy in self._copies.values())
+        """Of all copies that are whole. May be asked from a thread, as the memory ledger does."""
+        return sum(copy.num_bytes for copy in list(self._copies.values()))
 
     @property
     def held(self) -> list[CopyState]:

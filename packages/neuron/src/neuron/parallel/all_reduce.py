@@ -326,12 +326,16 @@ def _reaches_peers(device: torch.device, world_size: int) -> bool:
 
 
 def _is_right(rung: Rung, device: torch.device, rank: int, world_size: int) -> bool:
-    """Sums of known values, small and large; also makes what is made on first use."""
+    """Sums of known values, small and large; also makes what is made on first use.
+
+    Both are always asked for: a rank whose first sum is wrong must not leave the others waiting in the second.
+    """
+    is_right = True
     for numel in (64 * world_size, SIZES[2] // 2):
         x = torch.full((numel,), float(rank + 1), dtype=torch.bfloat16, device=device)
         if rung.takes(x):
             rung(x)
-            if not bool((x == float(sum(range(1, world_size + 1)))).all()):
-                logger.warning("all-reduce rung %s gives wrong sums and is not used", rung.name)
-                return False
-    return True
+            is_right &= bool((x == float(sum(range(1, world_size + 1)))).all())
+    if not is_right:
+        logger.warning("all-reduce rung %s gives wrong sums and is not used", rung.name)
+    return is_right

@@ -98,7 +98,9 @@ def load_weights(
 
         on_bytes(0)
         with torch.inference_mode(False), torch.no_grad():
-            transfer = transfer or make_transfer(model.device)
+            for each in reads:
+                materialise(model, each.module, each.placement.parameter)
+            transfer = transfer or make_transfer(model.device)  # its stream waits for what has zeroed them
             pieces = [piece for read in reads for piece in _pieces(model, reader, read, transfer.block_bytes)]
             transfer_pieces(pieces, transfer, num_threads=num_threads, on_bytes=on_bytes)
     read = WeightsRead(bytes_total, time.perf_counter() - started)

@@ -191,7 +191,7 @@ class _Readers:
 
     def __init__(self, pieces: Sequence[Piece], *, num_threads: int) -> None:
         self.free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
-        self.done: queue.SimpleQueue[tuple[Piece, Tensor | None, BadCheckpoint | None]] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[tuple[Piece, Tensor | None, Exception | None]] = queue.SimpleQueue()
         self._pieces = iter(pieces)
         self._lock = threading.Lock()
         self._maps: dict[int, mmap.mmap] = {}
@@ -225,11 +225,13 @@ class _Readers:
                 if block is None:
                     return
                 memory = block[: piece.num_bytes]
-            error = None
+            error: Exception | None = None
             try:
                 self._read(piece, memory.reshape(-1).view(torch.uint8).numpy())
             except (OSError, ValueError) as exc:
                 error = BadCheckpoint(f"its file cannot be read ({exc})", tensors=[piece.label])
+            except Exception as exc:  # whoever waits for this piece would wait for ever
+                error = exc
             self.done.put((piece, block, error))
 
     def _read(self, piece: Piece, memory: np.ndarray) -> None:
@@ -252,7 +254,13 @@ class _Readers:
         with self._lock:
             mapped = self._maps.get(descriptor)
             if mapped is None:
-                mapped = self._maps[descriptor] = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                mapped = self._maps[descriptor] = mmap.mmap(
+                    # Shared ones of sealed memory are refused before Linux 6.7, even for reading.
+                    descriptor,
+                    0,
+                    flags=mmap.MAP_PRIVATE,
+                    prot=mmap.PROT_READ,
+                )
         rows = np.ndarray(part.shape, np.uint8, mapped, runs.offset, (runs.pitch, 1))
         np.copyto(part, rows)
 

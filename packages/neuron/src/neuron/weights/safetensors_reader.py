@@ -21,7 +21,7 @@ _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
 
-# safetensors dtype -> (torch dtype, bytes per element), those that a float model's weights come in.
+# safetensors dtype -> torch dtype, those that a float model's weights come in.
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
