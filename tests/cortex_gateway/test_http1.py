@@ -144,6 +144,7 @@ async def test_a_request_reaches_the_application_whole(served: Server, name: str
     assert answer.count(b"HTTP/1.1 200") == 2 and b"\r\ndate: " in answer
     assert b"/last " in answer.rpartition(b"\r\n\r\n")[0], "the connection was kept for the second one"
     assert all(name == name.lower() and value == value.strip() for name, value in served.scopes[0]["headers"])
+    assert b"x-trailer" not in dict(served.scopes[0]["headers"]), "what comes behind a body is no header"
     assert served.scopes[0]["client"][0] == "127.0.0.1"
 
 
@@ -313,6 +314,20 @@ async def test_a_body_that_breaks_off_is_a_400_and_a_disconnect(strict: Server, 
     assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
     await strict.ended.wait()
     assert strict.seen == [("POST", "/", b"", None)]
+
+
+@pytest.mark.parametrize("trailers", [b"a: " + b"b" * 200_000, b"a: b\r\n" * 40_000])
+async def test_what_follows_a_body_is_bounded_like_a_head(strict: Server, trailers: bytes) -> None:
+    answer = await strict.ask(post(b"3\r\nabc\r\n0\r\n" + trailers, CHUNKED, framed=False))
+    assert answer.startswith(b"HTTP/1.1 431"), answer[:200]
+    await strict.ended.wait()
+    assert strict.seen == [("POST", "/", b"", None)]
+
+
+async def test_a_body_that_breaks_off_behind_a_running_request_is_refused_after_its_answer(strict: Server) -> None:
+    answer = await strict.ask(post() + post(b"zz\r\nabc\r\n", CHUNKED, framed=False) + SMUGGLED)
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400"]
+    assert strict.seen == [("POST", "/", b"", b"abc")]
 
 
 async def test_nothing_is_read_after_connection_close(strict: Server) -> None:

@@ -12,6 +12,8 @@ import pytest
 from .fleet_of_neurons import FleetOfNeurons
 from .streams import comparable, read_all, requests
 
+NUM_STREAMS = 50
+
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[FleetOfNeurons]:
@@ -22,17 +24,17 @@ def fleet(tmp_path: Path) -> Iterator[FleetOfNeurons]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("number", "num_streams"),
+    "number",
     [
-        (signal.SIGKILL, 50),
-        pytest.param(signal.SIGSTOP, 30, marks=pytest.mark.full),
-        pytest.param(signal.SIGTERM, 30, marks=pytest.mark.full),
+        signal.SIGKILL,
+        pytest.param(signal.SIGSTOP, marks=pytest.mark.full),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.full),
     ],
 )
 def test_streams_of_a_neuron_that_is_lost_are_completed_by_the_other(
-    fleet: FleetOfNeurons, number: signal.Signals, num_streams: int
+    fleet: FleetOfNeurons, number: signal.Signals
 ) -> None:
-    asked = requests(num_streams)
+    asked = requests(NUM_STREAMS)
     undisturbed = asyncio.run(read_all(fleet.url, asked))
     disturbed = asyncio.run(read_all(fleet.url, asked, lambda: fleet.neurons[0].signal(number)))
     for (path, body), before, after in zip(asked, undisturbed, disturbed, strict=True):

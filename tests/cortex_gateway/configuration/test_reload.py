@@ -347,6 +347,45 @@ async def test_settings_apply_from_the_next_decision_on_and_others_are_named(
     assert (await reload(client))[1]["needs_restart"] == ["gateway.write_timeout_s"]
 
 
+async def test_files_that_are_put_back_as_they_were_are_right_again(
+    neuron: FakeNeuron, files: Files, opened: Opening
+) -> None:
+    files.write(neuron, watch_s=0.05)
+    client = await opened(files)
+
+    async def valid(wanted: float) -> None:
+        async with asyncio.timeout(10):
+            while await client.metric("cortex_config_valid") != wanted:
+                await asyncio.sleep(0.02)
+
+    right = files.config.read_text()
+    files.config.write_text(right + "nonsense = ")
+    await valid(0)
+    files.config.write_text(right)
+    await valid(1)
+    assert await client.metric("cortex_config_reloads_total", trigger="file", outcome="unchanged") == 1
+
+
+async def test_a_load_that_a_reload_leaves_to_its_neuron_does_not_seem_to_go_on(
+    neuron: FakeNeuron, files: Files, opened: Opening
+) -> None:
+    """The endpoint is written in another way, which is another client for the same node."""
+    neuron.load_gate.clear()
+    files.write_models(f'[[models]]\nid = "{MODEL}"\nvram_mb = 1000\n')
+    files.write(neuron)
+    client = await opened(files)
+    loading = asyncio.ensure_future(client.post("/admin/models/load", {"model": MODEL}).__aenter__())
+    await neuron.load_started.wait()
+    assert nodes(client)["alpha"].status(MODEL) == "loading"
+    files.config.write_text(files.config.read_text().replace(neuron.url, neuron.url + "/"))
+    status, answer = await reload(client)
+    assert (status, answer["outcome"]) == (200, "applied")
+    neuron.load_gate.set()
+    assert (await loading).status in (200, 503)
+    await until(lambda: nodes(client)["alpha"].status(MODEL) == "loaded", client)
+    assert (await client.chat())[0] == 200
+
+
 async def test_half_a_file_is_not_taken_and_the_rest_of_it_is(
     neuron: FakeNeuron, second: FakeNeuron, files: Files, opened: Opening
 ) -> None:

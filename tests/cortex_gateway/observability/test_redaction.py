@@ -46,6 +46,12 @@ def test_a_key_in_a_header_that_is_not_for_keys_goes_too() -> None:
     ]
 
 
+def test_a_query_in_a_body_may_have_its_ampersands_escaped() -> None:
+    """As Go's encoder writes them."""
+    body = rb'{"url": "https://h.example/a?b=c\u0026X-Amz-Signature=hunter2"}'
+    assert clean_body(body) == rb'{"url": "https://h.example/a?b=c\u0026X-Amz-Signature=[removed]"}'
+
+
 @pytest.mark.parametrize(
     ("query", "clean"),
     [
@@ -55,6 +61,7 @@ def test_a_key_in_a_header_that_is_not_for_keys_goes_too() -> None:
         (b"beta=true&key=hunter2", b"beta=true&key=[removed]"),
         (b"access_token=a;X-Amz-Signature=b", b"access_token=[removed];X-Amz-Signature=[removed]"),
         (b"monkey=1&tokens=2", b"monkey=1&tokens=2"),
+        (b"session_token=a&X-Amz-Security-Token=b", b"session_token=[removed]&X-Amz-Security-Token=[removed]"),
     ],
 )
 def test_queries(query: bytes, clean: bytes) -> None:

@@ -162,13 +162,14 @@ async def test_an_unknown_node_is_named(neuron: FakeNeuron, start: Start) -> Non
         assert status == 404 and "alpha" in answer["error"]["message"]
 
 
-def request_from(host: str | None, **headers: str) -> Request:
+def request_from(client: str | None, /, **headers: str) -> Request:
+    headers = {"host": "localhost:31313", **headers}
     scope = {
         "type": "http",
         "method": "GET",
         "path": "/admin/fleet",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-        "client": None if host is None else (host, 1),
+        "client": None if client is None else (client, 1),
     }
     return Request(scope)
 
@@ -177,12 +178,16 @@ def test_only_the_loopback_may_and_no_page_of_elsewhere() -> None:
     for host in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"):
         require_operator(request_from(host))
     require_operator(request_from("127.0.0.1", origin="http://localhost:31313"))
+    for name in ("127.0.0.1:31313", "[::1]:31313", "localhost"):
+        require_operator(request_from("127.0.0.1", host=name))
     for request in (
         request_from("192.168.1.9"),
         request_from("2001:db8::1"),
         request_from(None),
         request_from("127.0.0.1", origin="https://page.example"),
         request_from("127.0.0.1", origin="null"),
+        request_from("127.0.0.1", host="page.example:31313"),  # whose name now means this host
+        request_from("127.0.0.1", host=""),
     ):
         with pytest.raises(ApiError) as refused:
             require_operator(request)

@@ -121,7 +121,11 @@ class Gateway:
     async def startup(self) -> None:
         """Raises `ConfigError` where traces are on and cannot be, `StoreError` where keys and budgets are not there."""
         self._telemetry = Telemetry(self.current.config.telemetry, clock=asyncio.get_running_loop().time)
-        await self.identity.start()
+        try:
+            await self.identity.start()
+        except BaseException:
+            await self._telemetry.close()
+            raise
         loop = asyncio.get_running_loop()
         fleet, current = self.fleet, self.current
         self._session = open_session(connect_timeout_s=current.config.gateway.upstream_connect_timeout_s)

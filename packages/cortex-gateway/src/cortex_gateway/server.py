@@ -78,6 +78,7 @@ async def running(
         bind(config.gateway.metrics_listen, write_timeout_s=write_timeout_s) as metrics_listener,
     ):
         stop, stop_metrics = asyncio.Event(), asyncio.Event()
+        connections.has_httptools(config.gateway.http1_parser)  # raises before anything is open
         # Before the first request can arrive: hypercorn would run the lifespan too, but does not say when.
         await gateway.startup()
         http1 = config.gateway.http1_parser

@@ -13,12 +13,12 @@ from cortex_core.openapi.schema import (
     MODEL,
     NAME,
     TEXT,
-    Properties,
     Schema,
     any_of,
     array,
     choice,
     fields,
+    ignored,
     integer,
     optional,
     tagged,
@@ -86,11 +86,6 @@ RESPONSE_FORMAT = any_of(
         "type", "json_schema", {"json_schema": fields({}, {**shared.SCHEMA_FORMAT, "schema": optional(JSON_SCHEMA)})}
     ),
 )
-
-
-def ignored(names: tuple[str, ...]) -> Properties:
-    """Fields that may hold anything."""
-    return dict.fromkeys(names, True)
 
 
 CHAT_REQUEST: Schema = fields(

@@ -11,7 +11,6 @@ from cortex_core.dialects.anthropic_messages.request import (
     MIN_THINKING_BUDGET,
     THINKING_DISPLAYS,
 )
-from cortex_core.openapi.chat_request import ignored
 from cortex_core.openapi.schema import (
     BOOLEAN,
     JSON_SCHEMA,
@@ -24,6 +23,7 @@ from cortex_core.openapi.schema import (
     array,
     choice,
     fields,
+    ignored,
     integer,
     number,
     optional,

@@ -11,7 +11,6 @@ from cortex_core.dialects.openai_fields import (
 from cortex_core.dialects.openai_images import DETAILS
 from cortex_core.openapi.schema import (
     BOOLEAN,
-    JSON_SCHEMA,
     NAME,
     TEXT,
     Properties,
@@ -82,4 +81,3 @@ def custom_tool(grammar: Schema) -> Properties:
 
 
 SCHEMA_FORMAT: Properties = {"name": optional(TEXT), "strict": optional(BOOLEAN)}
-ANY_SCHEMA = JSON_SCHEMA

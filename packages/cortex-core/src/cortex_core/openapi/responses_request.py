@@ -13,7 +13,6 @@ from cortex_core.dialects.openai_responses.items import (
 from cortex_core.dialects.openai_responses.request import MAX_TOP_LOGPROBS
 from cortex_core.dialects.openai_responses.tools import CHOICE_MODES
 from cortex_core.openapi import openai_fields as shared
-from cortex_core.openapi.chat_request import ignored
 from cortex_core.openapi.schema import (
     ASKS_FOR_NOTHING,
     BOOLEAN,
@@ -27,6 +26,7 @@ from cortex_core.openapi.schema import (
     array,
     choice,
     fields,
+    ignored,
     integer,
     optional,
     ref,

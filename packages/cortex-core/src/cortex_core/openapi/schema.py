@@ -25,6 +25,11 @@ def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def ignored(names: tuple[str, ...]) -> Properties:
+    """Fields that may hold anything."""
+    return dict.fromkeys(names, True)
+
+
 def optional(schema: Schema) -> Schema:
     """Or null, which is the same as absent."""
     kinds = schema.get("type")

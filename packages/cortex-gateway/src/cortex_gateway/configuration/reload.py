@@ -58,6 +58,7 @@ class Reloader:
         self._reading = asyncio.Lock()
         self._settling = Settling()
         self._watching: asyncio.Task[None] | None = None
+        self._is_refused = False
 
     def start(self) -> None:
         """Watch the files. What was written since they were read for the start is noticed too."""
@@ -79,6 +80,7 @@ class Reloader:
                 after = await asyncio.to_thread(read_configuration, self._path, before)
             except ConfigError as error:
                 log.error("configuration refused, the running one stays (%s)\n%s", trigger, error)
+                self._is_refused = True
                 self._on_outcome(trigger, "refused")
                 raise
             changes = difference(before, after)
@@ -86,10 +88,12 @@ class Reloader:
             if changes:
                 self._apply(after)
             reloaded = Reloaded("applied" if changes else "unchanged", changes, pending)
-            # The first look after a start finds nothing, and so may a mere touch: that is no news.
-            if changes or trigger != "file":
+            # The first look after a start finds nothing, and so may a mere touch: that is no news. That files which
+            # were refused are as they were before is.
+            if changes or trigger != "file" or self._is_refused:
                 log.info("configuration reloaded (%s): %s", trigger, reloaded)
                 self._on_outcome(trigger, reloaded.outcome)
+            self._is_refused = False
             return reloaded
 
     async def try_reload(self, trigger: Trigger) -> None:

@@ -151,6 +151,8 @@ class Http1Connection(asyncio.Protocol):
     def was_answered(self, cycle: RequestCycle) -> None:
         self._idle_since = self._loop.time()
         self._cycle = None
+        if cycle.is_cut and not cycle.is_started:
+            return  # refused: what the client still sends is swallowed, and then the connection is closed
         if not cycle.is_whole:
             self.is_last = True  # the rest of the body is in the way of the next request
         if self.is_last or self._is_half_closed or self.is_lost:
@@ -185,7 +187,7 @@ class Http1Connection(asyncio.Protocol):
             except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
                 self._failed(exc)
                 return
-            if self._is_in_head:
+            if self._is_in_head or self._receiving is not None:  # a head, or what follows the last byte of a body
                 self._num_head_bytes += len(part)
                 if self._num_head_bytes > self._config.h11_max_incomplete_size:
                     self._verdict = 431
@@ -208,6 +210,8 @@ class Http1Connection(asyncio.Protocol):
         self._verdict = self._verdict or 400
         self._is_deaf = True
         broken, self._receiving = self._receiving, None
+        if broken is not None and broken in self._queue:
+            self._queue.remove(broken)  # its body never ends: it is refused when its turn comes
         if broken is not None and broken is self._cycle:
             # The body that an application reads is no body: it learns of it as of a client that is gone.
             broken.lose()
@@ -256,7 +260,6 @@ class Http1Connection(asyncio.Protocol):
         if len(self._headers) >= MAX_HEADERS:
             self._verdict = 431
             raise _Refused
-        # Trailers come here, too: they are counted and go nowhere.
         self._headers.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
@@ -299,12 +302,15 @@ class Http1Connection(asyncio.Protocol):
         }
         self._num_requests += 1
         cycle = self._receiving = RequestCycle(self, scope, wants_continue=wants_continue)
+        self._headers = []  # trailers come here: counted, and they go nowhere
+        self._num_head_bytes = 0
         if self._cycle is None and not self._queue:
             self._begin(cycle)
         else:
             self._queue.append(cycle)
 
     def on_body(self, data: bytes) -> None:
+        self._num_head_bytes = 0
         if self._receiving is not None:
             self._receiving.feed(data)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 FLUSH_AFTER_S = 0.02
@@ -41,6 +42,11 @@ class GatheredHandler(logging.StreamHandler[TextIO]):
         finally:
             self.release()
 
+    def close(self) -> None:
+        with suppress(OSError, ValueError):  # nobody reads any more; as `logging.shutdown` does
+            self.flush()
+        super().close()
+
     def _flush_soon(self) -> bool:
         try:
             loop = asyncio.get_running_loop()
@@ -56,7 +62,8 @@ class GatheredHandler(logging.StreamHandler[TextIO]):
         try:
             self.flush()
         except (OSError, ValueError):  # whoever read them is gone, or the stream is closed
-            self.handleError(logging.makeLogRecord({"msg": "log lines could not be written"}))
+            if not self.stream.closed:
+                self.handleError(logging.makeLogRecord({"msg": "log lines could not be written"}))
 
 
 class SecondFormatter(logging.Formatter):

@@ -133,9 +133,18 @@ class Loads:
     def withdraw(self, nodes: Container[str]) -> None:
         """These nodes are no more what they were: what is under way there is left to them, and whoever waits for it
         decides anew."""
-        for key, task in [*self._loads.items(), *self._unloads.items()]:
-            if key[0] in nodes:
-                task.cancel()
+        operations: tuple[tuple[OperationKind, dict[Key, asyncio.Task[None]]], ...] = (
+            ("load", self._loads),
+            ("unload", self._unloads),
+        )
+        for kind, tasks in operations:
+            for (node, model), task in list(tasks.items()):
+                if node in nodes:
+                    task.cancel()
+                    # A node whose client alone was replaced is known as before, and must not seem busy with it.
+                    self._fleet.apply(
+                        OperationEnded(node=node, model=model, kind=kind, at=self._clock(), succeeded=False)
+                    )
 
     @staticmethod
     def _keep(tasks: dict[Key, asyncio.Task[None]], key: Key, task: asyncio.Task[None]) -> None:

@@ -118,6 +118,9 @@ class Lease:
         self.neuron.num_requests -= 1
         if self._is_of_a_node:
             self._judge(kind)
+        elif self._is_try:
+            # The client was replaced, perhaps for a new key alone: the node's breaker must not wait for this try.
+            fleet.breakers.abandoned(node, self.model, self._clock())
         if fleet.has_waiters:
             fleet.wake()
 

@@ -2,7 +2,7 @@
 
 An ASGI server hands over the body through a bounded queue. An application that answers without reading all of
 it leaves the server blocked on that queue, and closing a socket with unread input makes the kernel send a reset
-that can destroy the answer on its way. So whoever answers early goes through `respond_early`.
+that can destroy the answer on its way. So whoever answers early goes through `respond`.
 """
 
 from __future__ import annotations

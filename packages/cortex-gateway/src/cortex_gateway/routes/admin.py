@@ -398,6 +398,13 @@ def require_operator(request: Request, *, from_loopback: bool = True) -> None:
             "Admin routes answer only admin keys" + (" and the loopback interface." if from_loopback else "."),
             code="admin_forbidden",
         )
+    # A page whose name was pointed at this host reads from it as from its own: the name gives it away.
+    if not is_loopback(urlsplit("//" + request.headers.get("host", "")).hostname or ""):
+        raise ApiError(
+            "permission",
+            "Without an admin key, admin routes answer only where they are asked for by a loopback name.",
+            code="admin_forbidden",
+        )
     origin = request.headers.get("origin")
     if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
         raise ApiError("permission", "Admin routes do not answer to web pages.", code="admin_forbidden")
