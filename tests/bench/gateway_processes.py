@@ -9,11 +9,17 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from cortex_core.gateway_config import Http1Parser
+
+from tests.bench.canned_server import CannedServer
 
 MODEL = "bench/model"
 ANSWER = json.dumps(
@@ -60,33 +66,14 @@ def body(kind: str, surface: str) -> bytes:
 # ---------------------------------------------------------------------------------------------- backend
 
 
-class Backend(asyncio.Protocol):
+class Backend(CannedServer):
     """A canned neuron: as little Python per request as possible."""
 
     events, interval_s = 100, 0.01
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport
-        self.buffer = b""
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
-            head = self.buffer[:end].lower()
-            position = head.find(b"content-length: ")
-            length = int(head[position + 16 :].split(b"\r", 1)[0]) if position >= 0 else 0
-            if len(self.buffer) < end + 4 + length:
-                return
-            content = self.buffer[end + 4 : end + 4 + length]
-            self.buffer = self.buffer[end + 4 + length :]
-            self.answer(head, content)
-
     def answer(self, head: bytes, content: bytes) -> None:
         if content.endswith(b'"stream": true}') or b'"stream":true' in content or b'"stream": true' in content[:2000]:
-            task = asyncio.get_running_loop().create_task(self.stream(b"x-cortex-hop" in head))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.start(self.stream(b"x-cortex-hop" in head))
         elif head.startswith(b"post"):
             self.json(ANSWER)
         elif head.startswith(b"get /v1/models "):
@@ -112,10 +99,6 @@ class Backend(asyncio.Protocol):
             await asyncio.sleep(self.interval_s)
         last = FINISH + (USAGE_BLOCK if is_hop else b"") + DONE
         write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(last), last))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        for task in self.tasks:
-            task.cancel()
 
 
 async def run_backend(events: int, interval_s: float) -> None:

@@ -34,10 +34,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for a run as a script
+
 from cortex_core.catalogue import Catalogue
 from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry
 from cortex_core.gateway_config import BreakerSection, GatewayConfig, GatewaySection, Http1Parser, NeuronEntry
 from cortex_core.hop import ChoiceTokens, StreamHead, stream_comment, tokens_comment
+
+from tests.bench.canned_server import CannedServer
 
 NATIVE, FOREIGN = "soak/native", "soak/foreign"
 EVENTS_OF_A_STREAM = 100
@@ -49,29 +53,13 @@ USAGE = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
 # ---------------------------------------------------------------------------------------------- behind the gateway
 
 
-class Backend(asyncio.Protocol):
+class Backend(CannedServer):
     """A canned neuron, or server: what it does stands in the request's `user`."""
 
     model, connections = NATIVE, 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport
-        self.buffer = b""
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
-            head = self.buffer[:end].lower()
-            position = head.find(b"content-length: ")
-            length = int(head[position + 16 :].split(b"\r", 1)[0]) if position >= 0 else 0
-            if len(self.buffer) < end + 4 + length:
-                return
-            body = self.buffer[end + 4 : end + 4 + length]
-            self.buffer = self.buffer[end + 4 + length :]
-            self.answer(head, json.loads(body) if body else {})
-
-    def answer(self, head: bytes, body: dict[str, Any]) -> None:
+    def answer(self, head: bytes, content: bytes) -> None:
+        body: dict[str, Any] = json.loads(content) if content else {}
         user = body.get("user") or (body.get("metadata") or {}).get("user_id")
         if head.startswith(b"get /v1/models "):
             self.json({"object": "list", "data": [{"id": self.model, "object": "model"}]})
@@ -84,9 +72,7 @@ class Backend(asyncio.Protocol):
         elif user == "refuse":
             self.json({"error": {"message": "no", "type": "invalid_request_error"}}, b"422 Unprocessable Content")
         elif body.get("stream"):
-            task = asyncio.get_running_loop().create_task(self.stream(b"x-cortex-hop" in head, breaks=user == "break"))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.start(self.stream(b"x-cortex-hop" in head, breaks=user == "break"))
         else:
             choice = {"index": 0, "message": {"role": "assistant", "content": "a" * 300}, "finish_reason": "stop"}
             self.json({"id": "chatcmpl-1", "object": "chat.completion", "choices": [choice], "usage": USAGE})
@@ -120,10 +106,6 @@ class Backend(asyncio.Protocol):
 
     def chunk(self, data: bytes) -> None:
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        for task in self.tasks:
-            task.cancel()
 
 
 class ForeignBackend(Backend):

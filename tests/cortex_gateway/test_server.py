@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -179,6 +181,21 @@ def test_a_socket_handed_down_is_taken() -> None:
         assert url_of(first) == url_of(second)
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """`serve` sets logging up for a process of its own: the tests' process gets its handlers back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.handlers.clear()  # or they would be closed
+    yield
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_logging")
 def test_a_catalogue_that_cannot_be_used_is_named_and_nothing_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +205,7 @@ def test_a_catalogue_that_cannot_be_used_is_named_and_nothing_starts(
     assert "models.toml:2" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("own_logging")
 def test_a_port_in_use_is_an_error_and_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with bind("127.0.0.1:0") as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
