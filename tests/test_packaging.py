@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -70,6 +71,28 @@ def test_G15_the_firewall_opens_the_ports_that_are_used(folder: str, name: str) 
         used = {defaults.listen.rpartition(":")[2], defaults.metrics_listen.rpartition(":")[2]}
         assert used == PORTS[name]
         assert "%posttrans" in spec, "a stale definition under /etc would win over ours"
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    names = {re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] for requirement in requirements}
+    return {name for name in names if not name.startswith("helexa-")}
+
+
+def test_the_gateways_package_asks_for_what_its_wheels_ask_for() -> None:
+    """`fast` is installed unless somebody is against it, the other extras when somebody is for them."""
+    spec = SPECS["cortex"].read_text()
+    wanted: dict[str, set[str]] = {"Requires": set(), "Recommends": set(), "Suggests": set()}
+    for package in ("cortex-core", "cortex-gateway", "cortex-cli"):
+        project = tomllib.loads((RPM.parent / "packages" / package / "pyproject.toml").read_text())["project"]
+        wanted["Requires"] |= distributions(project["dependencies"])
+        for extra, requirements in project.get("optional-dependencies", {}).items():
+            wanted["Recommends" if extra == "fast" else "Suggests"] |= distributions(requirements)
+    for tag, names in wanted.items():
+        assert set(re.findall(r"python3dist\(([^)]+)\)", "".join(re.findall(rf"^{tag}:.*$", spec, re.M)))) == names, tag
+
+
+def test_the_neurons_environment_is_filled_with_all_of_its_extras() -> None:
+    assert re.search(r"^ *uv export --locked --package helexa-neuron --all-extras ", (RPM / "build").read_text(), re.M)
 
 
 def test_G16_the_file_that_may_hold_keys_is_not_for_everybody() -> None:

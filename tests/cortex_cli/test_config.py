@@ -50,3 +50,34 @@ def test_what_the_schema_requires_the_check_requires(tmp_path: Path) -> None:
     done = CliRunner().invoke(config, ["check", str(path)])
     assert done.exit_code == 1
     assert "missing key" in done.output and "id" in done.output
+
+
+GATEWAY_WITH_SECRETS = """
+[[neurons]]
+name = "one"
+endpoint = "http://127.0.0.1:9"
+kind = "openai"
+api_key = "env:A_KEY_FOR_ONE"
+headers = { x-team = "file:team" }
+"""
+
+
+def test_secrets_are_looked_at_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cortex.toml"
+    path.write_text(GATEWAY_WITH_SECRETS, encoding="utf-8")
+    monkeypatch.delenv("A_KEY_FOR_ONE", raising=False)
+    assert CliRunner().invoke(config, ["check", str(path)]).exit_code == 0
+
+    done = CliRunner().invoke(config, ["check", "--secrets", "--json", str(path)])
+    assert done.exit_code == 1
+    faults = json.loads(done.output)["faults"]
+    assert len(faults) == 2
+    assert all(fault.startswith(f"{path}: neurons.one: ") for fault in faults)
+    assert any("A_KEY_FOR_ONE" in fault for fault in faults)
+    assert any(str(tmp_path / "team") in fault for fault in faults)
+
+    monkeypatch.setenv("A_KEY_FOR_ONE", "open sesame")
+    (tmp_path / "team").write_text("blue\n", encoding="utf-8")
+    done = CliRunner().invoke(config, ["check", "--secrets", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "sesame" not in done.output

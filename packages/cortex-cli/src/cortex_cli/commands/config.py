@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cortex_cli.exits import EXIT_FAILED, CliError
 from cortex_cli.options import json_option
+
+if TYPE_CHECKING:
+    from cortex_core.gateway_config import GatewayConfig
 
 
 @click.group(help="Work with configuration files.")
@@ -18,7 +22,8 @@ def config() -> None:
 
 @config.command(
     help="Check configuration FILES (cortex.toml, models.toml, neuron.toml) and name every fault with file, line "
-    "and key. Without FILES: cortex.toml and the catalogue it names. Exit code 1 if anything is wrong."
+    "and key. Without FILES: cortex.toml and the catalogue it names. Exit code 1 if anything is wrong. Secrets are "
+    "read only with --secrets: often this shell may not see what the gateway's user and environment see."
 )
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
@@ -26,12 +31,13 @@ def config() -> None:
     type=click.Choice(["cortex", "models", "neuron"]),
     help="What the files are, when their names do not say it.",
 )
+@click.option("--secrets", is_flag=True, help="Read the secrets that cortex.toml refers to as well, as a start does.")
 @json_option
-def check(files: tuple[Path, ...], kind: str | None, as_json: bool) -> None:
+def check(files: tuple[Path, ...], kind: str | None, secrets: bool, as_json: bool) -> None:
     faults: list[str] = []
     checked: list[str] = []
     for path in files or (Path("cortex.toml"),):
-        _check_file(path, kind or _kind_of(path), checked, faults)
+        _check_file(path, kind or _kind_of(path), secrets, checked, faults)
     if as_json:
         click.echo(json.dumps({"ok": not faults, "checked": checked, "faults": faults}))
     else:
@@ -50,7 +56,7 @@ def _kind_of(path: Path) -> str:
     return "cortex"
 
 
-def _check_file(path: Path, kind: str, checked: list[str], faults: list[str]) -> None:
+def _check_file(path: Path, kind: str, secrets: bool, checked: list[str], faults: list[str]) -> None:
     from cortex_core.catalogue import load_catalogue
     from cortex_core.config import ConfigError
     from cortex_core.gateway_config import load_gateway_config
@@ -61,7 +67,9 @@ def _check_file(path: Path, kind: str, checked: list[str], faults: list[str]) ->
             loaded = load_gateway_config(path)
             models = Path(loaded.models_config)
             if models.exists():
-                _check_file(models, "models", checked, faults)
+                _check_file(models, "models", secrets, checked, faults)
+            if secrets:
+                _check_secrets(path, loaded, faults)
         elif kind == "models":
             if not path.exists():
                 raise ConfigError([f"{path}: no such file"])
@@ -74,6 +82,17 @@ def _check_file(path: Path, kind: str, checked: list[str], faults: list[str]) ->
             load_neuron_config(path)
     except ConfigError as exc:
         faults.extend(exc.faults)
+
+
+def _check_secrets(path: Path, loaded: GatewayConfig, faults: list[str]) -> None:
+    from cortex_core.catalogue import Catalogue
+    from cortex_core.config import ConfigError
+    from cortex_gateway.configuration.value import with_secrets
+
+    try:
+        with_secrets(loaded, Catalogue())
+    except ConfigError as exc:
+        faults.extend(f"{path}: {fault}" for fault in exc.faults)
 
 
 @config.command(
