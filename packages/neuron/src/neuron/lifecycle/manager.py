@@ -17,13 +17,15 @@ from cortex_core.fleet import DeviceInfo, LoadProgress, ModelInfo, ModelLoad, Mo
 
 from neuron.config import NeuronConfig
 from neuron.lifecycle import machine
-from neuron.lifecycle.admission import Admission, AdmissionLimits
+from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 from neuron.lifecycle.download import FetchCancelled
+from neuron.lifecycle.engine_settings import admission_limits, engine_config
+from neuron.lifecycle.load_errors import debug_levers_off, load_error, shutting_down
 from neuron.lifecycle.memory_ledger import MemoryLedger
-from neuron.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares
-from neuron.lifecycle.preflight import check_spec, num_ranks, refusal
+from neuron.lifecycle.parallelism import check_parallelism
+from neuron.lifecycle.preflight import check_spec, refusal
 from neuron.lifecycle.progress import ProgressClock, Watchers, load_deadline_s
 from neuron.lifecycle.served_model import ServedModel
 from neuron.lifecycle.sources import Sources
@@ -35,7 +37,6 @@ from neuron.supervisor.engine_group import (
     EngineGroup,
     GroupDied,
     GroupEvent,
-    GroupFailed,
     GroupLoaded,
     GroupLoading,
 )
@@ -44,8 +45,6 @@ from neuron.supervisor.restart_policy import RestartPolicy
 from neuron.text import TextModel, TokenizerError
 
 logger = logging.getLogger(__name__)
-
-_PERMANENT_LOAD_FAILURES = ("unsupported_architecture", "bad_checkpoint", "unsupported_parallelism")
 
 
 class ModelManager:
@@ -398,30 +397,8 @@ class ModelManager:
         group.start()
 
     def _engine_config(self, model_id: str, spec: ModelSpec, path: Path) -> EngineConfig:
-        engine = self._config.engine
-        kv_cache_mb = spec.kv_cache_mb or engine.kv_cache_mb
-        devices = choose_devices(spec, self._devices)
-        return EngineConfig(
-            model_id=model_id,
-            path=str(path),
-            devices=devices,
-            tensor_parallel_size=num_ranks(spec),
-            shares=choose_shares(spec, devices, self._free_mb()),
-            collective_timeout_s=engine.collective_timeout_s,
-            dtype=engine.dtype,
-            max_model_len=spec.max_model_len or engine.max_model_len,
-            kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,
-            kv_cache_tokens=engine.kv_cache_tokens,
-            page_size=engine.page_size,
-            max_step_tokens=engine.max_step_tokens,
-            max_running=engine.max_running,
-            prefix_cache=self._config.harness.candle.prefix_cache.enabled,
-            num_threads=engine.num_threads,
-            deterministic=engine.deterministic if spec.deterministic is None else spec.deterministic,
-            all_reduce=engine.all_reduce,
-            overlap=engine.overlap,
-            cuda_graphs=engine.cuda_graphs,
-            debug=spec.debug or {},
+        return engine_config(
+            self._config, spec, model_id=model_id, path=path, devices=self._devices, free_mb=self._free_mb
         )
 
     def _on_group_event(self, model: ServedModel, group: EngineGroup, event: GroupEvent) -> None:
@@ -440,7 +417,7 @@ class ModelManager:
         elif isinstance(event, GroupDied):
             self._post(model, machine.EngineDied(event.reason))
         else:
-            self._post(model, machine.EngineFailed(_load_error(model.id, event)))
+            self._post(model, machine.EngineFailed(load_error(model.id, event)))
 
     async def _drain(self, model: ServedModel) -> None:
         model.admission.close(lambda: model.unavailable())
@@ -473,58 +450,12 @@ class ModelManager:
 
     def _new_model(self, model_id: str) -> ServedModel:
         candle = self._config.harness.candle
-        limits = candle.admission
-        admission = Admission(
-            AdmissionLimits(
-                max_in_flight=limits.max_in_flight,
-                max_queue_depth=limits.max_queue_depth,
-                max_wait_s=limits.max_wait_secs,
-                kv_max_wait_s=limits.kv_max_wait_secs,
-                max_per_principal=limits.max_per_principal,
-                anon_max_in_flight=limits.anon_max_in_flight,
-                anon_max_pending=limits.anon_max_pending,
-            )
-        )
+        admission = Admission(admission_limits(candle.admission))
         return ServedModel(model_id, admission, output_reserve_tokens=candle.context_limit.output_reserve_tokens)
-
-
-def debug_levers_off() -> ApiError:
-    return ApiError(
-        "permission",
-        "`debug` asks for an engine that fails. This neuron was not started with `--debug-levers`.",
-        code="debug_levers_off",
-        param="debug",
-    )
-
-
-def shutting_down() -> ApiError:
-    return ApiError(
-        "overloaded", "This neuron is shutting down. Please retry elsewhere.", code="shutting_down", retry_after=15
-    )
 
 
 def _fleet_progress(progress: EngineProgress) -> LoadProgress:
     return LoadProgress(progress.phase, progress.bytes_done, progress.bytes_total)
-
-
-def _load_error(model_id: str, event: GroupFailed) -> ApiError:
-    """Why an engine did not come up, for whoever asked for the load."""
-    if event.kind in _PERMANENT_LOAD_FAILURES:
-        return refusal(event.kind, f"`{model_id}`: {event.reason}", model_id=model_id)
-    if event.kind == "out_of_memory":
-        return ApiError(
-            "overloaded",
-            f"`{model_id}` does not fit into memory: {event.reason}",
-            code="insufficient_vram",
-            retry_after=5,
-            extras={"kind": event.kind, "model_id": model_id},
-        )
-    return ApiError(
-        "internal",
-        f"`{model_id}` could not be loaded: {event.reason}",
-        code="load_failed",
-        extras={"kind": event.kind, "model_id": model_id},
-    )
 
 
 def _log_loaded(model: ServedModel, event: GroupLoaded) -> None:
