@@ -46,10 +46,10 @@ class Surroundings:
     """How often and how heavily a dialogue is dressed with things that do not matter to its question."""
 
     thinking: float = 0.2
-    system: float = 0.3
-    long_system: float = 0.04
-    tools: float = 0.12
-    reminder: float = 0.04
+    system: float = 0.4
+    long_system: float = 0.06
+    tools: float = 0.2
+    reminder: float = 0.1
     history: float = 0.25
     distractors: float = 0.4
     drill: float = 0.15

@@ -3,11 +3,16 @@
 The learning rate warms up, stays, and falls linearly to zero over the last `--decay-steps` of `--steps`; a run that
 was stopped, or whose `--steps` were raised, goes on from its last checkpoint. Evaluations and exports use an average of
 the weights over the last steps. Two processes of one thread suffer less from busy neighbours than two threads.
+
+Late in training nearly every answer is right and teaches nothing more. With `--candidates N`, a batch is drawn from N
+times as many rows, each with a chance that grows with its loss (after Katharopoulos and Fleuret, "Not All Samples Are
+Created Equal", 2018; without their weights, since rare mistakes shall count for more).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import queue
 import random
 import threading
@@ -32,26 +37,32 @@ BATCH_TOKENS = 3072  # of one process
 LENGTHS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # each divides BATCH_TOKENS
 CHUNK = 1024  # dialogues drawn at a time
 AVERAGE = 0.998
+LEAST_LOSS = 0.01  # of a row, so that those which are right keep a share of the batches
 SHARED_RATE = (
     0.4  # learning rate of what tokens share, against that of their own part; a token has a dozen shared parts
 )
 
 
 class Batches:
-    """A seeded stream of batches of one size in tokens, grouped by length and padded on the right."""
+    """A seeded stream of batches of `tokens` tokens, grouped by length and padded on the right."""
 
-    def __init__(self, encoder: Encoder, seed: str, first_chunk: int, mixture: dict[str, float], easy: int) -> None:
+    def __init__(
+        self, encoder: Encoder, seed: str, first_chunk: int, mixture: dict[str, float], easy: int, tokens: int
+    ) -> None:
         self._encoder = encoder
         self._corpus = Corpus(mixture, held_out=False)
         self._seed = seed
         self._chunk = first_chunk
         self._easy = easy
+        self._tokens = tokens
         self._queue: queue.Queue[tuple[int, Tensor, Tensor]] = queue.Queue(maxsize=32)
-        threading.Thread(target=self._fill, daemon=True).start()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._fill, daemon=True)
+        self._thread.start()
 
     def _fill(self) -> None:
         waiting: dict[int, list[tuple[list[int], list[bool]]]] = {length: [] for length in LENGTHS}
-        while True:
+        while not self._is_closed:
             rng = random.Random(f"{self._seed}:{self._chunk}")
             ready: list[tuple[int, list[tuple[list[int], list[bool]]]]] = []
             for _ in range(CHUNK):
@@ -62,7 +73,7 @@ class Batches:
                 if length is None:
                     continue
                 waiting[length].append((ids, learnt))
-                if len(waiting[length]) * length == BATCH_TOKENS:
+                if len(waiting[length]) * length == self._tokens:
                     ready.append((length, waiting[length]))
                     waiting[length] = []
             rng.shuffle(ready)
@@ -73,7 +84,17 @@ class Batches:
                     ids[row, : len(row_ids)] = torch.tensor(row_ids)
                     learnt[row, : len(row_learnt)] = torch.tensor(row_learnt)
                 self._queue.put((self._chunk, ids, learnt))
+                if self._is_closed:
+                    return
             self._chunk += 1
+
+    def close(self) -> None:
+        """End the thread: one that makes tensors while the interpreter ends aborts the process."""
+        self._is_closed = True
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._queue.get_nowait()
+            self._thread.join(0.05)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         while True:
@@ -92,6 +113,25 @@ def loss_of(model: DemoModel, ids: Tensor, learnt: Tensor) -> Tensor:
         wanted = learnt[:, 1:]
         logits = F.linear(hidden[:, :-1][wanted], model.model.embed_tokens.weight)
     return F.cross_entropy(logits.float(), ids[:, 1:][wanted])
+
+
+@torch.no_grad()
+def chosen(model: DemoModel, ids: Tensor, learnt: Tensor, candidates: int) -> tuple[Tensor, Tensor, float]:
+    """Return one row in `candidates` of ids [B, L] and their masks, drawn by their loss, and the mean loss of all."""
+    losses: list[Tensor] = []
+    for part, mask in zip(ids.chunk(candidates), learnt.chunk(candidates), strict=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model.hidden(part).view(*part.shape, -1)
+            wanted = mask[:, 1:]
+            logits = F.linear(hidden[:, :-1][wanted], model.model.embed_tokens.weight)
+        of_tokens = torch.zeros(wanted.shape)
+        of_tokens[wanted] = F.cross_entropy(logits.float(), part[:, 1:][wanted], reduction="none")
+        losses.append(of_tokens.sum(1))
+    of_rows = torch.cat(losses)
+    # The largest logarithms with Gumbel noise are a draw without replacement, in proportion to the losses.
+    noise = -torch.empty_like(of_rows).exponential_().log()
+    rows = torch.topk((of_rows + LEAST_LOSS).log() + noise, len(ids) // candidates).indices
+    return ids[rows], learnt[rows], float(of_rows.sum() / learnt[:, 1:].sum())
 
 
 def share_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -147,7 +187,9 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     for change in arguments.weight:
         task, _, share = change.partition("=")
         mixture[task] = float(share)
-    batches = iter(Batches(encoder, f"{arguments.seed}:{rank}", first_chunk, mixture, arguments.easy_chunks))
+    tokens = BATCH_TOKENS * arguments.candidates
+    source = Batches(encoder, f"{arguments.seed}:{rank}", first_chunk, mixture, arguments.easy_chunks, tokens)
+    batches = iter(source)
     checked = examples(encoder, per_task=12, seed=7)[rank :: arguments.processes]
     parameters = list(model.parameters())
     total, counted, started = 0.0, 0, time.monotonic()
@@ -157,6 +199,9 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.get("base", arguments.matrix_lr) * factor
+        mean_loss = None
+        if arguments.candidates > 1:
+            ids, learnt, mean_loss = chosen(model, ids, learnt, arguments.candidates)
         loss = loss_of(model, ids, learnt)
         loss.backward()
         share_gradients(parameters)
@@ -170,7 +215,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         with torch.no_grad():
             decay = min(AVERAGE, step / (step + 20))
             torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
-        total, counted = total + loss.item(), counted + 1
+        total, counted = total + (loss.item() if mean_loss is None else mean_loss), counted + 1
         if step % 100 == 0:
             seconds = time.monotonic() - started
             if rank == 0:
@@ -191,6 +236,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
                 }
                 torch.save({**state, "step": step, "chunk": chunk}, checkpoint_file)
             started = time.monotonic()
+    source.close()
     distributed.destroy_process_group()
 
 
@@ -231,6 +277,7 @@ def main() -> None:
         default=28,
         help="chunks of mostly bare dialogues at the start; later every other chunk is one",
     )
+    parser.add_argument("--candidates", type=int, default=1, help="rows to draw each row from, by their loss")
     parser.add_argument("--eval-steps", type=int, default=1_000)
     parser.add_argument("--weight", action="append", default=[], metavar="TASK=SHARE", help="change the mixture")
     arguments = parser.parse_args()
