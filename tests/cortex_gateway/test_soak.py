@@ -28,7 +28,8 @@ from cortex_gateway.server import RunningGateway, running
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.http_stream import HTTPStream
 
-from tests.bench.soak import Load, backends, config, gauges
+from tests.bench.soak import ask_of, backends, config, gauges
+from tests.bench.soak_load import Load
 
 OF_A_REQUEST = (
     *(Exchange, RequestBody, DepartureWatch, Lease, IdleWatch, EventRelay, TranslatedStream, StreamOpening, PingedSend),
@@ -70,10 +71,10 @@ async def test_a_mixed_load_leaves_nothing_behind(parser: Http1Parser) -> None:
         async with asyncio.timeout(30):
             while any(node.health == "unknown" for node in gateway.fleet.snapshot.nodes.values()):
                 await gateway.fleet.changed()
-        await Load(started.url).run(requests=200, events=0, clients=8)  # opens the connections to the neurons
+        await Load(started.url, ask_of).run(requests=200, events=0, clients=8)  # opens the connections to the neurons
         await settled(started, earlier)
         tasks, descriptors = len(asyncio.all_tasks()), num_descriptors()
-        load = Load(started.url)
+        load = Load(started.url, ask_of)
         await load.run(requests=600, events=1500, clients=8)
         assert {200, 400, 401, 404, 422, 429} <= set(load.statuses), load.statuses
         await settled(started, earlier)
