@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from .encoding import Encoder
-from .model import DemoModel, ModelConfig, save_checkpoint
-from .tokenizer import DEMO_MODEL, MAX_POSITIONS
+from .model import DemoModel, ModelConfig
+from .tokenizer import DEMO_MODEL
+from .train import export
 
 
 def main() -> None:
@@ -23,9 +24,7 @@ def main() -> None:
     runs = [torch.load(work / "checkpoint.pt", weights_only=True)["average"] for work in arguments.works]
     model = DemoModel(ModelConfig())
     model.load_state_dict({name: torch.stack([run[name] for run in runs]).mean(0) for name in runs[0]})
-    ids = Encoder(DEMO_MODEL / "tokenizer.json").vocabulary
-    eos_ids = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    save_checkpoint(model, arguments.out, eos_ids, ids["<|endoftext|>"], MAX_POSITIONS)
+    export(model, Encoder(DEMO_MODEL / "tokenizer.json"), arguments.out)
 
 
 if __name__ == "__main__":

@@ -106,13 +106,13 @@ def learning_rate(step: int, steps: int, warmup: int, decay: int) -> float:
     return max(0.0, min(1.0, (step + 1) / warmup, (steps - step) / decay))
 
 
-def loss_of(model: DemoModel, ids: Tensor, learnt: Tensor) -> Tensor:
-    """Return the mean cross entropy of the learnt tokens of right-padded ids [B, L]."""
+def token_losses(model: DemoModel, ids: Tensor, learnt: Tensor) -> Tensor:
+    """Return the cross entropy of each learnt token of right-padded ids [B, L], in the order of the mask."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.hidden(ids).view(*ids.shape, -1)
         wanted = learnt[:, 1:]
         logits = F.linear(hidden[:, :-1][wanted], model.model.embed_tokens.weight)
-    return F.cross_entropy(logits.float(), ids[:, 1:][wanted])
+    return F.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
 
 
 @torch.no_grad()
@@ -120,12 +120,9 @@ def chosen(model: DemoModel, ids: Tensor, learnt: Tensor, candidates: int) -> tu
     """Return one row in `candidates` of ids [B, L] and their masks, drawn by their loss, and the mean loss of all."""
     losses: list[Tensor] = []
     for part, mask in zip(ids.chunk(candidates), learnt.chunk(candidates), strict=True):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.hidden(part).view(*part.shape, -1)
-            wanted = mask[:, 1:]
-            logits = F.linear(hidden[:, :-1][wanted], model.model.embed_tokens.weight)
+        wanted = mask[:, 1:]
         of_tokens = torch.zeros(wanted.shape)
-        of_tokens[wanted] = F.cross_entropy(logits.float(), part[:, 1:][wanted], reduction="none")
+        of_tokens[wanted] = token_losses(model, part, mask)
         losses.append(of_tokens.sum(1))
     of_rows = torch.cat(losses)
     # The largest logarithms with Gumbel noise are a draw without replacement, in proportion to the losses.
@@ -202,7 +199,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         mean_loss = None
         if arguments.candidates > 1:
             ids, learnt, mean_loss = chosen(model, ids, learnt, arguments.candidates)
-        loss = loss_of(model, ids, learnt)
+        loss = token_losses(model, ids, learnt).mean()
         loss.backward()
         share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -254,9 +251,14 @@ def report(model: DemoModel, checked: list[Example], encoder: Encoder, work: Pat
         right, count = (sum(part.get(task, (0, 0))[index] for part in gathered) for index in (0, 1))
         shares.append(f"{task}={right / count:.2f}")
     print(f"eval step {step} ({time.monotonic() - began:.0f} s): {' '.join(shares)}", flush=True)
+    export(model, encoder, work / "export")
+
+
+def export(model: DemoModel, encoder: Encoder, folder: Path) -> None:
+    """Write the weights in the Hugging Face layout, without the tokenizer's files."""
     ids = encoder.vocabulary
     eos_ids = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    save_checkpoint(model, work / "export", eos_ids, ids["<|endoftext|>"], MAX_POSITIONS)
+    save_checkpoint(model, folder, eos_ids, ids["<|endoftext|>"], MAX_POSITIONS)
 
 
 def main() -> None:
