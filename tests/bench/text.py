@@ -17,7 +17,7 @@ import llguidance
 import neuron
 from cortex_core.conversation import Limits, Reasoning, Request, ResponseFormat, TextPart, ToolDefinition, Turn
 from neuron.protocol import Logprobs
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 
 PROSE = "The weather in Oslo is cloudy today, with 14 degrees and a light wind from the west. Was kostet das? 東京 🇩🇪\n"
 TOOL = ToolDefinition(

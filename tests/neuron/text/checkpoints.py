@@ -10,7 +10,7 @@ from typing import Any
 
 import sentencepiece
 from cortex_core.conversation import Request, TextPart, ToolDefinition, Turn
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEMPLATES = Path(__file__).parent / "templates"

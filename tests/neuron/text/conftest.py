@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 
 from .checkpoints import load
 

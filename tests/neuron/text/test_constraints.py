@@ -11,7 +11,7 @@ from cortex_core.errors import ApiError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 
 from .checkpoints import WEATHER, ask, byte_level_json, load, sentencepiece_model
 from .test_tool_calls import stream

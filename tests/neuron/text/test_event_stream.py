@@ -9,7 +9,8 @@ from cortex_core.events import Event, Finish, ReasoningDelta, TextDelta, TokenLo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neuron.protocol import FinishKind, Logprobs
-from neuron.text import EventStream, TextModel
+from neuron.text.event_stream import EventStream
+from neuron.text.model import TextModel
 
 from .checkpoints import WEATHER, ask, byte_level_json, load, sentencepiece_model
 

@@ -19,7 +19,7 @@ from cortex_core.conversation import (
 from cortex_core.errors import ApiError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 

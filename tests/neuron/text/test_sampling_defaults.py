@@ -8,7 +8,8 @@ from cortex_core.conversation import Limits, RawPrompt, Request, ResponseFormat,
 from cortex_core.errors import ApiError
 from hypothesis import given
 from hypothesis import strategies as st
-from neuron.text import Generation, TextModel
+from neuron.text.model import TextModel
+from neuron.text.prompt import Generation
 from neuron.text.sampling_defaults import choice_seed
 
 from .checkpoints import ask, load

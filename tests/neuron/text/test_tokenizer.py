@@ -10,9 +10,10 @@ import sentencepiece
 from cortex_core.errors import ApiError
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from neuron.text import TextModel, Tokenizer, TokenizerError
 from neuron.text.detokenizer import Detokenizer
+from neuron.text.model import TextModel
 from neuron.text.sentencepiece_model import SentencePieceError, read_model
+from neuron.text.tokenizer import Tokenizer, TokenizerError
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 

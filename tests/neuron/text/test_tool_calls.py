@@ -9,7 +9,7 @@ from cortex_core.events import Event, Finish, ReasoningDelta, TextDelta, ToolCal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neuron.protocol import FinishKind
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 
 from .checkpoints import WEATHER, ask, byte_level_json, load
 

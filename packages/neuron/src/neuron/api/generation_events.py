@@ -13,8 +13,9 @@ from cortex_core.hop import LoggedTokens, TokenLogprobs
 from neuron.api.request_record import RequestRecord
 from neuron.protocol import Generate, Logprobs, SequenceUpdate
 from neuron.supervisor.generation import Generation, Update
-from neuron.text import Generation as Choice
-from neuron.text import Prompt, TextModel
+from neuron.text.model import TextModel
+from neuron.text.prompt import Generation as Choice
+from neuron.text.prompt import Prompt
 
 
 class GenerationEvents:

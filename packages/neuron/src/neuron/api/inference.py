@@ -27,7 +27,7 @@ from neuron.api.streamed_answer import StreamedAnswer, seeded
 from neuron.lifecycle.admission import Ticket
 from neuron.lifecycle.served_model import ServedModel
 from neuron.supervisor.engine_group import EngineGroup
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 
 logger = logging.getLogger(__name__)
 

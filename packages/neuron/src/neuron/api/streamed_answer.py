@@ -33,7 +33,7 @@ from neuron.config import ServerSection
 from neuron.lifecycle.admission import Ticket
 from neuron.protocol import SequenceUpdate
 from neuron.supervisor.engine_group import EngineGroup
-from neuron.text import Generation as Choice
+from neuron.text.prompt import Generation as Choice
 
 _REPLAYED_AT_ONCE = 256
 

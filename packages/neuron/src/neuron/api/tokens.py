@@ -14,7 +14,7 @@ from cortex_core.errors import ApiError, invalid
 from neuron.api.exchange import Exchange
 from neuron.api.inference import LONG_BODY_BYTES
 from neuron.api.services import Services
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 
 
 class Tokens:

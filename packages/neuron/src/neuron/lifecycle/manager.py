@@ -42,7 +42,8 @@ from neuron.supervisor.engine_group import (
 )
 from neuron.supervisor.incarnation import LaunchSettings, WorkerCommand, worker_command
 from neuron.supervisor.restart_policy import RestartPolicy
-from neuron.text import TextModel, TokenizerError
+from neuron.text.model import TextModel
+from neuron.text.tokenizer import TokenizerError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from neuron.lifecycle.machine import ABSENT, ModelState
 from neuron.lifecycle.memory_ledger import Promise
 from neuron.protocol import EngineStats, Loaded
 from neuron.supervisor.engine_group import EngineGroup
-from neuron.text import TextModel
+from neuron.text.model import TextModel
 
 _MIB = 2**20
 

@@ -1,15 +1,13 @@
-"""Text of one model, on the daemon's side and without torch: prompts in, events out.
+"""Text of one model, without torch: requests become prompts, output ids become events.
 
-model = TextModel.load(path)
+In a text worker, which may be killed (`neuron.text_workers`), since the checkpoint's own programs run there:
+
+model = TextModel.load(path)                                          # neuron.text.model
 prompts = model.render(request)                                       # templates and tokenizer; raises ApiError
 choices = model.resolve(request, prompts, max_model_len=32768)        # sampling, limits, grammar; raises ApiError
-stream = model.event_stream(request, choices[0].prompt, choice=0)     # one per choice
+
+In the daemon, from plain data alone (`token_table`, `prompt`, `event_stream`):
+
+stream = text.event_stream(request, choices[0].prompt, choice=0)      # one per choice
 stream.begin(prompt_logprobs); stream.feed(token_ids, logprobs); stream.finish("stop")
 """
-
-from neuron.text.event_stream import EventStream
-from neuron.text.model import Generation, TextModel
-from neuron.text.render import Prompt
-from neuron.text.tokenizer import Tokenizer, TokenizerError
-
-__all__ = ["EventStream", "Generation", "Prompt", "TextModel", "Tokenizer", "TokenizerError"]

@@ -23,7 +23,7 @@ from cortex_core.errors import ApiError, invalid
 from neuron.protocol import GrammarSpec
 from neuron.text import json_schema
 from neuron.text.markers import MarkerPair
-from neuron.text.render import Prompt, offered_tools
+from neuron.text.prompt import Prompt, offered_tools
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from cortex_core.events import Event, Finish, FinishReason, ReasoningDelta, Text
 from neuron.protocol import FinishKind, Logprobs
 from neuron.text.detokenizer import Detokenizer
 from neuron.text.markers import MarkerPair
-from neuron.text.render import Prompt, offered_tools
+from neuron.text.prompt import Prompt, offered_tools
 from neuron.text.stop_strings import StopStrings
-from neuron.text.tokenizer import Tokenizer
+from neuron.text.token_table import TokenTable
 from neuron.text.tool_calls import ToolCallStream
 
 _BARE_FUNCTION = "<function="
@@ -51,7 +51,7 @@ class EventStream:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokens: TokenTable,
         reasoning: MarkerPair | None,
         tool_calls: MarkerPair,
         request: Request,
@@ -65,12 +65,12 @@ class EventStream:
         self.is_done = False
         self.completion_tokens = 0
         self.reasoning_tokens = 0
-        self._tokenizer = tokenizer
+        self._tokens = tokens
         self._prompt = prompt
         self._echo = request.echo and not prompt.is_chat
         self._num_top = request.logprobs
-        strips = prompt.is_chat and tokenizer.strips_leading_space
-        self._detokenizer = Detokenizer(tokenizer.output_bytes, strip_leading_space=strips)
+        strips = prompt.is_chat and tokens.strips_leading_space
+        self._detokenizer = Detokenizer(tokens.output_bytes, strip_leading_space=strips)
         self._stops = StopStrings(request.limits.stop)
         self._stop_string: str | None = None
 
@@ -427,13 +427,13 @@ class EventStream:
         return events
 
     def _entry(self, token_id: int, given: Logprobs) -> TokenLogprob:
-        tokenizer = self._tokenizer
+        tokens = self._tokens
         top = tuple(
-            TopLogprob(tokenizer.token_text(i), _finite(value), tuple(tokenizer.token_bytes(i)))
+            TopLogprob(tokens.token_text(i), _finite(value), tuple(tokens.token_bytes(i)))
             for i, value in zip(given.top_ids[: self._num_top], given.top_logprobs, strict=False)
         )
         return TokenLogprob(
-            tokenizer.token_text(token_id), _finite(given.logprob), tuple(tokenizer.token_bytes(token_id)), top
+            tokens.token_text(token_id), _finite(given.logprob), tuple(tokens.token_bytes(token_id)), top
         )
 
 

@@ -7,8 +7,10 @@ it does not count. A marker that the chat template uses but the vocabulary lacks
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from neuron.text.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from neuron.text.tokenizer import Tokenizer
 
 REASONING_MARKERS = (
     ("<think>", "</think>"),

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 from cortex_core.conversation import Request
 
-from neuron.protocol import Generate, GrammarSpec, SamplingParams
+from neuron.protocol import GrammarSpec
 from neuron.text.chat_template import ChatTemplate
 from neuron.text.constraints import GrammarBuilder
 from neuron.text.event_stream import EventStream
 from neuron.text.markers import reasoning_markers, tool_call_markers
-from neuron.text.render import Prompt, Renderer
+from neuron.text.prompt import Generation, Prompt
+from neuron.text.render import Renderer
 from neuron.text.sampling_defaults import (
     GenerationDefaults,
     choice_seed,
@@ -25,31 +25,6 @@ from neuron.text.sampling_defaults import (
     resolve_sampling,
 )
 from neuron.text.tokenizer import Tokenizer
-
-
-class Generation(msgspec.Struct, frozen=True):
-    """One choice, fully resolved; `generate` makes the engine's frame of it."""
-
-    choice: int
-    prompt: Prompt
-    sampling: SamplingParams
-    max_tokens: int
-    stop_token_ids: tuple[int, ...]
-    grammar: GrammarSpec | None = None
-    prompt_logprobs: bool = False
-
-    def generate(self, request_id: int, output_ids: tuple[int, ...] = ()) -> Generate:
-        """The frame that starts this choice, or resumes it after `output_ids`."""
-        return Generate(
-            request_id=request_id,
-            prompt_ids=self.prompt.token_ids,
-            sampling=self.sampling,
-            max_tokens=self.max_tokens,
-            stop_token_ids=self.stop_token_ids,
-            grammar=self.grammar,
-            output_ids=output_ids,
-            prompt_logprobs=self.prompt_logprobs,
-        )
 
 
 class TextModel:
@@ -138,7 +113,7 @@ class TextModel:
     def event_stream(self, request: Request, prompt: Prompt, choice: int = 0, *, answer_id: str = "") -> EventStream:
         """A fresh stream for one choice; answer_id is that of the answer it is part of."""
         return EventStream(
-            self.tokenizer,
+            self.tokenizer.table,
             self.reasoning,
             self.tool_calls,
             request,

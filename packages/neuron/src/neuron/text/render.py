@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
-from cortex_core.conversation import RawPrompt, Request, ToolDefinition
+from cortex_core.conversation import RawPrompt, Request
 from cortex_core.errors import ApiError, invalid, prompt_too_long
 
 from neuron.text.chat_template import ChatTemplate, TemplateRenderError, chatml
 from neuron.text.markers import MarkerPair
 from neuron.text.messages import Message, messages_of, tools_of, variants
+from neuron.text.prompt import Prompt, ReasoningState, offered_tools
 from neuron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,40 +26,6 @@ _FIM_MARKERS: tuple[tuple[str, str, str, bool], ...] = (
     ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", False),
     ("[PREFIX]", "[SUFFIX]", "", True),
 )
-
-ReasoningState = Literal["none", "possible", "open"]
-
-
-class Prompt(msgspec.Struct, frozen=True):
-    """One prompt, ready for prefill.
-
-    text: what was tokenised; for a prompt given as ids, their text. is_chat: reasoning and tool-call markers in the
-    output mean something (a raw completion's output is text and nothing else). reasoning: `open` when the prompt
-    ends inside a reasoning block, `possible` when the model may open one itself, `none` otherwise.
-    """
-
-    token_ids: list[int]
-    text: str
-    is_chat: bool = True
-    reasoning: ReasoningState = "none"
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def starts_in_reasoning(self) -> bool:
-        return self.reasoning == "open"
-
-
-def offered_tools(request: Request) -> tuple[ToolDefinition, ...]:
-    """The tools the model is told of: none under `tool_choice: none`, else those that `allowed` leaves."""
-    choice = request.tool_choice
-    if choice.mode == "none":
-        return ()
-    if choice.allowed is not None:
-        return tuple(tool for tool in request.tools if tool.name in choice.allowed)
-    return request.tools
 
 
 class Renderer:

@@ -16,6 +16,8 @@ import msgspec
 import tokenizers
 from cortex_core.errors import ApiError
 
+from neuron.text.token_table import TokenTable
+
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -68,14 +70,15 @@ class Tokenizer:
         vocab = _vocabulary(backend)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         decoders = _decoder_types(layout.decoder)
-        self.strips_leading_space = "ByteLevel" not in decoders and bool(decoders & {"Strip", "Metaspace"})
-        """Whether decoding a whole text drops the space that sentencepiece puts before its first word."""
-        self._bytes = _byte_table(vocab, {t.id: t.content for t in layout.added_tokens}, decoders, self.vocab_size)
-        self.output_bytes: list[bytes] = [
-            b"" if token_id in self._special_ids else data for token_id, data in enumerate(self._bytes)
-        ]
+        self.table = TokenTable(
+            _byte_table(vocab, {t.id: t.content for t in layout.added_tokens}, decoders, self.vocab_size),
+            self._special_ids,
+            strips_leading_space="ByteLevel" not in decoders and bool(decoders & {"Strip", "Metaspace"}),
+        )
+        self.strips_leading_space = self.table.strips_leading_space
+        self.output_bytes = self.table.output_bytes
         """Bytes each id adds to visible output: `token_bytes`, except that special tokens are silent."""
-        self.longest_token_bytes = max(map(len, self._bytes), default=1)
+        self.longest_token_bytes = max(map(len, self.table.all_bytes()), default=1)
         """No token covers more: a text has at least its bytes divided by this many tokens."""
         self.bos_ids = self._probe_bos(add_bos_token)
 
@@ -145,11 +148,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for (a byte-level token may be part of a character); special tokens their text."""
-        return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+        return self.table.token_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text; bytes that are no text on their own show as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+        return self.table.token_text(token_id)
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
