@@ -82,6 +82,8 @@ class FakeOpenAI:
         self.api_key: str | None = None
         self.headers: dict[str, str] = {}
         self.extensions = True
+        self.forward_headers: tuple[str, ...] = ()
+        self.polls: list[tuple[str, dict[str, str]]] = []
         self.health_status: int | None = None
         self.events: list[bytes] = list(EVENTS)
         self.can_stream = True
@@ -105,6 +107,7 @@ class FakeOpenAI:
             api_key=self.api_key,
             headers=self.headers,
             extensions=self.extensions,
+            forward_headers=self.forward_headers,
         )
 
     @property
@@ -128,10 +131,15 @@ class FakeOpenAI:
         return await handler(request)
 
     async def _models(self, request: web.Request) -> web.Response:
+        self._note_poll(request)
         return web.json_response({"object": "list", "data": self.models})
 
     async def _health(self, request: web.Request) -> web.Response:
+        self._note_poll(request)
         return web.Response(status=self.health_status or 404)
+
+    def _note_poll(self, request: web.Request) -> None:
+        self.polls.append((request.path, {name.lower(): value for name, value in request.headers.items()}))
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         self.requests.append((request.path, dict(request.headers), await request.read()))

@@ -260,14 +260,14 @@ async def test_a_header_that_may_not_go_on_is_left_behind_and_the_request_goes_o
     reader, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps({"model": MODEL, "messages": []}).encode()
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntraceparent: 00-\x7f\x01\r\nx-note: caf\xe9\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntraceparent: 00-\x7f\x01\r\nanthropic-beta: caf\xe9\r\n"
         b"content-length: %d\r\n\r\n%b" % (len(body), body)
     )
     async with asyncio.timeout(10):
         assert b" 200 " in await reader.readline()
     writer.close()
     _, headers, _ = neuron.requests[-1]
-    assert "traceparent" not in headers and "x-note" in headers
+    assert "traceparent" not in headers and "anthropic-beta" in headers
 
 
 # ---------------------------------------------------------------------------------------------- waiting

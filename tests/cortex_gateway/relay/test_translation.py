@@ -64,13 +64,13 @@ async def ask(client: Client, path: str, **fields: Any) -> tuple[int, dict[str, 
 async def test_chat_and_completions_pass_byte_for_byte(openai_server: FakeOpenAI, start: Start, path: str) -> None:
     client = await start(openai_server)
     body = b'{"model" : "%b",\t"stream":true, "strange": [1.50, "\\u00e9"] }' % MODEL.encode()
-    async with client.post(path, body, headers={"x-api-key": "mine", "x-stainless-lang": "python"}) as response:
+    async with client.post(path, body, headers={"x-api-key": "mine", "accept": "text/plain"}) as response:
         assert (response.status, await response.read()) == (200, b"".join(EVENTS))
         assert "x-cortex-translated" not in response.headers and "x-internal" not in response.headers
         assert response.headers["x-cortex-node"] == "other" and response.headers["cache-control"] == "no-cache"
     asked_path, headers, sent = openai_server.requests[-1]
     assert (asked_path, sent) == (path, body)
-    assert headers["x-stainless-lang"] == "python"
+    assert headers["accept"] == "text/plain"
     assert not any(name.startswith("x-cortex") or name in ("x-api-key", "authorization") for name in headers)
 
 

@@ -82,13 +82,37 @@ class EvictionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 NeuronKind = Literal["neuron", "openai"]
 HeaderName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")]
 
+NEVER_FORWARDED = frozenset(
+    (
+        "authorization",
+        "x-api-key",
+        "cookie",
+        "host",
+        "connection",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "http2-settings",
+        "expect",
+        "content-length",
+        "content-encoding",
+        "accept-encoding",
+        "x-request-id",
+        "request-id",
+    )
+)
+"""What no `forward_headers` may name: keys of this gateway's clients, and what belongs to one connection or body."""
+NEVER_FORWARDED_PREFIXES = ("proxy-", "x-cortex-", "x-helexa-")
+
 
 class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One GPU host, or (kind `openai`) any server that speaks OpenAI chat.
 
     name is what metrics, pins and logs call it. api_key goes out as a bearer token, headers beside it; both say where
     the values are, `env:NAME` or `file:PATH`. extensions: translated requests may hold what local servers have added to
-    the official API.
+    the official API. forward_headers: those of its clients' headers that the server gets, beside the usual ones.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
@@ -97,6 +121,7 @@ class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_key: SecretReference | None = None
     headers: dict[HeaderName, SecretReference] = {}
     extensions: bool = True
+    forward_headers: tuple[HeaderName, ...] = ()
 
 
 class PromptFiltersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,9 +170,17 @@ def load_gateway_config(
         if not host or not port.isdigit() or int(port) > 65535:
             faults.append(f"{path}: gateway.{key}: `{value}` is not host:port")
     faults.extend(
-        f"{path}: neurons: `{neuron.name}` is a neuron: api_key, headers and extensions are for kind `openai`"
+        f"{path}: neurons: `{neuron.name}` is a neuron: api_key, headers, extensions and forward_headers are for kind "
+        "`openai`"
         for neuron in config.neurons
-        if neuron.kind == "neuron" and (neuron.api_key is not None or neuron.headers or not neuron.extensions)
+        if neuron.kind == "neuron"
+        and (neuron.api_key is not None or neuron.headers or not neuron.extensions or neuron.forward_headers)
+    )
+    faults.extend(
+        f"{path}: neurons: `{neuron.name}`: forward_headers: `{name}` may not go on"
+        for neuron in config.neurons
+        for name in neuron.forward_headers
+        if name.lower() in NEVER_FORWARDED or name.lower().startswith(NEVER_FORWARDED_PREFIXES)
     )
     faults.extend(f"{path}: {fault}" for fault in entitlement_faults(config.entitlements))
     if faults:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import aiohttp
@@ -44,7 +44,8 @@ class OpenAIServer(NeuronClient):
     """Any OpenAI-compatible server. What it lists is loaded there; nothing can be loaded or unloaded.
 
     secret_headers go out with every request, and nowhere else. extensions: whether it knows what local servers have
-    added to the official API.
+    added to the official API. forward_headers: those of a client's headers that it gets beside the usual ones, in lower
+    case.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class OpenAIServer(NeuronClient):
         secret_headers: Mapping[str, str],
         *,
         extensions: bool = True,
+        forward_headers: Iterable[str] = (),
     ) -> None:
         # People copy the base URL that SDKs want, which ends in /v1.
         super().__init__(session, name, endpoint.rstrip("/").removesuffix("/v1"))
         self.secret_headers = secret_headers
         self.extensions = extensions
+        self.forward_headers = frozenset(name.lower().encode("ascii") for name in forward_headers)
 
     async def discovery(self, timeout_s: float) -> DiscoveryResponse:
         """Nothing is known of its hardware, and nothing is asked."""
@@ -123,7 +126,14 @@ def _model_info(listed: _Listed) -> ModelInfo:
 def client_of(session: aiohttp.ClientSession, entry: NeuronEntry, secrets: Mapping[str, str]) -> NeuronClient:
     """The client for a server of the configuration. secrets: its `secret_headers`."""
     if entry.kind == "openai":
-        return OpenAIServer(session, entry.name, entry.endpoint, secrets, extensions=entry.extensions)
+        return OpenAIServer(
+            session,
+            entry.name,
+            entry.endpoint,
+            secrets,
+            extensions=entry.extensions,
+            forward_headers=entry.forward_headers,
+        )
     return NeuronClient(session, entry.name, entry.endpoint)
 
 

@@ -248,8 +248,6 @@ class AnswerRelay:
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
     def _answer_headers(self, exchange: Exchange, response: aiohttp.ClientResponse) -> RawHeaders:
-        headers = response_headers(response.raw_headers)
-        if exchange.translation is not None:  # What else such a server says is between it and the gateway.
-            headers = [pair for pair in headers if pair[0] == b"content-type"]
+        headers = response_headers(response.raw_headers, is_foreign=exchange.translation is not None)
         headers.extend(self._own_headers(exchange))
         return headers

@@ -1,57 +1,52 @@
-"""Which headers cross the gateway, in either direction."""
+"""Which headers cross the gateway, in either direction: by lists of what passes, never of what does not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from cortex_core.hop import HOP_HEADER, RESOLVED_MODEL_HEADER
 from multidict import CIMultiDict
 
 from cortex_gateway.asgi import RawHeaders
+from cortex_gateway.relay.hints import AGENT_HEADER, SESSION_HEADERS
 
-HOP_BY_HOP = frozenset(
+TO_NEURON = frozenset(
     (
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"http2-settings",
+        b"content-type",
+        b"accept",
+        b"anthropic-version",
+        b"anthropic-beta",
+        b"traceparent",
+        b"tracestate",
+        b"baggage",
+        AGENT_HEADER,
+        *SESSION_HEADERS,
     )
 )
+"""Of a client's headers, those that mean something to a neuron. Whatever is not listed stays here: credentials, what a
+proxy says of the client, what other servers may take for an order. Who asks is said by the gateway, as it knows it."""
 
-# Credentials are for the gateway. accept-encoding stays here because events are read on their way through;
-# content-encoding is undone when the body is read. The ids are the gateway's own to give.
-_DROP_FROM_REQUEST = HOP_BY_HOP | {
-    b"host",
-    b"content-length",
-    b"content-encoding",
-    b"accept-encoding",
-    b"expect",
-    b"authorization",
-    b"x-api-key",
-    b"cookie",
-    b"x-request-id",
-    b"request-id",
-}
-_DROP_FROM_RESPONSE = HOP_BY_HOP | {
-    b"content-length",
-    b"server",
-    b"date",
-    b"x-request-id",
-    b"request-id",
-    b"set-cookie",
-    b"alt-svc",
-}
+TO_FOREIGN = frozenset((b"content-type", b"accept", b"traceparent", b"tracestate"))
+"""Of a client's headers, those that go to a server that is no neuron; `neurons[].forward_headers` names more. `baggage`
+is not among them: what clients put there is for their own systems."""
+
+TO_FOREIGN_TRANSLATED = frozenset((b"traceparent", b"tracestate"))
+"""Where the request is the gateway's own: of the client's, its trace goes along."""
+
+FROM_NEURON = frozenset(
+    (b"content-type", b"content-encoding", b"cache-control", b"retry-after", b"x-should-retry", b"x-accel-buffering")
+)
+"""Of a neuron's headers, those that the client gets. Cookies, CORS, ids and whatever speaks of a connection are the
+gateway's own to say, or nobody's."""
+
+FROM_FOREIGN = frozenset((b"content-type", b"content-encoding"))
+"""What else such a server says is between it and the gateway."""
 
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
-TRACE_HEADERS = frozenset((b"traceparent", b"tracestate", b"baggage"))
+USER_AGENT = "cortex-gateway"
+"""Servers behind some firewalls answer nobody who has none; the client's own stays here."""
 
 EVENT_STREAM_HEADERS: RawHeaders = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -66,11 +61,11 @@ CORS_HEADERS: RawHeaders = [(b"access-control-allow-origin", b"*"), (b"access-co
 def request_headers(
     headers: RawHeaders, *, request_id: str, model: str, principal: Iterable[tuple[str, str]] = ()
 ) -> CIMultiDict[str]:
-    """The headers a neuron gets: the client's own without hop-by-hop, credentials and anything of ours.
+    """The headers a neuron gets: those of the client's that are listed, and ours.
 
     `principal` names who asks, as the gateway knows it: what a client says of itself under those names is dropped.
     """
-    forwarded = _end_to_end(headers)
+    forwarded = _listed(headers, TO_NEURON)
     for pair in principal:
         forwarded.add(*pair)
     forwarded.add("x-request-id", request_id)
@@ -81,47 +76,55 @@ def request_headers(
 
 
 def foreign_headers(
-    headers: RawHeaders, *, request_id: str, is_translated: bool, secrets: Mapping[str, str]
+    headers: RawHeaders,
+    *,
+    request_id: str,
+    is_translated: bool,
+    secrets: Mapping[str, str],
+    also: Set[bytes] = frozenset(),
 ) -> CIMultiDict[str]:
-    """The headers for a server that is no neuron: nothing of ours, nothing of who asks, and its own credentials.
+    """The headers for a server that is no neuron: those of the client's that are listed, and its own credentials.
 
-    is_translated: the request is ours and not the client's; of the client's headers only the trace goes along.
+    is_translated: the request is ours and not the client's. also: more names (in lower case) that the configuration of
+    this server lists.
     """
     if is_translated:
-        forwarded: CIMultiDict[str] = CIMultiDict({"content-type": "application/json", "accept": "text/event-stream"})
-        forwarded.extend(_end_to_end([pair for pair in headers if pair[0] in TRACE_HEADERS]))
+        forwarded = _listed(headers, TO_FOREIGN_TRANSLATED | also)
+        forwarded["content-type"] = "application/json"
+        forwarded["accept"] = "text/event-stream"
     else:
-        forwarded = _end_to_end(headers)
-    forwarded.add("x-request-id", request_id)
+        forwarded = _listed(headers, TO_FOREIGN | also if also else TO_FOREIGN)
+    forwarded.setdefault("user-agent", USER_AGENT)
+    forwarded["accept-encoding"] = "identity"
+    forwarded["x-request-id"] = request_id
     for secret_name, secret in secrets.items():
         forwarded[secret_name] = secret
     return forwarded
 
 
-def _end_to_end(headers: RawHeaders) -> CIMultiDict[str]:
-    """The client's headers without hop-by-hop, credentials and anything of ours."""
+def _listed(headers: RawHeaders, names: Set[bytes]) -> CIMultiDict[str]:
+    """The client's headers of these names, without those that its `connection` header claims for this hop."""
     forwarded: CIMultiDict[str] = CIMultiDict()
     add = forwarded.add
-    named_by_connection: frozenset[bytes] = frozenset()
     for name, value in headers:
-        if name in _DROP_FROM_REQUEST:
+        if name not in names:
             if name == b"connection" and value not in (b"keep-alive", b"close", b"Keep-Alive"):
-                named_by_connection = frozenset(token.strip().lower() for token in value.split(b","))
-            continue
-        if name.startswith((b"x-cortex-", b"x-helexa-", b"proxy-")):
+                names = names - {token.strip().lower() for token in value.split(b",")}
+                for nominated in [sent for sent in forwarded if sent.lower().encode("latin-1") not in names]:
+                    forwarded.popall(nominated, None)
             continue
         text = value.decode("latin-1")
         if not text.isprintable() and _CONTROL_CHARACTER.search(text):
             continue  # Servers let them in, clients do not let them out: no reason to fail the request.
         add(name.decode("latin-1"), text)
-    for token in named_by_connection:
-        forwarded.popall(token.decode("latin-1"), None)
     return forwarded
 
 
-def response_headers(raw_headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
-    """A neuron's headers as the client gets them. `content-length` is set anew by whoever sends the body."""
-    return [(lowered, value) for name, value in raw_headers if (lowered := name.lower()) not in _DROP_FROM_RESPONSE]
+def response_headers(raw_headers: Iterable[tuple[bytes, bytes]], *, is_foreign: bool = False) -> RawHeaders:
+    """The headers of a neuron's answer, or of another server's, that the client gets. `content-length` is set anew by
+    whoever sends the body."""
+    names = FROM_FOREIGN if is_foreign else FROM_NEURON
+    return [(lowered, value) for name, value in raw_headers if (lowered := name.lower()) in names]
 
 
 def identity_headers(

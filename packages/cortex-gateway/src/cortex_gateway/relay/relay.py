@@ -373,6 +373,7 @@ class Relay:
                 request_id=exchange.request_id,
                 is_translated=translation.label is not None,
                 secrets=neuron.secret_headers,
+                also=neuron.forward_headers,
             )
             return translation.path, translation.body(lease.neuron_model, extensions=neuron.extensions), request
         exchange.translation = None
