@@ -10,7 +10,21 @@ import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
-from cortex_gateway.identity.postgres_store import PostgresStore
+from cortex_gateway.identity.postgres_store import LOOK, PostgresStore
+
+from .fake_clock import FakeClock
+
+
+class PostgresAt(PostgresStore):
+    """A store whose database has the date of `date`, its gateway's clock unless another one is given."""
+
+    def __init__(self, url: str, clock: FakeClock, date: FakeClock | None = None) -> None:
+        super().__init__(url, clock)
+        self._date = date or clock
+
+    @property
+    def _look(self) -> str:
+        return LOOK.format(wall=self._date.wall_ms())
 
 
 class PostgresMissing(Exception):
@@ -67,8 +81,9 @@ class PostgresServer:
         self._run(_binary("createdb"), "--host", str(self._folder), "--username", "cortex", name)
         return f"postgresql://cortex@/{name}?host={quote(str(self._folder), safe='')}"
 
-    def new_store(self) -> PostgresStore:
-        return PostgresStore(self.new_url())
+    def new_store(self, clock: FakeClock | None = None) -> PostgresStore:
+        """clock: also what the database believes the date to be."""
+        return PostgresStore(self.new_url()) if clock is None else PostgresAt(self.new_url(), clock)
 
     def restart(self) -> None:
         self._run(self._pg_ctl, "--pgdata", str(self._data), "--wait", "--mode", "immediate", "restart")

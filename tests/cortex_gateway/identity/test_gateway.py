@@ -189,7 +189,7 @@ async def test_requests_per_minute_are_counted_and_told(neuron: FakeNeuron, star
     _, _, second = await ask(client, bearer(), path=MESSAGES)
     assert second["anthropic-ratelimit-requests-remaining"] == "0"
     reset = datetime.fromisoformat(second["anthropic-ratelimit-requests-reset"])
-    assert 0 < reset.timestamp() - client.started.gateway.identity.now_ms() / 1000 <= 63
+    assert 0 < reset.timestamp() - client.started.gateway.identity.clock.wall_ms() / 1000 <= 63
     for path, kind in ((CHAT, "rate_limit_error"), (MESSAGES, "rate_limit_error")):
         status, document, answered = await ask(client, bearer(), path=path)
         assert (status, document["error"]["type"]) == (429, kind)

@@ -17,6 +17,8 @@ from cortex_gateway.identity.store import Hold, MemoryStore, Refused, StoreError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from .fake_clock import FakeClock
+
 CAP = 1000
 WINDOW = 300
 ENTRY = KeyEntry(
@@ -33,33 +35,25 @@ BODY = json.dumps({"model": "m", "messages": [], "max_tokens": WINDOW}).encode()
 class SlowStore(MemoryStore):
     """Decides when a test says so, and sometimes loses the answer, before or after it was written."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(clock)
         self.waiting: list[tuple[Hold, asyncio.Future[str]]] = []
 
-    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None:
+    async def reserve(self, hold: Hold) -> Refused | None:
         gate: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.waiting.append((hold, gate))
         how = await gate
         if how == "fails":
             raise StoreError("not written")
-        refused = await super().reserve(hold, now_ms)
+        refused = await super().reserve(hold)
         if how == "answer lost":
             raise StoreError("written, but who knows")
         return refused
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_ms = 1_700_000_000_000
-
-    def __call__(self) -> int:
-        return self.now_ms
-
-
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "decide", "fail", "lose", "cancel", "settle", "settle twice", "wait"]),
+        st.sampled_from(["ask", "decide", "fail", "lose", "cancel", "settle", "settle twice", "wait", "set"]),
         st.integers(0, 400),
     ),
     max_size=50,
@@ -73,13 +67,14 @@ def test_no_reservation_outlives_its_request_and_no_cap_is_passed(steps: list[tu
 
 
 async def _walk(steps: list[tuple[str, int]]) -> None:
-    store, clock = SlowStore(), Clock()
+    clock = FakeClock()
+    store = SlowStore(clock)
     identity = Identity(
         EntitlementsSection(store="sqlite:unused", keys=(ENTRY,), reservation_ttl_s=3600),
         store,
         limit_of=lambda model: ContextLimit(context=WINDOW),
         cost_of=lambda model: None,
-        now_ms=clock,
+        clock=clock,
     )
     await identity.start()
     principal = await identity.authenticate([(b"x-api-key", b"secret")])
@@ -113,7 +108,9 @@ async def _walk(steps: list[tuple[str, int]]) -> None:
             for _ in range(2 if "twice" in what else 1):
                 grant.settle(Usage(prompt=real // 3, completion=real - real // 3))
         elif what == "wait":
-            clock.now_ms += number * 100
+            clock.pass_ms(number * 100)
+        elif what == "set":
+            clock.set_ms((number - 200) * 60_000)
         await turn()
         for task in asking:
             if task.done() and not task.cancelled() and task.exception() is not None:
@@ -121,8 +118,8 @@ async def _walk(steps: list[tuple[str, int]]) -> None:
         live = sum(not grant._is_settled for grant in grants())
         assert spent + live * WINDOW <= CAP
         assert 0 <= meters.in_flight <= 6
-        assert meters.requests.used(clock()) <= 50
-        assert meters.tokens.used(clock()) + meters.tokens.reserved <= 2000
+        assert meters.requests.used(clock.elapsed_ms()) <= 50
+        assert meters.tokens.used(clock.elapsed_ms()) + meters.tokens.reserved <= 2000
 
     for _, gate in store.waiting:
         gate.set_result("decides")
@@ -141,8 +138,8 @@ async def test_a_live_reservation_is_renewed_and_expires_with_its_gateway() -> N
     renewed = asyncio.Event()
 
     class Watched(MemoryStore):
-        async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
-            await super().renew(owner, expires_ms, now_ms)
+        async def renew(self, owner: str, ttl_ms: int) -> None:
+            await super().renew(owner, ttl_ms)
             renewed.set()
 
     store = Watched()

@@ -33,11 +33,11 @@ from cortex_gateway.identity.windows import Slots
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from .fake_clock import NOW, FakeClock
 from .postgres_server import PostgresServer
 
 T = TypeVar("T")
 
-NOW = 1_700_000_000_000
 TTL = 60_000
 BUDGETS = (
     (Budget(tokens=100), 100),
@@ -53,23 +53,28 @@ def shares(*amounts: int) -> tuple[Share, ...]:
     )
 
 
-def hold(hold_id: str, *amounts: int, key: str = "ci", owner: str = "gw", expires_ms: int = NOW + TTL) -> Hold:
-    return Hold(hold_id, key, owner, expires_ms, shares(*amounts))
+def hold(hold_id: str, *amounts: int, key: str = "ci", owner: str = "gw", ttl_ms: int = TTL) -> Hold:
+    return Hold(hold_id, key, owner, ttl_ms, shares(*amounts))
 
 
 def settlement(hold_id: str, *amounts: int, key: str = "ci") -> Settlement:
     return Settlement(hold_id, key, shares(*amounts))
 
 
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
 @pytest.fixture(params=["memory", "sqlite", "postgres"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock) -> AsyncIterator[Store]:
     if request.param == "memory":
-        opened: Store = MemoryStore()
+        opened: Store = MemoryStore(clock)
     elif request.param == "sqlite":
-        opened = SqliteStore(tmp_path / "cortex.db")
+        opened = SqliteStore(tmp_path / "cortex.db", clock)
     else:
         server: PostgresServer = request.getfixturevalue("postgres")
-        opened = server.new_store()
+        opened = server.new_store(clock)
     await opened.open()
     yield opened
     await opened.close()
@@ -79,85 +84,105 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def test_reservations_and_use_together_stay_within_the_cap(store: Store) -> None:
-    assert await store.reserve(hold("a", 60), NOW) is None
-    refused = await store.reserve(hold("b", 41), NOW)
+    assert await store.reserve(hold("a", 60)) is None
+    refused = await store.reserve(hold("b", 41))
     assert refused is not None and refused.budget == "tokens/balance"
     assert refused.shortfall[:4] == (100, 0, 60, 41)
-    assert await store.reserve(hold("c", 40), NOW) is None
-    await store.settle([settlement("a", 25)], NOW)
-    assert await store.reserve(hold("d", 35), NOW) is None
-    refused = await store.reserve(hold("e", 1), NOW)
+    assert await store.reserve(hold("c", 40)) is None
+    await store.settle([settlement("a", 25)])
+    assert await store.reserve(hold("d", 35)) is None
+    refused = await store.reserve(hold("e", 1))
     assert refused is not None and (refused.shortfall.used, refused.shortfall.reserved) == (25, 75)
-    assert await store.reserve(hold("other", 100, key="dev"), NOW) is None
+    assert await store.reserve(hold("other", 100, key="dev")) is None
 
 
 async def test_all_budgets_are_taken_or_none(store: Store) -> None:
-    refused = await store.reserve(hold("a", 50, 50, 50), NOW)
+    refused = await store.reserve(hold("a", 50, 50, 50))
     assert refused is not None and refused.budget == "tokens/rolling/600"
-    assert await store.reserve(hold("b", 100), NOW) is None, "nothing of the refused one was kept"
+    assert await store.reserve(hold("b", 100)) is None, "nothing of the refused one was kept"
 
 
 async def test_settling_twice_books_once(store: Store) -> None:
-    await store.reserve(hold("a", 60), NOW)
+    await store.reserve(hold("a", 60))
     for _ in range(2):
-        await store.settle([settlement("a", 30)], NOW)
-    await store.settle([settlement("never-held", 99)], NOW)
+        await store.settle([settlement("a", 30)])
+    await store.settle([settlement("never-held", 99)])
     assert [(used.key_id, used.budget, used.amount) for used in await store.usage()] == [("ci", "tokens/balance", 30)]
 
 
 async def test_use_may_turn_out_larger_than_what_was_reserved_and_is_booked_as_it_was(store: Store) -> None:
-    await store.reserve(hold("a", 10), NOW)
-    await store.settle([settlement("a", 130)], NOW)
-    refused = await store.reserve(hold("b", 1), NOW)
+    await store.reserve(hold("a", 10))
+    await store.settle([settlement("a", 130)])
+    refused = await store.reserve(hold("b", 1))
     assert refused is not None and (refused.shortfall.used, refused.shortfall.wait_ms) == (130, None)
 
 
-async def test_a_reservation_left_by_a_dead_gateway_expires(store: Store) -> None:
-    await store.reserve(hold("dead", 100, owner="dead"), NOW)
-    assert isinstance(await store.reserve(hold("a", 1), NOW + TTL - 1), Refused)
-    assert await store.reserve(hold("b", 100), NOW + TTL) is None
+async def test_a_reservation_left_by_a_dead_gateway_expires(store: Store, clock: FakeClock) -> None:
+    await store.reserve(hold("dead", 100, owner="dead"))
+    clock.pass_ms(TTL - 1)
+    assert isinstance(await store.reserve(hold("a", 1)), Refused)
+    clock.pass_ms(1)
+    assert await store.reserve(hold("b", 100)) is None
 
 
-async def test_renewed_reservations_live_on_and_only_their_owners(store: Store) -> None:
-    await store.reserve(hold("mine", 50, owner="me"), NOW)
-    await store.reserve(hold("theirs", 50, owner="them"), NOW)
-    await store.renew("me", NOW + 2 * TTL, NOW + TTL // 2)
-    refused = await store.reserve(hold("a", 100, expires_ms=NOW + 9 * TTL), NOW + TTL)
+async def test_renewed_reservations_live_on_and_only_their_owners(store: Store, clock: FakeClock) -> None:
+    await store.reserve(hold("mine", 50, owner="me"))
+    await store.reserve(hold("theirs", 50, owner="them"))
+    clock.pass_ms(TTL // 2)
+    await store.renew("me", TTL + TTL // 2)
+    clock.pass_ms(TTL // 2)
+    refused = await store.reserve(hold("a", 100))
     assert refused is not None and refused.shortfall.reserved == 50
-    assert await store.reserve(hold("b", 100), NOW + 2 * TTL) is None
+    clock.pass_ms(TTL)
+    assert await store.reserve(hold("b", 100)) is None
 
 
-async def test_a_slow_gateway_still_books_what_an_expired_reservation_used(store: Store) -> None:
-    await store.reserve(hold("slow", 60), NOW)
-    await store.renew("other", NOW, NOW + TTL + 1)
-    await store.settle([settlement("slow", 42)], NOW + TTL + 1)
+async def test_a_slow_gateway_still_books_what_an_expired_reservation_used(store: Store, clock: FakeClock) -> None:
+    await store.reserve(hold("slow", 60))
+    clock.pass_ms(TTL + 1)
+    await store.renew("other", TTL)
+    await store.settle([settlement("slow", 42)])
     assert [used.amount for used in await store.usage()] == [42]
-    await store.reserve(hold("lost", 50), NOW)
-    await store.renew("other", NOW, NOW + TTL + FORGET_HOLDS_AFTER_MS + 1)
-    await store.settle([settlement("lost", 42)], NOW)
+    await store.reserve(hold("lost", 50))
+    clock.pass_ms(TTL + FORGET_HOLDS_AFTER_MS + 1)
+    await store.renew("other", TTL)
+    await store.settle([settlement("lost", 42)])
     assert [used.amount for used in await store.usage()] == [42], "after a day it is forgotten"
 
 
-async def test_windows_roll_and_old_slots_are_forgotten(store: Store) -> None:
+async def test_a_gateway_that_stood_still_counts_its_own_reservations_and_brings_them_back(
+    store: Store, clock: FakeClock
+) -> None:
+    """SIGSTOP, or a laptop that slept: its requests may have gone on at the neuron."""
+    await store.reserve(hold("mine", 100, owner="me"))
+    clock.pass_ms(10 * TTL)
+    assert isinstance(await store.reserve(hold("more", 1, owner="me")), Refused)
+    await store.renew("me", TTL)
+    assert isinstance(await store.reserve(hold("theirs", 1, owner="them")), Refused)
+
+
+async def test_windows_roll_and_old_slots_are_forgotten(store: Store, clock: FakeClock) -> None:
     for step in range(3):
-        then = NOW + step * 700_000
-        assert await store.reserve(hold(f"a{step}", 0, 0, 40, expires_ms=then + TTL), then) is None
-        assert isinstance(await store.reserve(hold(f"b{step}", 0, 0, 1), then), Refused)
-        await store.settle([settlement(f"a{step}", 0, 0, 40)], then)
-        refused = await store.reserve(hold(f"c{step}", 0, 0, 1), then)
+        assert await store.reserve(hold(f"a{step}", 0, 0, 40)) is None
+        assert isinstance(await store.reserve(hold(f"b{step}", 0, 0, 1)), Refused)
+        await store.settle([settlement(f"a{step}", 0, 0, 40)])
+        refused = await store.reserve(hold(f"c{step}", 0, 0, 1))
         assert refused is not None and refused.shortfall.wait_ms is not None
         assert 600_000 <= refused.shortfall.wait_ms <= 610_000
+        clock.pass_ms(700_000)
     if not isinstance(store, MemoryStore):
         assert len(await store.usage()) == 1
 
 
 async def test_requests_that_race_cannot_overshoot_together(store: Store) -> None:
-    results = await asyncio.gather(*(store.reserve(hold(str(number), 7), NOW) for number in range(40)))
+    results = await asyncio.gather(*(store.reserve(hold(str(number), 7)) for number in range(40)))
     assert sum(result is None for result in results) == 100 // 7
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["reserve", "settle", "wait", "die"]), st.integers(0, 60), st.integers(0, 400_000)),
+    st.tuples(
+        st.sampled_from(["reserve", "settle", "wait", "die", "set"]), st.integers(0, 60), st.integers(0, 400_000)
+    ),
     max_size=40,
 )
 
@@ -166,22 +191,26 @@ STEPS = st.lists(
 @given(STEPS)
 def test_sqlite_decides_as_memory_does_and_neither_overshoots(steps: list[tuple[str, int, int]]) -> None:
     with tempfile.TemporaryDirectory(prefix="cortex-store-") as folder:
-        asyncio.run(_compare(steps, SqliteStore(Path(folder) / "cortex.db")))
+        asyncio.run(_compare(steps, Path(folder) / "cortex.db"))
 
 
-async def _compare(steps: list[tuple[str, int, int]], sqlite: SqliteStore) -> None:
-    memory, now = MemoryStore(), NOW
+async def _compare(steps: list[tuple[str, int, int]], path: Path) -> None:
+    clock = FakeClock()
+    memory, sqlite = MemoryStore(clock), SqliteStore(path, clock)
+    await memory.open()
     await sqlite.open()
     try:
         held: dict[str, tuple[int, int]] = {}  # amount, until when it counts
         used: list[tuple[int, int]] = []
         for number, (what, amount, milliseconds) in enumerate(steps):
-            name = str(number)
+            name, now = str(number), clock.elapsed_ms()
             if what == "wait":
-                now += milliseconds
+                clock.pass_ms(milliseconds)
+            elif what == "set":
+                clock.set_ms(10 * (milliseconds - 200_000))
             elif what == "reserve":
-                asked = hold(name, amount, amount, amount, expires_ms=now + TTL)
-                first, second = await memory.reserve(asked, now), await sqlite.reserve(asked, now)
+                asked = hold(name, amount, amount, amount, owner=name)
+                first, second = await memory.reserve(asked), await sqlite.reserve(asked)
                 assert first == second
                 if first is None:
                     held[name] = (amount, now + TTL)
@@ -191,17 +220,18 @@ async def _compare(steps: list[tuple[str, int, int]], sqlite: SqliteStore) -> No
                 if what == "settle":
                     real = min(amount, reserved)
                     for each in (memory, sqlite):
-                        await each.settle([settlement(name, real, real, real)], now)
+                        await each.settle([settlement(name, real, real, real)])
                     # An expired reservation was given away; only what lived is promised to fit.
                     used.append((now, real if until > now else 0))
+            now = clock.elapsed_ms()
             live = sum(reserved for reserved, until in held.values() if until > now)
             assert sum(real for _, real in used) + live <= 100
             assert sum(real for when, real in used if when > now - 600_000) + live <= 40
         for name in held:
             for each in (memory, sqlite):
-                await each.settle([settlement(name, 0, 0, 0)], now)
+                await each.settle([settlement(name, 0, 0, 0)])
         everything = hold("last", 0, 0, 0)
-        assert await sqlite.reserve(everything, now) == await memory.reserve(everything, now)
+        assert await sqlite.reserve(everything) == await memory.reserve(everything)
     finally:
         await sqlite.close()
 
@@ -213,8 +243,8 @@ def _spend(path: str, owner: str, taken: multiprocessing.Queue[int]) -> None:
         count = 0
         for number in range(60):
             name = f"{owner}-{number}"
-            if await store.reserve(hold(name, 3, owner=owner), NOW) is None:
-                await store.settle([settlement(name, 1 if number % 2 else 3)], NOW)
+            if await store.reserve(hold(name, 3, owner=owner)) is None:
+                await store.settle([settlement(name, 1 if number % 2 else 3)])
                 count += 1 if number % 2 else 3
         await store.close()
         return count
@@ -249,9 +279,9 @@ async def test_gateways_that_share_a_postgres_cannot_overshoot_together(postgres
         count = 0
         for number in range(30):
             name = f"{owner}-{number}"
-            if await gateway.reserve(hold(name, 3, owner=owner), NOW) is None:
+            if await gateway.reserve(hold(name, 3, owner=owner)) is None:
                 real = 1 if number % 2 else 3
-                await gateway.settle([settlement(name, real)], NOW)
+                await gateway.settle([settlement(name, real)])
                 count += real
         return count
 
@@ -275,11 +305,11 @@ async def again(work: Callable[[], Awaitable[T]]) -> T:
 async def test_a_postgres_that_restarts_is_found_again(postgres: PostgresServer) -> None:
     store = postgres.new_store()
     await store.open()
-    await store.reserve(hold("a", 60), NOW)
+    await store.reserve(hold("a", 60))
     await asyncio.to_thread(postgres.restart)
-    refused = await again(lambda: store.reserve(hold("b", 41), NOW))
+    refused = await again(lambda: store.reserve(hold("b", 41)))
     assert refused is not None and refused.shortfall.reserved == 60, "it kept what it was told"
-    await again(lambda: store.settle([settlement("a", 5)], NOW))
+    await again(lambda: store.settle([settlement("a", 5)]))
     assert [used.amount for used in await again(store.usage)] == [5]
     await store.close()
 

@@ -13,7 +13,7 @@ from cortex_core.errors import ApiError
 from cortex_core.gateway_config import PromptFiltersSection
 from cortex_core.sse import SseDecoder, SseEvent
 from cortex_gateway.relay.translation import ThroughChat, translation_of
-from cortex_gateway.relay.translation_errors import UpstreamFault, refused, retry_seconds
+from cortex_gateway.relay.translation_errors import UpstreamFault, refused, retry_advice, retry_seconds
 from cortex_gateway.routes import anthropic, openai
 from hypothesis import given
 from hypothesis import strategies as st
@@ -607,6 +607,15 @@ def test_the_reading_of_retry_after() -> None:
         0,
     ]
     assert retry_seconds("1e9") == 3600
+
+
+def test_H11_a_date_in_retry_after_counts_from_the_date_of_the_answer() -> None:
+    """Whatever our own clock says: the server may live in another hour."""
+    dates = {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT", "date": "Wed, 21 Oct 2015 07:27:30 GMT"}
+    assert retry_seconds(retry_advice(dates)) == 30
+    assert retry_seconds(retry_advice({**dates, "date": "yesterday"})) == 0
+    assert retry_seconds(retry_advice({"retry-after": "7", "date": dates["date"]})) == 7
+    assert retry_advice({"date": dates["date"]}) is None
 
 
 def test_a_spent_quota_is_not_worth_a_retry() -> None:

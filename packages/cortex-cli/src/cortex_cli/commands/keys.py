@@ -19,6 +19,7 @@ from cortex_cli.options import config_option, json_option
 if TYPE_CHECKING:
     from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry
     from cortex_gateway.identity.store import BookedUse, KeyRecord, Store
+    from cortex_gateway.identity.store_time import Moment
 
 T = TypeVar("T")
 
@@ -154,14 +155,14 @@ def create(
 def list_keys(config_path: Path, as_json: bool) -> None:
     import msgspec
 
-    async def read(store: Store) -> tuple[list[KeyRecord], list[BookedUse]]:
-        return await store.keys(), await store.usage()
+    async def read(store: Store) -> tuple[list[KeyRecord], list[BookedUse], Moment | None]:
+        return await store.keys(), await store.usage(), await store.moment()
 
     section = _section(config_path)
-    records, booked = ([], []) if section.store == "memory" else _with_store(config_path, read)
+    records, booked, moment = ([], [], None) if section.store == "memory" else _with_store(config_path, read)
     now_ms = time.time_ns() // 1_000_000
-    found = [_described(entry, "configuration", "valid", booked, now_ms) for entry in section.keys]
-    found += [_described(record.entry, "store", _state(record, now_ms), booked, now_ms) for record in records]
+    found = [_described(entry, "configuration", "valid", booked, moment) for entry in section.keys]
+    found += [_described(record.entry, "store", _state(record, now_ms), booked, moment) for record in records]
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(found)))
         return
@@ -254,13 +255,16 @@ def _state(record: KeyRecord, now_ms: int) -> str:
     return "valid" if record.is_valid(now_ms) else "expired"
 
 
-def _described(entry: KeyEntry, origin: str, state: str, booked: list[BookedUse], now_ms: int) -> dict[str, Any]:
+def _described(
+    entry: KeyEntry, origin: str, state: str, booked: list[BookedUse], moment: Moment | None
+) -> dict[str, Any]:
     from cortex_gateway.identity.estimate import NANO_USD, cap_of
     from cortex_gateway.identity.windows import Slots
 
     budgets = []
     for budget in entry.all_budgets:
-        oldest = Slots.of(budget.window).oldest(now_ms)
+        slots = Slots.of(budget.window)
+        oldest = 0 if moment is None else slots.oldest(moment.of(slots))
         used = sum(
             use.amount for use in booked if (use.key_id, use.budget) == (entry.name, budget.name) and use.slot >= oldest
         )

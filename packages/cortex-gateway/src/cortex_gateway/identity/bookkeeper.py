@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -25,10 +24,9 @@ FLUSH_S = 5.0
 
 
 class Bookkeeper:
-    def __init__(self, store: Store, *, ttl_s: float, now_ms: Callable[[], int]) -> None:
+    def __init__(self, store: Store, *, ttl_s: float) -> None:
         self._store = store
         self.ttl_s = ttl_s
-        self._now_ms = now_ms
         self._owner = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._live: set[str] = set()
@@ -74,10 +72,9 @@ class Bookkeeper:
 
     async def reserve(self, key_id: str, shares: tuple[Share, ...]) -> Hold | Refused:
         """All shares or none. Raises `StoreError`. Cancelled at any moment, it leaves nothing behind."""
-        now_ms = self._now_ms()
-        hold = Hold(f"{self._owner}-{next(self._numbers)}", key_id, self._owner, now_ms + self._ttl_ms, shares)
+        hold = Hold(f"{self._owner}-{next(self._numbers)}", key_id, self._owner, self._ttl_ms, shares)
         self._live.add(hold.hold_id)
-        asking = asyncio.ensure_future(self._store.reserve(hold, now_ms))
+        asking = asyncio.ensure_future(self._store.reserve(hold))
         self._reserving.add(asking)
         asking.add_done_callback(self._reserving.discard)
         try:
@@ -120,7 +117,7 @@ class Bookkeeper:
             if not batch:
                 continue
             try:
-                await self._store.settle(batch, self._now_ms())
+                await self._store.settle(batch)
             except StoreError as error:
                 if not is_failing:
                     log.error("budgets cannot be settled, trying on: %s", error)
@@ -139,8 +136,7 @@ class Bookkeeper:
             await asyncio.sleep(self._ttl_ms / 3000)
             if not self._live:
                 continue
-            now_ms = self._now_ms()
             try:
-                await self._store.renew(self._owner, now_ms + self._ttl_ms, now_ms)
+                await self._store.renew(self._owner, self._ttl_ms)
             except StoreError as error:
                 log.warning("reservations cannot be renewed: %s", error)

@@ -8,7 +8,6 @@ awaited, so that requests that race cannot overshoot a cap together.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 
 from cortex_core.entitlements import EntitlementsSection
@@ -16,6 +15,7 @@ from cortex_core.errors import ApiError
 from cortex_core.fleet import ContextLimit, ModelCost
 
 from cortex_gateway.identity.bookkeeper import Bookkeeper
+from cortex_gateway.identity.clock import SYSTEM_CLOCK, Clock
 from cortex_gateway.identity.credentials import digest_of, presented_keys
 from cortex_gateway.identity.estimate import (
     NOTHING,
@@ -44,10 +44,6 @@ log = logging.getLogger(__name__)
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
-def wall_clock_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 class Grant:
     """What one request holds of its key's limits."""
 
@@ -72,7 +68,7 @@ class Grant:
             return
         self._is_settled = True
         self.principal.meters.in_flight -= 1
-        now_ms = self._identity.now_ms()
+        now_ms = self._identity.clock.elapsed_ms()
         if self._tokens is not None:
             self._tokens.settle(self._reserved_tokens, usage.total, now_ms)
         if self._hold is not None:
@@ -87,7 +83,7 @@ class Grant:
 
     def take(self) -> None:
         """The limits this gateway counts by itself. Raises `ApiError` 429 and takes nothing, or takes all."""
-        principal, meters, now_ms = self.principal, self.principal.meters, self._identity.now_ms()
+        principal, meters, now_ms = self.principal, self.principal.meters, self._identity.clock.elapsed_ms()
         if principal.max_concurrent is not None and meters.in_flight >= principal.max_concurrent:
             raise self._identity.refuse(principal, "concurrency", too_many_at_once(principal.max_concurrent))
         if meters.requests is not None and (found := meters.requests.refuses(1, now_ms)) is not None:
@@ -128,16 +124,16 @@ class Identity:
         limit_of: Callable[[str], ContextLimit | None],
         cost_of: Callable[[str], ModelCost | None],
         on_refusal: Callable[[Principal, Reason], None] = lambda principal, reason: None,
-        now_ms: Callable[[], int] = wall_clock_ms,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._section = section
         self._store = store
         self._limit_of = limit_of
         self._cost_of = cost_of
         self._on_refusal = on_refusal
-        self.now_ms = now_ms
-        self._keyring = Keyring(section.keys, store, now_ms=now_ms, refresh_s=section.key_refresh_s)
-        self.bookkeeper = Bookkeeper(store, ttl_s=section.reservation_ttl_s, now_ms=now_ms)
+        self.clock = clock
+        self._keyring = Keyring(section.keys, store, now_ms=clock.wall_ms, refresh_s=section.key_refresh_s)
+        self.bookkeeper = Bookkeeper(store, ttl_s=section.reservation_ttl_s)
 
     def adopt(self, section: EntitlementsSection) -> None:
         """Other keys and limits from now on. What keys that stay have reserved and used goes on counting, and who has

@@ -101,9 +101,11 @@ class Keyring:
         self._looked_at = time.monotonic()
 
     def _adopt(self) -> None:
-        now_ms = self._now_ms()
+        # Those that have expired stay, and `get` refuses them: a clock that was wrong for a while takes no key away.
         valid = {
-            record.entry.name: (record.entry, record.expires_ms) for record in self._records if record.is_valid(now_ms)
+            record.entry.name: (record.entry, record.expires_ms)
+            for record in self._records
+            if record.revoked_ms is None
         }
         valid |= {entry.name: (entry, None) for entry in self._configured}
         self._by_digest = {

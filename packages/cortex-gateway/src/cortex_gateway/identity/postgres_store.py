@@ -1,18 +1,20 @@
 """Keys and budgets in PostgreSQL, for several gateways that share them. Needs the extra `postgres` (asyncpg).
 
 Decisions about one key take an advisory lock for their transaction: they happen one after another, whichever gateway
-asks, and those about different keys do not wait for each other.
+asks, and those about different keys do not wait for each other. The date is the database's, whatever the gateways'
+hosts believe; where it jumps, decisions wait for the one who carries use over the jump (`store_time`).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from cortex_core.entitlements import KeyEntry
 
+from cortex_gateway.identity.clock import SYSTEM_CLOCK, Clock
 from cortex_gateway.identity.store import (
     FORGET_HOLDS_AFTER_MS,
     BookedUse,
@@ -24,11 +26,16 @@ from cortex_gateway.identity.store import (
     StoreError,
     decide,
 )
+from cortex_gateway.identity.store_time import Kept, Moment, Reading, Timekeeper, Told, carried
+
+T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 5.0
 LOCK_SPACE = 0x636F7274
 """First half of our advisory locks' keys ("cort"), so that they meet nobody else's in the same database."""
 MIGRATION_LOCK = 0
+TIME_SPACE = LOCK_SPACE + 1
+"""Of the lock on the store's time: shared by decisions, taken alone by whoever changes it."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS cortex_keys (
@@ -59,6 +66,13 @@ CREATE TABLE IF NOT EXISTS cortex_booked (
 );
 CREATE TABLE IF NOT EXISTS cortex_changes (num_changes bigint NOT NULL);
 INSERT INTO cortex_changes SELECT 0 WHERE NOT EXISTS (SELECT FROM cortex_changes);
+CREATE TABLE IF NOT EXISTS cortex_clock (
+    one int PRIMARY KEY CHECK (one = 1),
+    steady_ms bigint NOT NULL,
+    calendar_ms bigint NOT NULL,
+    elapsed_ms bigint NOT NULL,
+    boot text NOT NULL
+);
 """
 
 LOCK_KEY = "SELECT pg_advisory_xact_lock($1::int, hashtext($2::text))"
@@ -68,7 +82,10 @@ REVOKE = "UPDATE cortex_keys SET revoked_ms = $1 WHERE key_id = $2 AND revoked_m
 CHANGED = "UPDATE cortex_changes SET num_changes = num_changes + 1"
 VERSION = "SELECT num_changes FROM cortex_changes"
 BOOKED = "SELECT budget, slot, amount FROM cortex_booked WHERE key_id = $1"
-RESERVED = "SELECT budget, sum(amount)::bigint FROM cortex_holds WHERE key_id = $1 AND expires_ms > $2 GROUP BY budget"
+RESERVED = (
+    "SELECT budget, sum(amount)::bigint FROM cortex_holds "
+    "WHERE key_id = $1 AND (expires_ms > $2 OR owner = $3) GROUP BY budget"
+)
 RESERVE = (
     "INSERT INTO cortex_holds (hold_id, budget, key_id, owner, amount, expires_ms) VALUES ($1, $2, $3, $4, $5, $6)"
 )
@@ -80,12 +97,28 @@ BOOK = (
 FORGET_BOOKED = "DELETE FROM cortex_booked WHERE key_id = $1 AND budget = $2 AND slot < $3"
 RENEW = "UPDATE cortex_holds SET expires_ms = $1 WHERE owner = $2"
 FORGET_HOLDS = "DELETE FROM cortex_holds WHERE expires_ms < $1"
+UNBOOK = "DELETE FROM cortex_booked WHERE key_id = $1 AND budget = $2 AND slot = $3"
 USAGE = "SELECT key_id, budget, slot, amount FROM cortex_booked"
+LOCK_TIME_SHARED = f"SELECT pg_advisory_xact_lock_shared({TIME_SPACE}, 0)"
+LOCK_TIME = f"SELECT pg_advisory_xact_lock({TIME_SPACE}, 0)"
+WALL = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+LOOK = "SELECT {wall}, steady_ms, calendar_ms, elapsed_ms, boot FROM (SELECT) AS now LEFT JOIN cortex_clock ON true"
+KEEP = (
+    "INSERT INTO cortex_clock VALUES (1, $1, $2, $3, $4) ON CONFLICT (one) DO UPDATE SET "
+    "steady_ms = excluded.steady_ms, calendar_ms = excluded.calendar_ms, "
+    "elapsed_ms = excluded.elapsed_ms, boot = excluded.boot"
+)
+MAX_JUMPS = 4
+"""In the middle of one decision; then the database's clock is not fit to decide by."""
 
 
 class PostgresStore:
-    def __init__(self, url: str) -> None:
+    _look = LOOK.format(wall=WALL)
+
+    def __init__(self, url: str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._url = url
+        self._clock = clock
+        self._time = Timekeeper()
         self._pool: Any = None
 
     async def open(self) -> None:
@@ -103,6 +136,7 @@ class PostgresStore:
             # Gateways that start together: `IF NOT EXISTS` alone can still collide.
             await connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {MIGRATION_LOCK})")
             await connection.execute(SCHEMA)
+        await self._set_time()
 
     async def close(self) -> None:
         if self._pool is not None:
@@ -160,35 +194,91 @@ class PostgresStore:
 
     # ------------------------------------------------------------------------------------------ budgets
 
-    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None:
-        async with self._transaction(hold.key_id) as connection:
+    async def moment(self) -> Moment:
+        async def none(connection: Any, now: Moment) -> Moment:
+            return now
+
+        return await self._timed(none)
+
+    async def reserve(self, hold: Hold) -> Refused | None:
+        async def reserve(connection: Any, now: Moment) -> Refused | None:
             booked = [tuple(row) for row in await connection.fetch(BOOKED, hold.key_id)]
-            reserved = {row[0]: row[1] for row in await connection.fetch(RESERVED, hold.key_id, now_ms)}
-            refused = decide(hold.shares, booked, reserved, now_ms)
+            rows = await connection.fetch(RESERVED, hold.key_id, now.steady_ms, hold.owner)
+            refused = decide(hold.shares, booked, {row[0]: row[1] for row in rows}, now)
             if refused is None:
+                expires_ms = now.steady_ms + hold.ttl_ms
                 for share in hold.shares:
                     await connection.execute(
-                        RESERVE, hold.hold_id, share.budget, hold.key_id, hold.owner, share.amount, hold.expires_ms
+                        RESERVE, hold.hold_id, share.budget, hold.key_id, hold.owner, share.amount, expires_ms
                     )
-        return refused
+            return refused
 
-    async def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
-        # The locks keep a reservation from being decided between a release and the booking that replaces it.
-        async with self._transaction(*(settlement.key_id for settlement in settlements)) as connection:
+        return await self._timed(reserve, hold.key_id)
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        async def settle(connection: Any, now: Moment) -> None:
             for settlement in settlements:
                 key_id = settlement.key_id
                 for share in settlement.shares:
                     was_held = await connection.fetchval(RELEASE, settlement.hold_id, share.budget)
                     if was_held is None or not share.amount:
                         continue
-                    await connection.execute(BOOK, key_id, share.budget, share.slots.at(now_ms), share.amount)
-                    await connection.execute(FORGET_BOOKED, key_id, share.budget, share.slots.oldest(now_ms))
+                    slots, now_ms = share.slots, now.of(share.slots)
+                    await connection.execute(BOOK, key_id, share.budget, slots.at(now_ms), share.amount)
+                    await connection.execute(FORGET_BOOKED, key_id, share.budget, slots.oldest(now_ms))
 
-    async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
-        async with self._transaction() as connection:
-            await connection.execute(RENEW, expires_ms, owner)
-            await connection.execute(FORGET_HOLDS, now_ms - FORGET_HOLDS_AFTER_MS)
+        # The locks keep a reservation from being decided between a release and the booking that replaces it.
+        await self._timed(settle, *(settlement.key_id for settlement in settlements))
+
+    async def renew(self, owner: str, ttl_ms: int) -> None:
+        async def renew(connection: Any, now: Moment) -> None:
+            await connection.execute(RENEW, now.steady_ms + ttl_ms, owner)
+            await connection.execute(FORGET_HOLDS, now.steady_ms - FORGET_HOLDS_AFTER_MS)
+
+        await self._timed(renew)
 
     async def usage(self) -> list[BookedUse]:
         async with self._transaction() as connection:
             return [BookedUse(*row) for row in await connection.fetch(USAGE)]
+
+    # ------------------------------------------------------------------------------------------ time
+
+    async def _timed(self, work: Callable[[Any, Moment], Awaitable[T]], *keys: str) -> T:
+        """`work` in a transaction of its own with the locks of `keys`, during which nobody changes the time."""
+        for _ in range(MAX_JUMPS):
+            async with self._transaction(*keys) as connection:
+                await connection.execute(LOCK_TIME_SHARED)
+                told = await self._told(connection)
+                if told.carried_from is None and not told.is_due:
+                    found = await work(connection, told.moment)
+                    self._time.agree(told)
+                    return found
+            await self._set_time()
+        raise StoreError("PostgreSQL: the database's clock does not stay as it is")
+
+    async def _set_time(self) -> None:
+        """Write down what time it is, and carry use over a jump. Alone: no decision is under way meanwhile."""
+        async with self._transaction() as connection:
+            await connection.execute(LOCK_TIME)
+            told = await self._told(connection)
+            if told.carried_from is not None:
+                await _carry(connection, told)
+            await connection.execute(KEEP, *told.kept)
+        self._time.agree(told)
+
+    async def _told(self, connection: Any) -> Told:
+        # How long the answer took is less than `JUMP_MS`: the command would have timed out.
+        wall_ms, *row = await connection.fetchrow(self._look)
+        kept = None if row[0] is None else Kept(*row)
+        return self._time.tell(kept, Reading(wall_ms, self._clock.elapsed_ms(), self._clock.boot))
+
+
+async def _carry(connection: Any, told: Told) -> None:
+    """After a jump of the calendar: every use into the slot where it counts now."""
+    rows = [tuple(row) for row in await connection.fetch(USAGE)]
+    moves = [(key, budget, slot, carried(budget, slot, told), amount) for key, budget, slot, amount in rows]
+    moves = [move for move in moves if move[2] != move[3]]
+    # All are taken out before any is put back: a slot may be left by one and entered by another.
+    await connection.executemany(UNBOOK, [(key, budget, slot) for key, budget, slot, _, _ in moves])
+    booked = [(key, budget, now, amount) for key, budget, _, now, amount in moves if now is not None]
+    await connection.executemany(BOOK, booked)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from cortex_core.entitlements import Budget, KeyEntry, Window
 
 from cortex_gateway.asgi import RawHeaders
+from cortex_gateway.identity.clock import Clock
 from cortex_gateway.identity.estimate import cap_of
 from cortex_gateway.identity.windows import Meter, Slots
 
@@ -87,10 +88,13 @@ def _adapted(meter: Meter | None, cap: int | None) -> Meter | None:
     return meter
 
 
-def limit_headers(principal: Principal, dialect: str, now_ms: int) -> RawHeaders:
+def limit_headers(principal: Principal, dialect: str, clock: Clock) -> RawHeaders:
     """Where the key stands in its minute, in the words of the dialect. Empty without such limits."""
     headers: RawHeaders = []
     meters = principal.meters
+    if meters.requests is None and meters.tokens is None:
+        return headers
+    now_ms = clock.elapsed_ms()
     for unit, meter in ((b"requests", meters.requests), (b"tokens", meters.tokens)):
         if meter is None:
             continue
@@ -99,7 +103,7 @@ def limit_headers(principal: Principal, dialect: str, now_ms: int) -> RawHeaders
             prefix = b"anthropic-ratelimit-" + unit
             headers.append((prefix + b"-limit", b"%d" % meter.cap))
             headers.append((prefix + b"-remaining", remaining))
-            headers.append((prefix + b"-reset", timestamp(now_ms + reset_ms).encode()))
+            headers.append((prefix + b"-reset", timestamp(clock.wall_ms() + reset_ms).encode()))
         else:
             headers.append((b"x-ratelimit-limit-" + unit, b"%d" % meter.cap))
             headers.append((b"x-ratelimit-remaining-" + unit, remaining))

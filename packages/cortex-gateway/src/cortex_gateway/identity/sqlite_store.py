@@ -1,9 +1,9 @@
 """Keys and budgets in one SQLite file: the default where something is to be kept.
 
 All of it runs in one thread of its own: SQLite blocks, and an event loop must not. Several processes may share the
-file (gateways of one host, the command line): each decision is one immediate transaction. The journal is a
-write-ahead log that is synchronised at checkpoints, so a crash of the process loses nothing and a crash of the host
-at most the last moments.
+file (gateways of one host, the command line): each decision is one immediate transaction, at the file's own time
+(`store_time`). The journal is a write-ahead log that is synchronised at checkpoints, so a crash of the process loses
+nothing and a crash of the host at most the last moments.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TypeVar
 import msgspec
 from cortex_core.entitlements import KeyEntry
 
+from cortex_gateway.identity.clock import SYSTEM_CLOCK, Clock
 from cortex_gateway.identity.store import (
     FORGET_HOLDS_AFTER_MS,
     BookedUse,
@@ -31,6 +32,7 @@ from cortex_gateway.identity.store import (
     StoreError,
     decide,
 )
+from cortex_gateway.identity.store_time import Kept, Moment, Reading, Timekeeper, Told, carried
 
 T = TypeVar("T")
 
@@ -65,13 +67,23 @@ CREATE TABLE booked (
 CREATE TABLE changes (num_changes INTEGER NOT NULL) STRICT;
 INSERT INTO changes VALUES (0);
 """
+CLOCK_TABLE = """
+CREATE TABLE IF NOT EXISTS clock (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    steady_ms INTEGER NOT NULL,
+    calendar_ms INTEGER NOT NULL,
+    elapsed_ms INTEGER NOT NULL,
+    boot TEXT NOT NULL
+) STRICT
+"""
+"""Beside the schema, whose version stays: older gateways do not know the table and need not."""
 
 ADD_KEY = "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?)"
 KEYS = "SELECT entry, created_ms, expires_ms, revoked_ms FROM keys ORDER BY created_ms, key_id"
 REVOKE = "UPDATE keys SET revoked_ms = ? WHERE key_id = ? AND revoked_ms IS NULL"
 CHANGED = "UPDATE changes SET num_changes = num_changes + 1"
 BOOKED = "SELECT budget, slot, amount FROM booked WHERE key_id = ?"
-RESERVED = "SELECT budget, sum(amount) FROM holds WHERE key_id = ? AND expires_ms > ? GROUP BY budget"
+RESERVED = "SELECT budget, sum(amount) FROM holds WHERE key_id = ? AND (expires_ms > ? OR owner = ?) GROUP BY budget"
 RESERVE = "INSERT INTO holds (hold_id, budget, key_id, owner, amount, expires_ms) VALUES (?, ?, ?, ?, ?, ?)"
 RELEASE = "DELETE FROM holds WHERE hold_id = ? AND budget = ?"
 BOOK = (
@@ -81,11 +93,17 @@ BOOK = (
 FORGET_BOOKED = "DELETE FROM booked WHERE key_id = ? AND budget = ? AND slot < ?"
 RENEW = "UPDATE holds SET expires_ms = ? WHERE owner = ?"
 FORGET_HOLDS = "DELETE FROM holds WHERE expires_ms < ?"
+UNBOOK = "DELETE FROM booked WHERE key_id = ? AND budget = ? AND slot = ?"
+KEPT = "SELECT steady_ms, calendar_ms, elapsed_ms, boot FROM clock"
+KEEP = "INSERT OR REPLACE INTO clock VALUES (1, ?, ?, ?, ?)"
+USAGE = "SELECT key_id, budget, slot, amount FROM booked"
 
 
 class SqliteStore:
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._path = Path(path)
+        self._clock = clock
+        self._time = Timekeeper()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
         self._connection: sqlite3.Connection
 
@@ -105,6 +123,21 @@ class SqliteStore:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+
+    @contextmanager
+    def _timed(self) -> Iterator[tuple[sqlite3.Connection, Moment]]:
+        """A transaction, and what time it is in it."""
+        clock = self._clock
+        with self._transaction() as connection:
+            row = connection.execute(KEPT).fetchone()
+            reading = Reading(clock.wall_ms(), clock.elapsed_ms(), clock.boot)
+            told = self._time.tell(None if row is None else Kept(*row), reading)
+            if told.carried_from is not None:
+                _carry(connection, told)
+            if told.is_due:
+                connection.execute(KEEP, told.kept)
+            yield connection, told.moment
+        self._time.agree(told)
 
     # ------------------------------------------------------------------------------------------ lifespan
 
@@ -129,6 +162,9 @@ class SqliteStore:
                 for statement in SCHEMA.strip().split(";\n"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute(CLOCK_TABLE)
+        with self._timed():
+            pass
 
     async def close(self) -> None:
         await self._run(self._close)
@@ -177,48 +213,67 @@ class SqliteStore:
 
     # ------------------------------------------------------------------------------------------ budgets
 
-    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None:
-        return await self._run(lambda: self._reserve(hold, now_ms))
+    async def moment(self) -> Moment:
+        return await self._run(self._moment)
 
-    def _reserve(self, hold: Hold, now_ms: int) -> Refused | None:
-        with self._transaction() as connection:
+    def _moment(self) -> Moment:
+        with self._timed() as (_, now):
+            return now
+
+    async def reserve(self, hold: Hold) -> Refused | None:
+        return await self._run(lambda: self._reserve(hold))
+
+    def _reserve(self, hold: Hold) -> Refused | None:
+        with self._timed() as (connection, now):
             booked = connection.execute(BOOKED, (hold.key_id,)).fetchall()
-            reserved = dict(connection.execute(RESERVED, (hold.key_id, now_ms)).fetchall())
-            refused = decide(hold.shares, booked, reserved, now_ms)
+            reserved = dict(connection.execute(RESERVED, (hold.key_id, now.steady_ms, hold.owner)).fetchall())
+            refused = decide(hold.shares, booked, reserved, now)
             if refused is None:
+                expires_ms = now.steady_ms + hold.ttl_ms
                 connection.executemany(
                     RESERVE,
                     [
-                        (hold.hold_id, share.budget, hold.key_id, hold.owner, share.amount, hold.expires_ms)
+                        (hold.hold_id, share.budget, hold.key_id, hold.owner, share.amount, expires_ms)
                         for share in hold.shares
                     ],
                 )
         return refused
 
-    async def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
-        await self._run(lambda: self._settle(settlements, now_ms))
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        await self._run(lambda: self._settle(settlements))
 
-    def _settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
-        with self._transaction() as connection:
+    def _settle(self, settlements: Sequence[Settlement]) -> None:
+        with self._timed() as (connection, now):
             for settlement in settlements:
                 key_id = settlement.key_id
                 for share in settlement.shares:
                     was_held = connection.execute(RELEASE, (settlement.hold_id, share.budget)).rowcount
                     if not was_held or not share.amount:
                         continue
-                    connection.execute(BOOK, (key_id, share.budget, share.slots.at(now_ms), share.amount))
-                    connection.execute(FORGET_BOOKED, (key_id, share.budget, share.slots.oldest(now_ms)))
+                    slots, now_ms = share.slots, now.of(share.slots)
+                    connection.execute(BOOK, (key_id, share.budget, slots.at(now_ms), share.amount))
+                    connection.execute(FORGET_BOOKED, (key_id, share.budget, slots.oldest(now_ms)))
 
-    async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
-        await self._run(lambda: self._renew(owner, expires_ms, now_ms))
+    async def renew(self, owner: str, ttl_ms: int) -> None:
+        await self._run(lambda: self._renew(owner, ttl_ms))
 
-    def _renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
-        with self._transaction() as connection:
-            connection.execute(RENEW, (expires_ms, owner))
-            connection.execute(FORGET_HOLDS, (now_ms - FORGET_HOLDS_AFTER_MS,))
+    def _renew(self, owner: str, ttl_ms: int) -> None:
+        with self._timed() as (connection, now):
+            connection.execute(RENEW, (now.steady_ms + ttl_ms, owner))
+            connection.execute(FORGET_HOLDS, (now.steady_ms - FORGET_HOLDS_AFTER_MS,))
 
     async def usage(self) -> list[BookedUse]:
-        rows = await self._run(
-            lambda: self._connection.execute("SELECT key_id, budget, slot, amount FROM booked").fetchall()
-        )
+        rows = await self._run(lambda: self._connection.execute(USAGE).fetchall())
         return [BookedUse(*row) for row in rows]
+
+
+def _carry(connection: sqlite3.Connection, told: Told) -> None:
+    """After a jump of the calendar: every use into the slot where it counts now."""
+    rows = connection.execute(USAGE).fetchall()
+    moves = [(key, budget, slot, carried(budget, slot, told), amount) for key, budget, slot, amount in rows]
+    moves = [move for move in moves if move[2] != move[3]]
+    # All are taken out before any is put back: a slot may be left by one and entered by another.
+    connection.executemany(UNBOOK, [(key, budget, slot) for key, budget, slot, _, _ in moves])
+    connection.executemany(
+        BOOK, [(key, budget, now, amount) for key, budget, _, now, amount in moves if now is not None]
+    )

@@ -2,7 +2,8 @@
 
 Budgets are decided where their state lives (so that several gateways cannot overshoot one together): `reserve` reads
 and writes in one transaction, and the arithmetic of the decision is `decide`, the same for every store. A reservation
-belongs to its gateway's `owner` id and expires unless renewed, so that those of a dead gateway give way by themselves.
+belongs to its gateway's `owner` id and expires unless renewed, so that those of a dead gateway give way by themselves;
+its own gateway counts it until it is settled, however late. What time it is is the store's to say, `store_time`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 from cortex_core.entitlements import KeyEntry
 
+from cortex_gateway.identity.clock import SYSTEM_CLOCK, Clock
+from cortex_gateway.identity.store_time import Kept, Moment, Reading, Timekeeper, carried
 from cortex_gateway.identity.windows import Shortfall, Slots, shortfall
 
 FORGET_HOLDS_AFTER_MS = 86_400_000
@@ -28,7 +31,7 @@ class KeyExists(Exception):
 
 
 class KeyRecord(msgspec.Struct, frozen=True):
-    """A key as it is kept: `entry.hash` is set, `entry.key` never is. Times are milliseconds since 1970."""
+    """A key as it is kept: `entry.hash` is set, `entry.key` never is. Times are dates, in milliseconds since 1970."""
 
     entry: KeyEntry
     created_ms: int
@@ -49,12 +52,12 @@ class Share(NamedTuple):
 
 
 class Hold(NamedTuple):
-    """A reservation over all budgets of a key: all of it or none."""
+    """A reservation over all budgets of a key: all of it or none. ttl_ms: how long it lives without being renewed."""
 
     hold_id: str
     key_id: str
     owner: str
-    expires_ms: int
+    ttl_ms: int
     shares: tuple[Share, ...]
 
 
@@ -99,19 +102,23 @@ class Store(Protocol):
         """False if there is no such key, or none that is not revoked already."""
         ...
 
-    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None: ...
+    async def moment(self) -> Moment:
+        """What time it is there."""
+        ...
 
-    async def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None: ...
+    async def reserve(self, hold: Hold) -> Refused | None: ...
 
-    async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
-        """Keep all of an owner's holds, and forget what expired long ago."""
+    async def settle(self, settlements: Sequence[Settlement]) -> None: ...
+
+    async def renew(self, owner: str, ttl_ms: int) -> None:
+        """Keep all of an owner's holds, those too that have expired meanwhile, and forget what expired long ago."""
         ...
 
     async def usage(self) -> list[BookedUse]: ...
 
 
 def decide(
-    shares: Iterable[Share], booked: Iterable[tuple[str, int, int]], reserved: Mapping[str, int], now_ms: int
+    shares: Iterable[Share], booked: Iterable[tuple[str, int, int]], reserved: Mapping[str, int], moment: Moment
 ) -> Refused | None:
     """None if every share fits its budget. booked are (budget, slot, amount), reserved sums by budget."""
     by_budget: dict[str, list[tuple[int, int]]] = {}
@@ -124,7 +131,7 @@ def decide(
             by_budget.get(share.budget, ()),
             reserved.get(share.budget, 0),
             share.amount,
-            now_ms,
+            moment.of(share.slots),
         )
         if found is not None:
             return Refused(share.budget, found)
@@ -137,14 +144,17 @@ class MemoryStore:
     It keeps to the whole interface all the same: it is what the other stores are compared with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        self._time = Timekeeper()
+        self._kept: Kept | None = None
         self._keys: dict[str, KeyRecord] = {}
         self._version = 0
-        self._holds: dict[str, Hold] = {}
+        self._holds: dict[str, tuple[Hold, int]] = {}
         self._booked: dict[tuple[str, str, int], int] = {}
 
     async def open(self) -> None:
-        pass
+        self._now()
 
     async def close(self) -> None:
         pass
@@ -170,31 +180,52 @@ class MemoryStore:
         self._version += 1
         return True
 
-    async def reserve(self, hold: Hold, now_ms: int) -> Refused | None:
+    async def moment(self) -> Moment:
+        return self._now()
+
+    def _now(self) -> Moment:
+        clock = self._clock
+        told = self._time.tell(self._kept, Reading(clock.wall_ms(), clock.elapsed_ms(), clock.boot))
+        if told.carried_from is not None:
+            booked, self._booked = self._booked, {}
+            for (key_id, budget, slot), amount in booked.items():
+                if (now := carried(budget, slot, told)) is not None:
+                    self._book(key_id, budget, now, amount)
+        self._kept = told.kept
+        self._time.agree(told)
+        return told.moment
+
+    def _book(self, key_id: str, budget: str, slot: int, amount: int) -> None:
+        place = (key_id, budget, slot)
+        self._booked[place] = self._booked.get(place, 0) + amount
+
+    async def reserve(self, hold: Hold) -> Refused | None:
+        now = self._now()
         booked = [(budget, slot, amount) for (key, budget, slot), amount in self._booked.items() if key == hold.key_id]
         reserved: dict[str, int] = {}
-        for other in self._holds.values():
-            if other.key_id == hold.key_id and other.expires_ms > now_ms:
+        for other, expires_ms in self._holds.values():
+            if other.key_id == hold.key_id and (expires_ms > now.steady_ms or other.owner == hold.owner):
                 for share in other.shares:
                     reserved[share.budget] = reserved.get(share.budget, 0) + share.amount
-        refused = decide(hold.shares, booked, reserved, now_ms)
+        refused = decide(hold.shares, booked, reserved, now)
         if refused is None:
-            self._holds[hold.hold_id] = hold
+            self._holds[hold.hold_id] = (hold, now.steady_ms + hold.ttl_ms)
         return refused
 
-    async def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        now = self._now()
         for settlement in settlements:
             if self._holds.pop(settlement.hold_id, None) is None:
                 continue
             for share in settlement.shares:
-                place = (settlement.key_id, share.budget, share.slots.at(now_ms))
-                self._booked[place] = self._booked.get(place, 0) + share.amount
+                self._book(settlement.key_id, share.budget, share.slots.at(now.of(share.slots)), share.amount)
 
-    async def renew(self, owner: str, expires_ms: int, now_ms: int) -> None:
-        for hold in list(self._holds.values()):
+    async def renew(self, owner: str, ttl_ms: int) -> None:
+        now_ms = self._now().steady_ms
+        for hold, expires_ms in list(self._holds.values()):
             if hold.owner == owner:
-                self._holds[hold.hold_id] = hold._replace(expires_ms=expires_ms)
-            elif hold.expires_ms < now_ms - FORGET_HOLDS_AFTER_MS:
+                self._holds[hold.hold_id] = (hold, now_ms + ttl_ms)
+            elif expires_ms < now_ms - FORGET_HOLDS_AFTER_MS:
                 del self._holds[hold.hold_id]
 
     async def usage(self) -> list[BookedUse]:

@@ -6,7 +6,8 @@ settled, whatever the time. As a slot is dropped only when all of it lies outsid
 too much (at most one slot) and never too little, so in no window of the promised length can more than the cap be
 used.
 
-Times are milliseconds since 1970, amounts have the unit of their cap.
+Times are milliseconds on a clock that is never set (fixed windows: on the calendar of their store), amounts have the
+unit of their cap.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Slots(NamedTuple):
             return cls(window.seconds * 1000, 1)
         return cls(-(-window.seconds * 1000 // ROLLING_SLOTS), ROLLING_SLOTS + 1)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it begins anew at hours of the calendar."""
+        return self.slot_ms > 0 and self.num_slots == 1
+
     def at(self, now_ms: int) -> int:
         """The slot that use of this moment is booked into."""
         return now_ms // self.slot_ms if self.slot_ms else 0
@@ -66,10 +72,10 @@ def shortfall(
 ) -> Shortfall | None:
     """None if `amount` fits beside what is used and reserved.
 
-    booked are (slot, amount) in any order; those outside the window are ignored.
+    booked are (slot, amount) in any order; those outside the window are ignored, those ahead of it are of now.
     """
-    oldest = slots.oldest(now_ms)
-    counted = sorted((slot, booked_amount) for slot, booked_amount in booked if slot >= oldest)
+    oldest, newest = slots.oldest(now_ms), slots.at(now_ms)
+    counted = sorted((min(slot, newest), booked_amount) for slot, booked_amount in booked if slot >= oldest)
     used = sum(booked_amount for _, booked_amount in counted)
     excess = used + reserved + amount - cap
     if excess <= 0:

@@ -23,7 +23,7 @@ from cortex_gateway.relay.failures import as_api_error, is_stale_route
 from cortex_gateway.relay.headers import EVENT_STREAM_HEADERS, response_headers
 from cortex_gateway.relay.silence import PingedSend
 from cortex_gateway.relay.translation import TranslatedStream, WholeAnswer
-from cortex_gateway.relay.translation_errors import UpstreamFault
+from cortex_gateway.relay.translation_errors import UpstreamFault, retry_advice
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ class AnswerRelay:
         exchange.error = snippet
         log.warning("request %s: node %s answered %d: %s", exchange.request_id, exchange.node, response.status, snippet)
         if translation is not None:
-            raise translation.refused(response.status, data, response.headers.get("retry-after"))
+            raise translation.refused(response.status, data, retry_advice(response.headers))
         is_json = response.headers.get("content-type", "").startswith("application/json")
         is_open = await exchange.answer()
         if is_open or not is_json:

@@ -424,7 +424,7 @@ class Relay:
         if exchange.wants_cors:
             headers.extend(CORS_HEADERS)
         if exchange.principal is not None:
-            headers.extend(limit_headers(exchange.principal, exchange.surface.dialect, self._identity.now_ms()))
+            headers.extend(limit_headers(exchange.principal, exchange.surface.dialect, self._identity.clock))
         return headers
 
     def _stream_headers(self, exchange: Exchange) -> RawHeaders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -42,6 +43,17 @@ def refused(status: int, body: bytes, retry_after: str | None) -> ApiError:
     if is_busy and error.retry_after is None and error.code != "insufficient_quota":
         error.retry_after = RETRY_BUSY_S
     return error
+
+
+def retry_advice(headers: Mapping[str, str]) -> str | None:
+    """`Retry-After` of an answer. A date becomes seconds from the answer's own: the clocks of both ends may differ."""
+    advice, sent = headers.get("retry-after"), headers.get("date")
+    if advice is None or sent is None:
+        return advice
+    try:
+        return f"{(parsedate_to_datetime(advice) - parsedate_to_datetime(sent)).total_seconds():.0f}"
+    except (ValueError, TypeError):
+        return advice
 
 
 def retry_seconds(value: str | None) -> int | None:
