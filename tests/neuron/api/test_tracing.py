@@ -84,9 +84,9 @@ async def test_a_request_is_a_span_of_its_caller_with_its_phases_in_it(
 
 
 async def test_a_refusal_is_no_error_of_the_neuron(traced: RunningNeuron, collector: Collector) -> None:
-    status, _, _ = await traced.post(CHAT, {"model": "nobody/here", "messages": []}, HEADERS)
+    status, _, _ = await traced.post(CHAT, traced.chat(messages=[]), HEADERS)
     assert status == 400
-    (server,) = (await spans(collector, 1)).values()
+    server = (await spans(collector, 1))[f"POST {CHAT}"]
     assert server.attributes["http.response.status_code"] == 400 and not server.is_error
 
 

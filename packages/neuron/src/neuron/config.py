@@ -147,6 +147,18 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unload_wait_s: Seconds = 10.0
 
 
+class TextSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the processes may take that parse, render and tokenise requests and compile their grammars.
+
+    workers: of one model, at the most; they are started as they are needed. cpu_s: processor seconds for a request of
+    a few kB; each 10^6 bytes add 4. memory_mb: of one process, beyond what the model's tokenizer takes (MiB).
+    """
+
+    workers: Annotated[int, msgspec.Meta(ge=2, le=64)] = 4
+    cpu_s: Annotated[float, msgspec.Meta(ge=0.1)] = 5.0
+    memory_mb: Annotated[int, msgspec.Meta(ge=64)] = 1024
+
+
 class PromptFilters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is taken out of a prompt before it is rendered; nothing but these ever is. Request log lines name them.
 
@@ -171,6 +183,7 @@ class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     harness: HarnessConfig = HarnessConfig()
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()
+    text: TextSection = TextSection()
     prompt_filters: PromptFilters = PromptFilters()
     telemetry: TelemetrySection = TelemetrySection()
     debug_levers: bool = False

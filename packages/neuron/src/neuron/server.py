@@ -42,6 +42,7 @@ from neuron.lifecycle.sources import Sources
 from neuron.lifecycle.state_file import ServedModels
 from neuron.lifecycle.weight_cache import WeightCache, default_budget_bytes
 from neuron.supervisor.incarnation import WorkerCommand, worker_command
+from neuron.text_workers.worker_handle import LOST_REASONS, LostReason
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class Daemon:
             command=command,
             served=self._served,
             on_loaded=self._on_loaded,
+            on_text_end=self._on_text_end,
         )
         metrics = Metrics(build=build, models=manager.all, reading=lambda: hardware.reading, weights=weights)
         self.services = Services(
@@ -168,7 +170,6 @@ class Daemon:
             services.manager.weights.close()
             await self._served.close()
             services.hardware.stop()
-            services.text_pool.shutdown(wait=False, cancel_futures=True)
             shutil.rmtree(self._runtime_dir, ignore_errors=True)
             os.close(self._runtime_lock)
 
@@ -190,7 +191,12 @@ class Daemon:
         for task in (drained, hurry):
             task.cancel()
 
+    def _on_text_end(self, model: ServedModel, reason: LostReason) -> None:
+        self.services.metrics.text_workers_ended.labels(model.id, reason).inc()
+
     def _on_loaded(self, model: ServedModel) -> None:
+        for reason in LOST_REASONS:
+            self.services.metrics.text_workers_ended.labels(model.id, reason)
         if model.load_seconds is not None:
             self.services.metrics.load_seconds.labels(model.id).observe(model.load_seconds)
 

@@ -19,6 +19,13 @@ MAX_DEPTH = 128
 """Containers within containers. Deeper values would exhaust the stack of template engines and schema compilers."""
 
 _decode = msgspec.json.Decoder().decode
+
+
+class _Named(msgspec.Struct):
+    model: Any = None
+
+
+_named_decoder = msgspec.json.Decoder(_Named)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHOWN_CHARACTERS = 64
 
@@ -48,6 +55,28 @@ def decode_object(body: bytes) -> Fields:
         raise invalid(f"The request body must be a JSON object, not {describe_type(value)}", code="invalid_type")
     _check_depth(value)
     return Fields(value)
+
+
+def model_name(body: bytes) -> str:
+    """The `model` of a body, all else of which is passed over unread. Raises `ApiError` as `decode_object` does."""
+    try:
+        name = _named_decoder.decode(body).model
+    except UnicodeDecodeError as error:
+        raise invalid(f"The request body is not valid UTF-8: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise _too_deep() from error
+    except msgspec.ValidationError as error:
+        raise _not_an_object(body) from error
+    except msgspec.DecodeError as error:
+        raise invalid(f"The request body is not valid JSON: {error}", code="invalid_json") from error
+    return Fields({"model": name}).model_name()
+
+
+def _not_an_object(body: bytes) -> ApiError:
+    first = body.lstrip()[:1]
+    kinds = {b"[": "an array", b'"': "a string", b"n": "null", b"t": "a boolean", b"f": "a boolean"}
+    kind = kinds.get(first, "a number")
+    return invalid(f"The request body must be a JSON object, not {kind}", code="invalid_type")
 
 
 def _check_depth(value: dict[str, Any]) -> None:

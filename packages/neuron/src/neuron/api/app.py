@@ -91,7 +91,7 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _routes(services: Services) -> Iterator[Route]:
     messages = MessagesDialect(drops_attribution=services.config.prompt_filters.claude_code_attribution)
-    control, tokens = Control(services), Tokens(services, messages)
+    control, tokens = Control(services), Tokens(services)
     dialect_routes: list[tuple[str, str, Handler]] = [
         ("POST", "/chat/completions", Inference(services, openai_chat, route="chat_completion")),
         ("POST", "/responses", Inference(services, openai_responses, route="responses")),

@@ -13,9 +13,8 @@ from cortex_core.hop import LoggedTokens, TokenLogprobs
 from neuron.api.request_record import RequestRecord
 from neuron.protocol import Generate, Logprobs, SequenceUpdate
 from neuron.supervisor.generation import Generation, Update
-from neuron.text.model import TextModel
 from neuron.text.prompt import Generation as Choice
-from neuron.text.prompt import Prompt
+from neuron.text_workers.served_text import ServedText
 
 
 class GenerationEvents:
@@ -23,16 +22,15 @@ class GenerationEvents:
 
     def __init__(
         self,
-        text: TextModel,
+        text: ServedText,
         request: Request,
-        prompts: Sequence[Prompt],
         choices: Sequence[Choice],
         record: RequestRecord,
         *,
         answer_id: str,
     ) -> None:
         self._request = request
-        self._prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
+        self._prompt_tokens = sum(choice.prompt.num_tokens for choice in choices[:: request.num_choices])
         self._choices = choices
         self._streams = [
             text.event_stream(request, choice.prompt, choice.choice, answer_id=answer_id) for choice in choices

@@ -1,6 +1,7 @@
-"""The one request path of all dialects: parse, find the model, take a place, render, generate, answer.
+"""The one request path of all dialects: find the model, take a place, prepare, generate, answer.
 
-A dialect differs in how its body is parsed and its events are written, and in nothing else. Whatever is known to be
+A dialect differs in how its body is parsed and its events are written, and in nothing else. Of a body only `model` is
+read here; all else is prepared in processes that may be killed. Whatever is known to be
 wrong before the first token is an HTTP error, also for a stream; a client that hangs up ends its request wherever it
 is, because everything that is held is held by a context manager.
 """
@@ -14,6 +15,7 @@ import time
 from cortex_core.conversation import Request
 from cortex_core.dialects.errors import status_of
 from cortex_core.dialects.interface import Dialect
+from cortex_core.dialects.json_body import model_name
 from cortex_core.errors import ApiError, invalid
 from cortex_core.hop import RESUME_HEADER, ResumeState, StreamHead, split_resume
 from cortex_core.trace_context import read_trace_context
@@ -25,20 +27,18 @@ from neuron.api.request_record import RequestRecord
 from neuron.api.services import Services
 from neuron.api.streamed_answer import StreamedAnswer, seeded
 from neuron.lifecycle.admission import Ticket
-from neuron.lifecycle.served_model import ServedModel
 from neuron.supervisor.engine_group import EngineGroup
-from neuron.text.model import TextModel
+from neuron.text.prompt import Generation as Choice
+from neuron.text_workers.messages import DialectRoute
+from neuron.text_workers.served_text import ServedText
 
 logger = logging.getLogger(__name__)
 
-LONG_BODY_BYTES = 8_192
-"""From here on parsing, rendering and tokenising leave the event loop."""
-
 
 class Inference:
-    """The handler of one generating route. route names it in logs and metrics."""
+    """The handler of one generating route. route names it in logs and metrics, and its dialect to the text workers."""
 
-    def __init__(self, services: Services, dialect: Dialect, *, route: str) -> None:
+    def __init__(self, services: Services, dialect: Dialect, *, route: DialectRoute) -> None:
         self._services = services
         self._dialect = dialect
         self._route = route
@@ -70,57 +70,51 @@ class Inference:
     async def _serve(self, exchange: Exchange, record: RequestRecord) -> None:
         services = self._services
         body = await exchange.read_body()
-        is_long = len(body) >= LONG_BODY_BYTES
         state, body = _resumed(exchange, body)
+        record.is_resumed = state is not None
+        record.principal = exchange.principal
         async with exchange.watched():
-            request = await services.off_loop(lambda: self._dialect.parse(body), is_long=is_long)
-            record.asked_model, record.stream, record.dropped = request.model, request.stream, request.dropped
-            record.request, record.is_resumed = request, state is not None
-            record.principal = exchange.principal
+            record.asked_model = model_name(body)
             if not services.config.has_engine:
                 raise no_engine()
-            model = services.manager.get(exchange.resolved_model or request.model)
+            model = services.manager.get(exchange.resolved_model or record.asked_model)
             record.found(model.id)
             text, group = model.serving()
-            with request.own_words(), model.admission.apply(record.principal) as ticket:
-                events, head = await self._prepare(request, text, model, record, state, is_long=is_long)
-                ticket.request(model.need(events.needs(), num_choices=request.num_choices))
-                if request.stream:
-                    stream = StreamedAnswer(services.config.server, self._dialect, exchange, request, events, head)
-                    if state is not None:
-                        await stream.resume(state)
-                    await stream.run(ticket, group, record)
-                else:
-                    await self._collect(exchange, request, events, head, ticket, group, record)
-                for num_tokens in events.output_lens():
-                    model.outputs.observe(num_tokens)
+            with model.admission.apply(record.principal) as ticket:
+                request, choices = await text.prepare(
+                    self._route, body, max_model_len=model.max_model_len, principal=record.principal
+                )
+                del body
+                record.prepared(request, choices)
+                with request.own_words():
+                    events, head = self._begun(request, choices, text, record, state)
+                    ticket.request(model.need(events.needs(), num_choices=request.num_choices))
+                    if request.stream:
+                        stream = StreamedAnswer(services.config.server, self._dialect, exchange, request, events, head)
+                        if state is not None:
+                            await stream.resume(state)
+                        await stream.run(ticket, group, record)
+                    else:
+                        await self._collect(exchange, request, events, head, ticket, group, record)
+                    for num_tokens in events.output_lens():
+                        model.outputs.observe(num_tokens)
 
-    async def _prepare(
+    def _begun(
         self,
         request: Request,
-        text: TextModel,
-        model: ServedModel,
+        choices: list[Choice],
+        text: ServedText,
         record: RequestRecord,
         state: ResumeState | None,
-        *,
-        is_long: bool,
     ) -> tuple[GenerationEvents, StreamHead]:
-        """Render and resolve: every error of the request itself shows here."""
-        services, window = self._services, model.max_model_len
-        prompts = await services.off_loop(lambda: text.render(request, max_model_len=window), is_long=is_long)
-        record.prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
-        may_compile = request.response_format is not None or bool(request.tools)
-        choices = await services.off_loop(
-            lambda: text.resolve(request, prompts, max_model_len=window), is_long=may_compile
-        )
-        record.num_choices = len(choices)
+        """A new answer, or one that another neuron began. Raises `ApiError`."""
         if state is None:
             seeds = tuple(choice.sampling.seed for choice in choices)
             head = StreamHead(self._dialect.new_response_id(), int(time.time()), seeds)
         else:
             head = state.head
             choices = seeded(choices, head.seeds)
-        return GenerationEvents(text, request, prompts, choices, record, answer_id=head.id), head
+        return GenerationEvents(text, request, choices, record, answer_id=head.id), head
 
     async def _collect(
         self,

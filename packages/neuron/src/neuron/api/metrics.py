@@ -88,6 +88,12 @@ class Metrics:
             buckets=LONG_BUCKETS,
             registry=registry,
         )
+        self.text_workers_ended = Counter(
+            "neuron_text_workers_ended",
+            "Text workers that ended with the request they were at, by why.",
+            ("model", "reason"),
+            registry=registry,
+        )
         registry.register(_Snapshot(build, models, reading, weights))
 
     def render(self) -> bytes:
@@ -121,6 +127,7 @@ class _Snapshot(Collector):
         models = self._models()
         yield from self._states(models)
         yield from self._admission(models)
+        yield from self._texts(models)
         yield from self._engines(models)
         yield from self._devices()
         yield from self._copies()
@@ -168,6 +175,18 @@ class _Snapshot(Collector):
                 rejected.add_metric((model.id, reason), count)
         yield from gauges.values()
         yield rejected
+
+    @staticmethod
+    def _texts(models: Sequence[ServedModel]) -> Iterator[Metric]:
+        workers = GaugeMetricFamily(
+            "neuron_text_workers", "Processes that prepare requests of a model.", labels=("model",)
+        )
+        waiting = GaugeMetricFamily("neuron_text_waiting", "Requests waiting for one of them.", labels=("model",))
+        for model in models:
+            if model.text is not None:
+                workers.add_metric((model.id,), model.text.pool.num_workers)
+                waiting.add_metric((model.id,), model.text.pool.num_waiting)
+        yield from (workers, waiting)
 
     @staticmethod
     def _engines(models: Sequence[ServedModel]) -> Iterator[Metric]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cortex_core.conversation import Request
@@ -12,6 +13,7 @@ from cortex_core.trace_context import TraceContext
 from prometheus_client import Histogram
 
 from neuron.api.metrics import Metrics
+from neuron.text.prompt import Generation as Choice
 
 if TYPE_CHECKING:
     from neuron.api.spans import RequestSpans
@@ -64,6 +66,13 @@ class RequestRecord:
         """The model that serves it, by its id here."""
         self.model = model
         self._inter_token = self._metrics.inter_token.labels(model)
+
+    def prepared(self, request: Request, choices: Sequence[Choice]) -> None:
+        """What is asked, and how long its prompts are."""
+        self.request = request
+        self.asked_model, self.stream, self.dropped = request.model, request.stream, request.dropped
+        self.num_choices = len(choices)
+        self.prompt_tokens = sum(choice.prompt.num_tokens for choice in choices[:: request.num_choices])
 
     def seated(self) -> None:
         """The request has its seat."""

@@ -42,8 +42,10 @@ from neuron.supervisor.engine_group import (
 )
 from neuron.supervisor.incarnation import LaunchSettings, WorkerCommand, worker_command
 from neuron.supervisor.restart_policy import RestartPolicy
-from neuron.text.model import TextModel
-from neuron.text.tokenizer import TokenizerError
+from neuron.text_workers.host_process import TextLoadError
+from neuron.text_workers.served_text import ServedText
+from neuron.text_workers.settings import TextSettings
+from neuron.text_workers.worker_handle import LostReason
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class ModelManager:
     runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
     the argument list of a worker process. free_mb: free memory by device index, as last read. served: the list of what
     is served, on disk. memory decides whether a load fits; without it the engine finds out. weights keeps copies of
-    checkpoints in host memory. on_loaded is called once per load (not per recovery).
+    checkpoints in host memory. on_loaded is called once per load (not per recovery), on_text_end for
+    each text worker that ended with the request it was at.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ModelManager:
         served: ServedModels | None = None,
         weights: WeightCache | None = None,
         on_loaded: Callable[[ServedModel], None] = lambda model: None,
+        on_text_end: Callable[[ServedModel, LostReason], None] = lambda model, reason: None,
     ) -> None:
         engine = config.engine
         self._config = config
@@ -86,7 +90,14 @@ class ModelManager:
         self.weights = weights or WeightCache(0, free_bytes=lambda: 0, headroom_bytes=0)
         self._served = served or ServedModels(None, id_of=sources.public_id)
         self._on_loaded = on_loaded
+        self._on_text_end = on_text_end
         self._is_closing = False
+        self._text_settings = TextSettings(
+            max_workers=config.text.workers,
+            cpu_s=config.text.cpu_s,
+            memory_bytes=config.text.memory_mb * 2**20,
+            drops_attribution=config.prompt_filters.claude_code_attribution,
+        )
         self._policy = RestartPolicy(engine.recovery_attempts, engine.stable_after_s)
         self._launch = LaunchSettings(
             runtime_dir=runtime_dir,
@@ -124,12 +135,12 @@ class ModelManager:
             raise model_not_found(model_id)
         return model
 
-    def text_of(self, model_id: str) -> TextModel:
-        """The tokenizer side of a model, which serves also while its engine does not. Raises `ApiError`."""
+    def with_text(self, model_id: str) -> tuple[ServedModel, ServedText]:
+        """A model and its text side, which serves also while its engine does not. Raises `ApiError`."""
         model = self.get(model_id)
         if model.text is None:
             raise model.unavailable()
-        return model.text
+        return model, model.text
 
     # ------------------------------------------------------------------ load and unload
 
@@ -361,14 +372,16 @@ class ModelManager:
 
     async def _start_engine(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
         try:
-            text, weight_bytes = await run_in_daemon_thread(
-                lambda: (TextModel.load(path), check_folder(spec, path)), name=f"tokenizer {model.id}"
+            weight_bytes = await run_in_daemon_thread(lambda: check_folder(spec, path), name=f"check {model.id}")
+            text = await ServedText.open(
+                str(path), self._text_settings, label=model.id, on_end=lambda reason: self._on_text_end(model, reason)
             )
         except ApiError as exc:  # the folder has changed since it was fetched
             self._post(model, machine.EngineFailed(exc))
             return
-        except TokenizerError as exc:
-            self._post(model, machine.EngineFailed(refusal("bad_checkpoint", str(exc), model_id=model.id)))
+        except TextLoadError as exc:
+            error = refusal("bad_checkpoint", f"`{model.id}` cannot be served: {exc}", model_id=model.id)
+            self._post(model, machine.EngineFailed(error))
             return
         except Exception as exc:
             logger.exception("tokenizer failed model=%s", model.id)
@@ -442,7 +455,9 @@ class ModelManager:
         for task in list(model.tasks):
             task.cancel()
         group, model.group = model.group, None
-        model.text = None
+        text, model.text = model.text, None
+        if text is not None:
+            await text.close()
         if group is not None:
             was_loaded = group.loaded is not None
             await group.stop()

@@ -19,7 +19,7 @@ from neuron.lifecycle.machine import ABSENT, ModelState
 from neuron.lifecycle.memory_ledger import Promise
 from neuron.protocol import EngineStats, Loaded
 from neuron.supervisor.engine_group import EngineGroup
-from neuron.text.model import TextModel
+from neuron.text_workers.served_text import ServedText
 
 _MIB = 2**20
 
@@ -35,7 +35,7 @@ class ServedModel:
         self.outputs = OutputEstimate(ceiling=output_reserve_tokens)
         self.fit: Fit | None = None
         self.devices: tuple[int, ...] = ()
-        self.text: TextModel | None = None
+        self.text: ServedText | None = None
         self.group: EngineGroup | None = None
         self.created = int(time.time())
         self.is_pinned = False
@@ -84,7 +84,7 @@ class ServedModel:
         """Positions a sequence may have; 0 before the first load."""
         return 0 if self.loaded is None else self.loaded.max_model_len
 
-    def serving(self) -> tuple[TextModel, EngineGroup]:
+    def serving(self) -> tuple[ServedText, EngineGroup]:
         """Both sides of a model that takes requests, which wait while its engine is being rebuilt.
 
         Raises `ApiError`: why it does not take any now.
@@ -190,6 +190,8 @@ class ServedModel:
         is no reason: they end (F26)."""
         if self._stalled:
             return Servable(ok=False, reason="engine_stalled", detail=self._stalled)
+        if self.text is not None and self.text.pool.unavailable is not None:
+            return Servable(ok=False, reason="text_unavailable", detail=self.text.pool.unavailable)
         if self.admission.capacity is None:
             return None
         refusal = self.admission.capacity.refusal(self.need([(1, 1)], num_choices=1))

@@ -137,6 +137,8 @@ class ChatTemplate:
             return self._templates[name].render(context)
         except jinja2.TemplateError as exc:
             raise TemplateRenderError(str(exc) or type(exc).__name__) from exc
+        except MemoryError:  # of this process and not of one template: who gave it its limit decides
+            raise
         except Exception as exc:  # a template is a program; what it does wrong is its error, not ours
             raise TemplateRenderError(f"{type(exc).__name__}: {exc}") from exc
 

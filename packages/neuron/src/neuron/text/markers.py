@@ -7,10 +7,7 @@ it does not count. A marker that the chat template uses but the vocabulary lacks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from neuron.text.tokenizer import Tokenizer
+from typing import Protocol
 
 REASONING_MARKERS = (
     ("<think>", "</think>"),
@@ -19,6 +16,12 @@ REASONING_MARKERS = (
     ("<reasoning>", "</reasoning>"),
 )
 TOOL_CALL_MARKERS = ("<tool_call>", "</tool_call>")
+
+
+class Vocabulary(Protocol):
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its exact text, None if it is not one entry."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +38,18 @@ class MarkerPair:
         return self.open_id is not None
 
 
-def find_pair(tokenizer: Tokenizer, open_text: str, close_text: str) -> MarkerPair | None:
+def find_pair(vocabulary: Vocabulary, open_text: str, close_text: str) -> MarkerPair | None:
     """The pair as vocabulary entries, None unless both exist."""
-    open_id, close_id = tokenizer.token_id(open_text), tokenizer.token_id(close_text)
+    open_id, close_id = vocabulary.token_id(open_text), vocabulary.token_id(close_text)
     if open_id is None or close_id is None:
         return None
     return MarkerPair(open_text, close_text, open_id, close_id)
 
 
-def reasoning_markers(tokenizer: Tokenizer, template_source: str) -> MarkerPair | None:
+def reasoning_markers(vocabulary: Vocabulary, template_source: str) -> MarkerPair | None:
     """The first known pair in the vocabulary, else the first that the template writes, else None."""
     for open_text, close_text in REASONING_MARKERS:
-        pair = find_pair(tokenizer, open_text, close_text)
+        pair = find_pair(vocabulary, open_text, close_text)
         if pair is not None:
             return pair
     for open_text, close_text in REASONING_MARKERS:
@@ -55,6 +58,6 @@ def reasoning_markers(tokenizer: Tokenizer, template_source: str) -> MarkerPair 
     return None
 
 
-def tool_call_markers(tokenizer: Tokenizer) -> MarkerPair:
+def tool_call_markers(vocabulary: Vocabulary) -> MarkerPair:
     """Every model is taught, or forced by grammar, to use the one pair; as text where it is not in the vocabulary."""
-    return find_pair(tokenizer, *TOOL_CALL_MARKERS) or MarkerPair(*TOOL_CALL_MARKERS)
+    return find_pair(vocabulary, *TOOL_CALL_MARKERS) or MarkerPair(*TOOL_CALL_MARKERS)

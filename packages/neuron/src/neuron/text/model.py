@@ -6,7 +6,9 @@ turns what the engine answers into events.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from cortex_core.conversation import Request
 
@@ -26,6 +28,8 @@ from neuron.text.sampling_defaults import (
 )
 from neuron.text.tokenizer import Tokenizer
 
+LoadStage = Literal["tokenizer", "chat template", "generation defaults"]
+
 
 class TextModel:
     """One model's tokenizer, template, defaults and markers. Immutable and thread-safe once loaded."""
@@ -40,13 +44,17 @@ class TextModel:
         self._grammars = GrammarBuilder(self.reasoning, self.tool_calls)
 
     @classmethod
-    def load(cls, path: Path) -> TextModel:
-        """Read a checkpoint folder. Raises `TokenizerError` if it has no tokenizer that can be read.
+    def load(cls, path: Path, *, at: Callable[[LoadStage], None] = lambda stage: None) -> TextModel:
+        """Read a checkpoint folder; `at` is told of each stage as it begins.
 
-        Takes up to a second or two for a large vocabulary: call it in an executor.
+        Raises `TokenizerError` if it has no tokenizer that can be read. Takes up to a second or two for a large
+        vocabulary, and as long as the checkpoint's own programs like: they are tried out.
         """
+        at("tokenizer")
         tokenizer = Tokenizer.load(path)
+        at("chat template")
         template = ChatTemplate.load(path, tokenizer.special_tokens)
+        at("generation defaults")
         return cls(tokenizer, template, GenerationDefaults.load(path, tokenizer))
 
     @property
@@ -72,9 +80,13 @@ class TextModel:
         """
         return self._renderer.render(request, max_model_len)
 
-    def count_tokens(self, request: Request) -> int:
-        """Prompt tokens as they will be billed. Raises `ApiError`."""
-        return sum(prompt.num_tokens for prompt in self.render(request))
+    def encode(self, text: str, *, max_model_len: int | None = None) -> list[int]:
+        """Ids of a text alone; max_model_len: as for `render`. Raises `ApiError`."""
+        return self._renderer.encode(text, max_model_len)
+
+    def count_tokens(self, request: Request, *, max_model_len: int | None = None) -> int:
+        """Prompt tokens as they will be billed; max_model_len: as for `render`. Raises `ApiError`."""
+        return sum(prompt.num_tokens for prompt in self.render(request, max_model_len=max_model_len))
 
     def resolve(self, request: Request, prompts: list[Prompt], *, max_model_len: int) -> list[Generation]:
         """One `Generation` per choice, prompt-major (`choice = prompt_index * num_choices + i`).

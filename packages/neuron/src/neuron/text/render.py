@@ -49,8 +49,11 @@ class Renderer:
             return [self._raw(prompt, index, count, max_model_len) for index, prompt in enumerate(request.prompts)]
         return [self._chat(request, max_model_len)]
 
-    def _encode(self, text: str, max_model_len: int | None) -> list[int]:
-        """Megabytes of text take seconds to tokenise: what cannot fit is known from its size alone."""
+    def encode(self, text: str, max_model_len: int | None) -> list[int]:
+        """Ids of `text`, or an `ApiError` where they are sure to be more than `max_model_len`.
+
+        Megabytes of text take seconds to tokenise: what cannot fit is known from its size alone.
+        """
         if max_model_len is not None and len(text) > max_model_len:
             at_least = len(text.encode("utf-8", "replace")) // self._tokenizer.longest_token_bytes
             if at_least > max_model_len:
@@ -72,7 +75,7 @@ class Renderer:
         state: ReasoningState = "none"
         if self._reasoning is not None:
             text, state = self._reasoning_state(request, self._reasoning, text, prefix)
-        ids = self._encode(text, max_model_len)
+        ids = self.encode(text, max_model_len)
         bos = list(self._tokenizer.bos_ids)
         if not self._template.has_template and bos and ids[: len(bos)] != bos:
             ids = bos + ids  # a template writes its own beginning; plain ChatML does not
@@ -165,7 +168,7 @@ class Renderer:
             text = tokenizer.decode(ids)
         else:
             text = prompt.text or ""
-            ids = self._encode(text, max_model_len)
+            ids = self.encode(text, max_model_len)
         if prompt.suffix:
             ids = self._fill_in_the_middle(ids, prompt.suffix, max_model_len)
         bos = list(tokenizer.bos_ids)
@@ -190,7 +193,7 @@ class Renderer:
                 code="unsupported_parameter",
             )
         before, between, after, suffix_first = self._fim
-        suffix_ids = self._encode(suffix, max_model_len)
+        suffix_ids = self.encode(suffix, max_model_len)
         if suffix_first:
             return [between, *suffix_ids, before, *ids]
         return [before, *ids, between, *suffix_ids, after]
