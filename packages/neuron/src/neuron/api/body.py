@@ -18,6 +18,8 @@ from neuron.api.asgi import ClientGone, RawHeaders, Receive
 SWALLOW_TIMEOUT_S = 10.0
 SWALLOW_LIMITS = 8
 """How much of a refused body is swallowed, in body limits."""
+_LONG_COMPRESSED_BYTES = 1_024
+"""Of zeros, this is a megabyte; more is inflated on a thread, which holds no lock meanwhile."""
 
 
 class RequestBody:
@@ -48,7 +50,11 @@ class RequestBody:
                 code="request_timeout",
                 status=408,
             ) from None
-        return body if encoding in (b"", b"identity") else self._decompress(body, encoding)
+        if encoding in (b"", b"identity"):
+            return body
+        if len(body) < _LONG_COMPRESSED_BYTES:
+            return self._decompress(body, encoding)
+        return await asyncio.to_thread(self._decompress, body, encoding)
 
     async def _read_all(self) -> bytes:
         parts: list[bytes] = []

@@ -30,6 +30,8 @@ MAX_WAIT_S = 60.0
 YIELD_AFTER_S = 0.5
 ABANDONED_S = 0.1
 MAX_ATTEMPTS = 2
+MAX_STARTS = 5
+"""How many workers a job may be given to where they end before they have read it."""
 HOST_RETRY_S = (0.0, 1.0, 5.0, 30.0)
 
 
@@ -318,15 +320,16 @@ class TextPool:
         job = self._jobs.pop(number, None)
         if job is None:
             return
+        if reason == "died" and stage == "start" and job.attempts < MAX_STARTS:
+            if not job.future.done():
+                self._put(job)  # the worker was gone before it had read the job
+            return
         self._on_end(reason)
         self._log_end(job, reason, stage)
         if reason != "died":
             job.refuse(self._over_budget(job, reason, stage))
         elif job.future.done():
             return
-        elif stage == "start":  # it was gone before it had read the job
-            job.attempts -= 1
-            self._put(job)
         elif job.attempts < MAX_ATTEMPTS:
             self._put(job)  # it may have been somebody else's doing: the kernel's, an operator's
         else:
