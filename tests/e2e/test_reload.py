@@ -99,8 +99,15 @@ def test_files_that_change_are_followed_and_keys_come_and_go(running: Reloadable
     assert call(running.url, "POST", CHAT, body, ask)[0] == 200
     running.replace(KEYS.replace('"ci"', '"cd"').replace('"secret"', '"other"') + running.both)
     eventually(lambda: call(running.url, "POST", CHAT, body, ask)[0] == 401, within_s=60, what="the key is revoked")
+    # That no key is required any more has to be asked for.
     running.replace(running.both)
-    eventually(lambda: call(running.url, "POST", CHAT, body)[0] == 200, within_s=60, what="no key is required")
+    running.said("would protect less")
+    running.said("entitlements.require_auth: true would become false")
+    assert call(running.url, "POST", CHAT, body)[0] == 401
+    assert json.loads(call(running.url, "GET", "/health")[2])["configuration"] == "refused"
+    assert cortex("reload", "-e", running.url).returncode == 0
+    assert call(running.url, "POST", CHAT, body)[0] == 200
+    assert "configuration" not in json.loads(call(running.url, "GET", "/health")[2])
 
 
 @pytest.mark.timeout(300)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from cortex_core.config import ConfigError, load_config
+from cortex_core.config import ConfigError, parse_config, read_text
 from cortex_core.fleet import ContextLimit, DiscoveryResponse, ModelCost, ModelSpec
 
 DEFAULT_RESIDENCY_PRIORITY = 100
@@ -134,7 +134,12 @@ def load_catalogue(path: Path | str) -> Catalogue:
 
     Refused: two profiles of one id, and an alias of an existing model's name (it would never apply).
     """
-    catalogue = load_config(Catalogue, path, required=False)
+    return parse_catalogue(read_text(path, required=False), path)
+
+
+def parse_catalogue(text: str, path: Path | str) -> Catalogue:
+    """`load_catalogue` on text already read."""
+    catalogue = parse_config(Catalogue, text, name=str(path))
     faults: list[str] = []
     seen: set[str] = set()
     for index, profile in enumerate(catalogue.models):

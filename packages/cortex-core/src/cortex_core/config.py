@@ -45,19 +45,23 @@ def load_config(
 
     Raises `ConfigError`. With `required=False` a missing file means "all defaults".
     """
-    text = ""
+    text = read_text(path, required=required) if path is not None else ""
     name = str(path) if path is not None else "<environment>"
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            if required:
-                raise ConfigError([f"{name}: no such file"]) from None
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError([f"{name}: cannot be read: {exc}"]) from exc
     return parse_config(
         type_, text, name=name, env_prefix=env_prefix, environ=os.environ if environ is None else environ
     )
+
+
+def read_text(path: Path | str, *, required: bool = True) -> str:
+    """A configuration file as it is. Raises `ConfigError`; with `required=False` a missing file is an empty one."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if required:
+            raise ConfigError([f"{path}: no such file"]) from None
+        return ""
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError([f"{path}: cannot be read: {exc}"]) from exc
 
 
 def parse_config(

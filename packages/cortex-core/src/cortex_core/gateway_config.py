@@ -5,13 +5,14 @@ It lives in core so that `cortex config check` needs no web framework.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from cortex_core.config import ConfigError, load_config
+from cortex_core.config import ConfigError, parse_config, read_text
 from cortex_core.entitlements import EntitlementsSection, entitlement_faults
 from cortex_core.secret_references import SecretReference, absolute
 from cortex_core.telemetry import TelemetrySection
@@ -160,7 +161,21 @@ def load_gateway_config(
     Raises `ConfigError`, also for two neurons of one name, for a listener that is no host:port, and for keys that
     contradict themselves or each other.
     """
-    config = load_config(GatewayConfig, path, env_prefix="CORTEX_", environ=environ, required=required)
+    text = read_text(path, required=required) if path is not None else ""
+    return parse_gateway_config(text, path, environ=environ)
+
+
+def parse_gateway_config(
+    text: str, path: Path | str | None, *, environ: Mapping[str, str] | None = None
+) -> GatewayConfig:
+    """`load_gateway_config` on text already read."""
+    config = parse_config(
+        GatewayConfig,
+        text,
+        name=str(path) if path is not None else "<environment>",
+        env_prefix="CORTEX_",
+        environ=os.environ if environ is None else environ,
+    )
     names = [neuron.name for neuron in config.neurons]
     faults = [
         f"{path}: neurons: the name `{name}` is used twice" for name in sorted({n for n in names if names.count(n) > 1})

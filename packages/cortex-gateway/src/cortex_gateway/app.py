@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
 from cortex_gateway.configuration.reload import Reloader
-from cortex_gateway.configuration.value import Configuration, Current, with_secrets
+from cortex_gateway.configuration.value import NO_TEXTS, Configuration, Current, texts_now, with_secrets
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.merge import dead_aliases
 from cortex_gateway.fleet.neuron import NeuronClient, open_session
@@ -84,7 +84,12 @@ class Gateway:
         a server's secrets are not there."""
         is_file = config_path is not None and Path(config.models_config).exists()
         self.current = Current(
-            with_secrets(config, Catalogue() if catalogue is None else catalogue, has_catalogue_file=is_file)
+            with_secrets(
+                config,
+                Catalogue() if catalogue is None else catalogue,
+                has_catalogue_file=is_file,
+                texts=texts_now(config_path, config) if config_path is not None else NO_TEXTS,
+            )
         )
         self.metrics = Metrics()
         self.access_log = AccessLog()
@@ -154,7 +159,7 @@ class Gateway:
             self._telemetry.tracing,
         )
         models = ModelRoutes(fleet, current)
-        health = HealthRoutes(fleet, lambda: self.relay.is_draining)
+        health = HealthRoutes(fleet, lambda: self.relay.is_draining, self.reloader)
         admin = AdminRoutes(
             fleet, self._poller, placement.loads, placement, self.access_log, current=current, reloader=self.reloader
         )

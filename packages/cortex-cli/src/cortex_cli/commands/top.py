@@ -85,6 +85,9 @@ def view(fleet: dict[str, Any], endpoint: str) -> Group:
         for queue in fleet.get("waiting", ())
     ]
     notes += [f"{count} go on on {name}, which was taken out" for name, count in fleet.get("leaving", {}).items()]
+    files = fleet.get("configuration", {})
+    notes += [f"configuration refused: {fault}" for fault in files.get("faults", ())]
+    notes += [f"configuration refused, `cortex reload` applies it: {what}" for what in files.get("weaker", ())]
     parts: list[RenderableType] = [head, Text("  ".join(sums)), "", _nodes(nodes), "", _models(nodes)]
     if notes:
         parts += ["", Text("\n".join(notes), style="yellow")]

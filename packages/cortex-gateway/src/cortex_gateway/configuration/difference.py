@@ -130,16 +130,17 @@ def _in_common(names: list[str], others: list[str]) -> list[str]:
 
 
 def _changed_settings(before: Configuration, after: Configuration) -> list[str]:
-    was, now = dict(_settings(before.config)), dict(_settings(after.config))
+    was, now = dict(settings_of(before.config)), dict(settings_of(after.config))
     return sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
 
 
-def _settings(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def settings_of(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting by its dotted key, without what is `LISTED`."""
     for field in section.__struct_fields__:
         key, value = f"{prefix}{field}", getattr(section, field)
         if key in LISTED:
             continue
         if isinstance(value, msgspec.Struct):
-            yield from _settings(value, f"{key}.")
+            yield from settings_of(value, f"{key}.")
         else:
             yield key, value

@@ -13,14 +13,19 @@ import msgspec
 from cortex_core.config import ConfigError
 from cortex_core.gateway_config import GatewayConfig
 
-from cortex_gateway.configuration.difference import Difference, difference, restart_needed
+from cortex_gateway.configuration.difference import NO_DIFFERENCE, Difference, difference, restart_needed
 from cortex_gateway.configuration.value import Configuration, Current, read_configuration
 from cortex_gateway.configuration.watch import Prints, Settling, prints_of
+from cortex_gateway.configuration.weaker import NOTHING_GONE, may_be_unfinished, weaker
 
 log = logging.getLogger(__name__)
 
 Trigger = Literal["signal", "file", "admin"]
 Outcome = Literal["applied", "unchanged", "refused"]
+
+UNFINISHED_LOOKS = 7
+"""Looks until a file is believed that ends in another way than before: somebody may have written or taken out something
+there, or is not done with writing."""
 
 IDLE_LOOK_S = 1.0
 """How often a reloader that is not to watch looks whether it is again."""
@@ -39,8 +44,20 @@ class Reloaded(msgspec.Struct, frozen=True):
         return f"{self.changes}; a restart is needed for {' '.join(self.needs_restart)}"
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """Why the files do not apply: what is wrong in them (`faults`), or what they would take away without being asked to
+    (`weaker`). Never both."""
+
+    faults: tuple[str, ...] = ()
+    weaker: tuple[str, ...] = ()
+
+
 class Reloader:
-    """One reload at a time, asked for or because a file has changed."""
+    """One reload at a time, asked for or because a file has changed.
+
+    refusal: why what the files hold is not what applies, where it was refused; None where it does. Who asks for a
+    reload gets what the files say; a file that changes by itself never takes protection away (see `weaker`).
+    """
 
     def __init__(
         self,
@@ -58,7 +75,9 @@ class Reloader:
         self._reading = asyncio.Lock()
         self._settling = Settling()
         self._watching: asyncio.Task[None] | None = None
-        self._is_refused = False
+        self._held: Prints | None = None  # what may be unfinished, and is waited for
+        self._gone = NOTHING_GONE
+        self.refusal: Refusal | None = None
 
     def start(self) -> None:
         """Watch the files. What was written since they were read for the start is noticed too."""
@@ -75,26 +94,61 @@ class Reloader:
         async with self._reading:
             before = self._current.value
             # Taken before they are read: what is written meanwhile is noticed at the next look.
-            self._settling.take(await asyncio.to_thread(self._prints, before.config))
+            prints = await asyncio.to_thread(self._prints, before.config)
+            self._settling.take(prints)
             try:
                 after = await asyncio.to_thread(read_configuration, self._path, before)
             except ConfigError as error:
-                log.error("configuration refused, the running one stays (%s)\n%s", trigger, error)
-                self._is_refused = True
-                self._on_outcome(trigger, "refused")
+                self._refuse(trigger, Refusal(faults=error.faults))
                 raise
             changes = difference(before, after)
             pending = restart_needed(self._current.started_with, after)
+            if trigger == "file":
+                if lost := weaker(before, after, self._gone):
+                    self._refuse(trigger, Refusal(weaker=tuple(lost)))
+                    raise ConfigError(lost)
+                if changes and not await self._is_whole(before, after, prints):
+                    return Reloaded("unchanged", NO_DIFFERENCE, pending)
+            self._gone = self._gone.after(before, after) if trigger == "file" else NOTHING_GONE
             if changes:
                 self._apply(after)
+            else:
+                self._current.value = after  # it means the same, and its texts are those of the files now
             reloaded = Reloaded("applied" if changes else "unchanged", changes, pending)
             # The first look after a start finds nothing, and so may a mere touch: that is no news. That files which
             # were refused are as they were before is.
-            if changes or trigger != "file" or self._is_refused:
+            if changes or trigger != "file" or self.refusal is not None:
                 log.info("configuration reloaded (%s): %s", trigger, reloaded)
                 self._on_outcome(trigger, reloaded.outcome)
-            self._is_refused = False
+            self.refusal = None
             return reloaded
+
+    async def _is_whole(self, before: Configuration, after: Configuration, prints: Prints) -> bool:
+        """Whether to believe what a file trigger has read; if not, it is looked at again."""
+        if await asyncio.to_thread(self._prints, before.config) != prints:
+            self._settling.hold()  # written to while it was read
+            return False
+        if may_be_unfinished(before, after) and self._held != prints:
+            self._held = prints
+            self._settling.hold(UNFINISHED_LOOKS)
+            return False
+        return True
+
+    def _refuse(self, trigger: Trigger, refusal: Refusal) -> None:
+        """Said once for the same files: looking at them again is no news."""
+        is_news = refusal != self.refusal or trigger != "file"
+        self.refusal = refusal
+        self._on_outcome(trigger, "refused")
+        if not is_news:
+            return
+        if refusal.faults:
+            log.error("configuration refused, the running one stays (%s)\n%s", trigger, "\n".join(refusal.faults))
+        else:
+            log.warning(
+                "configuration refused, the running one stays: the files have changed and would protect less. If that "
+                "is meant, apply it with `cortex reload` or SIGHUP\n%s",
+                "\n".join(refusal.weaker),
+            )
 
     async def try_reload(self, trigger: Trigger) -> None:
         """As `reload`, where nobody waits for the outcome but the log."""

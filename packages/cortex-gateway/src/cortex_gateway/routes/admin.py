@@ -263,6 +263,7 @@ class AdminRoutes:
                 "in_flight": activity.total_in_flight(),
                 "leaving": activity.leaving(self._fleet.snapshot.nodes),
                 "waiting": waiting,
+                "configuration": self._configuration(),
             }
         )
 
@@ -331,6 +332,13 @@ class AdminRoutes:
         return node
 
     # ------------------------------------------------------------------------------------------ configuration
+
+    def _configuration(self) -> dict[str, Any]:
+        """Whether what the files hold is what applies; if not, what is wrong there, or what they would take away."""
+        refusal = self._reloader.refusal if self._reloader is not None else None
+        if refusal is None:
+            return {"valid": True}
+        return {"valid": False, "faults": refusal.faults, "weaker": refusal.weaker}
 
     async def reload(self, request: Request) -> Response:
         """Read the configuration again; answers when it applies. Refused whole if anything is wrong with it."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cortex_gateway.configuration.reload import Reloader
 from cortex_gateway.fleet.snapshot import FleetSnapshot
 from cortex_gateway.fleet.state import Fleet
 
@@ -27,14 +29,18 @@ class Unservable(msgspec.Struct, frozen=True):
 
 
 class FleetHealth(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`status`: ok, impaired (a resident model cannot be served), degraded (no healthy node), draining."""
+    """`status`: ok, impaired (a resident model cannot be served), degraded (no healthy node), draining.
+
+    configuration: that the files were refused, and the gateway runs with what it had; `/admin/fleet` says why.
+    """
 
     status: str
     nodes: NodeCount
     unservable: tuple[Unservable, ...] = ()
+    configuration: Literal["refused"] | None = None
 
 
-def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool) -> FleetHealth:
+def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool, is_config_refused: bool = False) -> FleetHealth:
     nodes = [node for node in snapshot.nodes.values() if node.is_routable]
     unservable = tuple(
         Unservable(node=node.name, model=model, reason=info.servable.reason, detail=info.servable.detail)
@@ -49,19 +55,24 @@ def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool) -> FleetHealth:
     else:
         status = "impaired" if unservable else "ok"
     return FleetHealth(
-        status=status, nodes=NodeCount(healthy=len(nodes), total=len(snapshot.nodes)), unservable=unservable
+        status=status,
+        nodes=NodeCount(healthy=len(nodes), total=len(snapshot.nodes)),
+        unservable=unservable,
+        configuration="refused" if is_config_refused else None,
     )
 
 
 class HealthRoutes:
-    def __init__(self, fleet: Fleet, is_draining: Callable[[], bool]) -> None:
+    def __init__(self, fleet: Fleet, is_draining: Callable[[], bool], reloader: Reloader | None) -> None:
         self._fleet = fleet
         self._is_draining = is_draining
+        self._reloader = reloader
 
     async def health(self, request: Request) -> Response:
         """200 while the gateway takes work, whatever the fleet's state; 503 once it drains, so balancers move on."""
         is_draining = self._is_draining()
-        health = fleet_health(self._fleet.snapshot, is_draining=is_draining)
+        is_refused = self._reloader is not None and self._reloader.refusal is not None
+        health = fleet_health(self._fleet.snapshot, is_draining=is_draining, is_config_refused=is_refused)
         return Response(
             msgspec.json.encode(health), status_code=503 if is_draining else 200, media_type="application/json"
         )
