@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,23 +16,16 @@ import pytest_asyncio
 from cortex_core.fleet import ModelSpec
 from neuron.config import EngineSection, NeuronConfig, ServerSection
 from neuron.lifecycle.served_model import ServedModel
-from neuron.lifecycle.sources import demo_model_path
 from neuron.server import Daemon
 from neuron.supervisor.incarnation import WorkerCommand
 
+from tests.neuron.checkpoint_folders import write_checkpoint
 from tests.neuron.scripted_engine import scripted_command
-
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def make_checkpoint(folder: Path) -> Path:
     """A folder that passes every check; its weights are never read."""
-    folder.mkdir(parents=True)
-    for name in TEXT_FILES:
-        shutil.copy(demo_model_path() / name, folder / name)
-    (folder / "config.json").write_text('{"model_type": "qwen3"}')
-    (folder / "model.safetensors").write_bytes(b"weights")
-    return folder
+    return write_checkpoint(folder)
 
 
 class RunningNeuron:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,20 @@ import pytest
 from neuron.config import EngineSection, NeuronConfig
 from neuron.hardware.host import anonymous_bytes, memory_free_mb, memory_total_mb
 
-from tests.neuron.api.conftest import TEXT_FILES, RunningNeuron, run_neuron
-from tests.neuron.engine.checkpoints import SHAPE, write_qwen3
+from tests.neuron.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.checkpoint_folders import TINY, with_text, write_checkpoint
+from tests.neuron.engine.checkpoints import write_qwen3
 from tests.neuron.scripted_engine import eventually, scripted_with
 
 MIB = 2**20
 
 
 def sparse_checkpoint(folder: Path, num_bytes: int, **changes: Any) -> Path:
-    """A checkpoint with a bfloat16 matrix of so many bytes: all holes, so it takes no room on disk."""
-    folder.mkdir(parents=True)
-    config = SHAPE | {"torch_dtype": "bfloat16"} | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    rows = num_bytes // 2 // 1024
-    entry = {"dtype": "BF16", "shape": [rows, 1024], "data_offsets": [0, rows * 2048]}
-    header = json.dumps({"model.layers.0.mlp.gate_proj.weight": entry}).encode()
-    with (folder / "model.safetensors").open("wb") as stream:
-        stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + rows * 2048)
-    return with_text(folder)
-
-
-def with_text(folder: Path) -> Path:
-    from neuron.lifecycle.sources import demo_model_path
-
-    for name in TEXT_FILES:
-        (folder / name).write_bytes((demo_model_path() / name).read_bytes())
-    return folder
+    """A checkpoint with about so many bytes of bfloat16 matrices: all holes, so it takes no room on disk."""
+    config = TINY | {"torch_dtype": "bfloat16", "hidden_size": 1024, "num_hidden_layers": 64} | changes
+    matrices = 3 * config["num_hidden_layers"]
+    config["intermediate_size"] = max(64, num_bytes // 2 // config["hidden_size"] // matrices)
+    return write_checkpoint(folder, config, dtype="BF16")
 
 
 async def load(neuron: RunningNeuron, folder: Path, **fields: Any) -> tuple[int, dict[str, Any]]:

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceHealth
 from neuron.hardware.host import anonymous_bytes
 from neuron.hardware.monitor import HardwareReading
+from neuron.lifecycle.checkpoint_folder import weight_paths
+from neuron.lifecycle.estimate import ModelShape, StoredTensor, stored_tensors
 from neuron.lifecycle.fitting import DeviceMemory
 from neuron.lifecycle.memory_ledger import MemoryLedger, Promise
 from neuron.protocol import EngineConfig
@@ -22,6 +25,12 @@ MIB, GIB = 2**20, 2**30
 def ledger(*, free_mb: int = 10_000, devices: tuple[DeviceHealth, ...] = ()) -> MemoryLedger:
     reading = HardwareReading(devices=devices, memory_free_mb=free_mb)
     return MemoryLedger(lambda: reading, host_total_bytes=16 * GIB, floor_bytes=512 * MIB)
+
+
+def checkpoint_in(folder: Path) -> tuple[EngineConfig, ModelShape, list[StoredTensor]]:
+    path = write_qwen3(folder / "model")
+    config = EngineConfig(model_id="tiny", path=str(path))
+    return config, ModelShape.from_hf(SHAPE), stored_tensors(weight_paths(path))
 
 
 def host_of(memory: list[DeviceMemory]) -> DeviceMemory:
@@ -67,11 +76,10 @@ def test_a_device_that_a_load_is_filling_has_nothing_for_others() -> None:
 
 
 def test_a_host_that_does_not_tell_its_memory_leaves_it_to_the_engine(tmp_path: Path) -> None:
-    path = write_qwen3(tmp_path / "model")
-    config = EngineConfig(model_id="tiny", path=str(path))
-    assert ledger(free_mb=0).fit(config, []) is None
-    assert ledger().fit(EngineConfig(model_id="tiny", path=str(path), devices=(3,)), []) is None
-    found = ledger().fit(config, [])
+    config, shape, tensors = checkpoint_in(tmp_path)
+    assert ledger(free_mb=0).fit(config, [], shape, tensors) is None
+    assert ledger().fit(msgspec.structs.replace(config, devices=(3,)), [], shape, tensors) is None
+    found = ledger().fit(config, [], shape, tensors)
     assert found is not None and found.context_tokens == 512
 
 
@@ -87,15 +95,9 @@ def test_a_download_that_this_host_could_never_load_is_refused() -> None:
     ledger(free_mb=0).check_size(config, SHAPE, 900 * GIB)
 
 
-def test_a_model_nobody_can_estimate_is_left_to_the_engine(tmp_path: Path) -> None:
-    path = write_qwen3(tmp_path / "model")
-    (path / "config.json").write_text('{"model_type": "qwen3"}')
-    assert ledger().fit(EngineConfig(model_id="tiny", path=str(path)), []) is None
-
-
 def test_memory_that_would_be_given_up_counts_as_available_and_the_load_says_how_much_of_it(tmp_path: Path) -> None:
-    path = write_qwen3(tmp_path / "model")
-    config = EngineConfig(model_id="m", path=str(path), kv_cache_tokens=2048)
+    config, shape, tensors = checkpoint_in(tmp_path)
+    config = msgspec.structs.replace(config, kv_cache_tokens=2048)
     reading = HardwareReading(memory_free_mb=600)
 
     def with_reclaimable(num_bytes: int) -> MemoryLedger:
@@ -104,10 +106,10 @@ def test_memory_that_would_be_given_up_counts_as_available_and_the_load_says_how
         )
 
     with pytest.raises(ApiError, match="does not fit"):
-        with_reclaimable(0).fit(config, ())
-    found = with_reclaimable(4 * GIB).fit(config, ())
+        with_reclaimable(0).fit(config, (), shape, tensors)
+    found = with_reclaimable(4 * GIB).fit(config, (), shape, tensors)
     assert found is not None
     assert found.reclaim_bytes == found.bytes_on[None] + 512 * MIB - 600 * MIB
     reading = HardwareReading(memory_free_mb=10_000)
-    plenty = with_reclaimable(4 * GIB).fit(config, ())
+    plenty = with_reclaimable(4 * GIB).fit(config, (), shape, tensors)
     assert plenty is not None and plenty.reclaim_bytes == 0

@@ -15,7 +15,6 @@ from neuron.lifecycle.preflight import (
     classify,
     edit_distance,
     quant_of,
-    weight_files,
 )
 
 DENSE = ["config.json", "tokenizer.json", "model.safetensors"]
@@ -136,19 +135,6 @@ def test_devices_that_do_not_exist_are_refused() -> None:
     check_spec(spec(), [])
     assert refused(check_spec, spec(devices=(0, 3)), [gpu]).extras["available"] == [0]
     assert "CPU" in refused(check_spec, spec(devices=(0,)), []).message
-
-
-def test_weights_are_those_of_the_index_else_the_single_file() -> None:
-    layout = classify(["model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"])
-    index = {"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"}}
-    assert weight_files(layout, index) == ("model-1.safetensors", "model-2.safetensors")
-    assert weight_files(classify([*DENSE, "consolidated.safetensors"]), None) == ("model.safetensors",)
-    assert weight_files(classify(["b.safetensors", "a.safetensors"]), None) == ("a.safetensors", "b.safetensors")
-
-
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 7}}, {"weight_map": {"a": "gone"}}])
-def test_an_index_that_lies_is_refused(index: dict[str, Any]) -> None:
-    assert refused(weight_files, classify(DENSE), index).code == "bad_checkpoint"
 
 
 def test_quants_are_the_last_part_of_the_name() -> None:

@@ -70,19 +70,22 @@ def test_the_only_file_may_have_any_name(single: Path) -> None:
 
 def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(BadCheckpoint, match="has no safetensors file"):
+    with pytest.raises(BadCheckpoint, match="no safetensors file"):
         CheckpointReader(tmp_path)
 
 
 def test_several_files_need_an_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
-    with pytest.raises(BadCheckpoint, match=r"several safetensors files \(model-1.safetensors, model-2.safetensors\)"):
+    with pytest.raises(
+        BadCheckpoint,
+        match=r"several safetensors files but no .*: model-1.safetensors, model-2",
+    ):
         CheckpointReader(sharded)
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / "model-2.safetensors").unlink()
-    with pytest.raises(BadCheckpoint, match=r"lacks shards that its index names: model-2.safetensors"):
+    with pytest.raises(BadCheckpoint, match=r"names 1 files that do not exist: model-2.safetensors"):
         CheckpointReader(sharded)
 
 
@@ -95,13 +98,13 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded: Path) -> None:
 
 def test_a_tensor_in_two_shards_is_named(sharded: Path) -> None:
     save_file({"a": A, "b": B}, sharded / "model-2.safetensors")
-    with pytest.raises(BadCheckpoint, match=r"two files of .* hold the same tensor: a"):
+    with pytest.raises(BadCheckpoint, match=r"two files hold the same tensor \(model-1.* and model-2.*\): a"):
         CheckpointReader(sharded)
 
 
 def test_an_index_does_not_lead_out_of_its_folder(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model-1.safetensors"}}')
-    with pytest.raises(BadCheckpoint, match=r"outside of its folder: \.\./model-1"):
+    with pytest.raises(BadCheckpoint, match=r"outside of its folder.*: \.\./model-1"):
         CheckpointReader(sharded)
 
 

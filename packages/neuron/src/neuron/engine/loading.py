@@ -7,7 +7,6 @@ together.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,9 @@ import msgspec
 import torch
 
 from neuron import kernels
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.files import read_json
+from neuron.checkpoint.hyperparameters import check_values
 from neuron.engine.compute import settle_compute
 from neuron.engine.cuda_graphs import CudaGraphDevice
 from neuron.engine.debug import Levers, LoadPhase
@@ -103,14 +105,17 @@ def load_follower(
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder. Raises `ModelError` (`bad_checkpoint`)."""
+    """`config.json` of a checkpoint folder, with senseless values refused. Raises `ModelError` (`bad_checkpoint`)."""
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        config = read_json(file)
+        if not isinstance(config, dict):
+            raise CheckpointError("config.json is not a JSON object")
+        check_values(config)
+    except CheckpointError as exc:
+        raise ModelError("bad_checkpoint", f"{path}: {exc.message}") from exc
+    except OSError as exc:
         raise ModelError("bad_checkpoint", f"{file} cannot be read: {exc}") from exc
-    if not isinstance(config, dict):
-        raise ModelError("bad_checkpoint", f"{file} is not a JSON object")
     return config
 
 

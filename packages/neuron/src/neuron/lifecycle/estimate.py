@@ -7,20 +7,18 @@ loads; tests hold this estimate to what it measures.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from neuron.checkpoint.safetensors_header import TensorHeader
+from neuron.checkpoint.weight_files import headers_of
 from neuron.graph_memory import graph_bytes
-from neuron.lifecycle.preflight import refusal
 from neuron.protocol import EngineConfig
 
-_MAX_HEADER_BYTES = 100 * 2**20
 _MIB = 2**20
 
 _BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -147,7 +145,7 @@ def footprints(config: EngineConfig, shape: ModelShape, tensors: Iterable[Stored
         for tensor in tensors:
             if not tensor.is_matrix:
                 others += tensor.num_elements
-            elif ".k_proj." in tensor.name or ".v_proj." in tensor.name:
+            elif _is_of_keys_or_values(tensor.name):
                 matrices += math.ceil(tensor.num_elements * kv_share)
             else:
                 matrices += math.ceil(tensor.num_elements * share)
@@ -173,11 +171,25 @@ def dtype_of(config: EngineConfig, shape: ModelShape) -> str:
 
 
 def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
-    """The tensors of safetensors files, from their headers (8 bytes of length, then JSON), checked against their sizes.
+    """The tensors of safetensors files, from their headers. Raises `OSError`, `CheckpointError`."""
+    return [stored(tensor) for file in files for _, found in headers_of(file.parent, [file.name]) for tensor in found]
 
-    Raises `OSError`, and `ApiError` 422 for a file that is damaged or cut short.
-    """
-    return [tensor for file in files for tensor in _read_header(file)]
+
+def stored(tensor: TensorHeader) -> StoredTensor:
+    """What an estimate needs to know of a tensor."""
+    return StoredTensor(tensor.name, tensor.num_elements, is_matrix=len(tensor.shape) > 1)
+
+
+def summarised(tensors: Iterable[StoredTensor], shape: ModelShape) -> list[StoredTensor]:
+    """A few tensors that take what these take, for whoever passes them on: those that are read, by how they are cut."""
+    sums: dict[StoredTensor, int] = {}
+    for tensor in tensors:
+        if _is_used(tensor.name, shape):
+            kind = _OTHERS
+            if tensor.is_matrix:
+                kind = _KEYS_AND_VALUES if _is_of_keys_or_values(tensor.name) else _MATRICES
+            sums[kind] = sums.get(kind, 0) + tensor.num_elements
+    return [msgspec.structs.replace(kind, num_elements=total) for kind, total in sums.items()]
 
 
 def tensors_of_size(num_bytes: int, shape: ModelShape) -> list[StoredTensor]:
@@ -192,29 +204,13 @@ def tensors_of_size(num_bytes: int, shape: ModelShape) -> list[StoredTensor]:
     ]
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
-    with file.open("rb") as stream:
-        file_bytes = os.fstat(stream.fileno()).st_size
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-            raise _damaged(file, f"a header of {header_bytes} bytes in a file of {file_bytes}")
-        text = stream.read(header_bytes)
-    try:
-        header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = [
-            StoredTensor(name, math.prod(entry["shape"]), is_matrix=len(entry["shape"]) > 1)
-            for name, entry in header.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
-        raise _damaged(file, f"its header is not a safetensors header ({exc!r})") from exc
-    if end > file_bytes - 8 - header_bytes:
-        raise _damaged(file, f"it is cut short by {end - (file_bytes - 8 - header_bytes)} bytes")
-    return tensors
+_MATRICES = StoredTensor("model.layers.weight", 0, is_matrix=True)
+_KEYS_AND_VALUES = StoredTensor("model.layers.self_attn.k_proj.weight", 0, is_matrix=True)
+_OTHERS = StoredTensor("model.norm.weight", 0, is_matrix=False)
 
 
-def _damaged(file: Path, why: str) -> Exception:
-    return refusal("bad_checkpoint", f"{file.name} is damaged: {why}.", file=file.name)
+def _is_of_keys_or_values(name: str) -> bool:
+    return ".k_proj." in name or ".v_proj." in name
 
 
 def _is_used(name: str, shape: ModelShape) -> bool:

@@ -18,10 +18,10 @@ from cortex_core.fleet import DeviceInfo, LoadProgress, ModelInfo, ModelLoad, Mo
 from neuron.config import NeuronConfig
 from neuron.lifecycle import machine
 from neuron.lifecycle.admission import Admission
-from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 from neuron.lifecycle.download import FetchCancelled
 from neuron.lifecycle.engine_settings import admission_limits, engine_config
+from neuron.lifecycle.inspection import Inspection, inspect_in_process
 from neuron.lifecycle.load_errors import debug_levers_off, load_error, shutting_down
 from neuron.lifecycle.memory_ledger import MemoryLedger
 from neuron.lifecycle.parallelism import check_parallelism
@@ -330,7 +330,11 @@ class ModelManager:
                 ),
                 name=f"fetch {model.id}",
             )
-            await self._fit(model, spec, path)
+            inspection = await run_in_daemon_thread(
+                lambda: inspect_in_process(spec, path, cancelled=cancelled), name=f"inspection {model.id}"
+            )
+            model.weight_bytes = inspection.weight_bytes
+            await self._fit(model, spec, path, inspection)
             event = machine.Fetched(path)
         except ApiError as exc:
             logger.warning("fetch failed model=%s code=%s reason=%s", model.id, exc.code, exc.message)
@@ -352,7 +356,7 @@ class ModelManager:
         if self._memory is not None:
             self._memory.check_size(self._engine_config(model_id, spec, Path()), hf_config, num_bytes)
 
-    async def _fit(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
+    async def _fit(self, model: ServedModel, spec: ModelSpec, path: Path, inspection: Inspection) -> None:
         """Refuse a load that memory has no room for, before anything is started. One at a time: what fits is promised
         before the next one looks. Raises `ApiError`."""
         ledger = self._memory
@@ -362,7 +366,9 @@ class ModelManager:
             model.fit = None
             config = self._engine_config(model.id, spec, path)
             promises = [promise for other in self._models.values() if (promise := other.promise()) is not None]
-            model.fit = await run_in_daemon_thread(lambda: ledger.fit(config, promises), name=f"fit {model.id}")
+            model.fit = await run_in_daemon_thread(
+                lambda: ledger.fit(config, promises, inspection.shape, inspection.tensors), name=f"fit {model.id}"
+            )
             if model.fit is not None and model.fit.reclaim_bytes:
                 self.weights.give_up(model.fit.reclaim_bytes, keep=path)
 
@@ -372,7 +378,6 @@ class ModelManager:
 
     async def _start_engine(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
         try:
-            weight_bytes = await run_in_daemon_thread(lambda: check_folder(spec, path), name=f"check {model.id}")
             text = await ServedText.open(
                 str(path), self._text_settings, label=model.id, on_end=lambda reason: self._on_text_end(model, reason)
             )
@@ -395,7 +400,7 @@ class ModelManager:
         launch = msgspec.structs.replace(
             self._launch,
             load_timeout_s=load_deadline_s(
-                weight_bytes,
+                model.weight_bytes,
                 floor_s=self._config.engine.load_deadline_s,
                 min_bytes_per_s=self._config.engine.load_min_mb_per_s * 2**20,
             ),

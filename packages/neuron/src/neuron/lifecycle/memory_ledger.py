@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from neuron.hardware.host import anonymous_bytes
 from neuron.hardware.monitor import HardwareReading
-from neuron.lifecycle.checkpoint_folder import read_json, weight_paths
-from neuron.lifecycle.estimate import ModelShape, NotEstimable, stored_tensors, tensors_of_size
+from neuron.lifecycle.estimate import ModelShape, NotEstimable, StoredTensor, tensors_of_size
 from neuron.lifecycle.fitting import DeviceMemory, Fit, Resident, fit
-from neuron.lifecycle.preflight import refusal
 from neuron.protocol import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -54,21 +51,14 @@ class MemoryLedger:
         self._floor_bytes = floor_bytes
         self._reclaimable = reclaimable
 
-    def fit(self, config: EngineConfig, promises: Sequence[Promise]) -> Fit | None:
-        """The load of `config` with the context that fits beside what others were promised; None where its checkpoint
-        cannot be estimated, which is left to the engine.
+    def fit(
+        self, config: EngineConfig, promises: Sequence[Promise], shape: ModelShape, tensors: Sequence[StoredTensor]
+    ) -> Fit | None:
+        """The load of `config` with the context that fits beside what others were promised; None where free memory
+        cannot be read, which leaves it to the engine. shape, tensors: of its checkpoint.
 
-        Blocks (driver, files). Raises `ApiError`: 422 with the numbers and what would help, a damaged checkpoint.
+        Blocks (driver). Raises `ApiError`: 422 with the numbers and what would help.
         """
-        path = Path(config.path)
-        try:
-            shape = ModelShape.from_hf(read_json(path / "config.json"))
-            tensors = stored_tensors(weight_paths(path))
-        except NotEstimable as exc:
-            logger.warning("memory not estimated model=%s reason=%s", config.model_id, exc)
-            return None
-        except OSError as exc:
-            raise refusal("repo_fetch_failed", f"`{path}` cannot be read: {exc}", model_id=config.model_id) from exc
         reclaimable = self._reclaimable()
         memory = self.memory(promises, reclaimable=reclaimable)
         if not _is_known(config, memory):

@@ -1,25 +1,29 @@
 """What can be known of a checkpoint before anything is downloaded or started: refuse early, with the facts.
 
-Pure functions over file names and `config.json`. Every refusal is a 422 whose code (and `kind`) names the cause.
+Pure functions over file names and `config.json`. Every refusal is a 422 whose code (and `kind`) names the cause. What
+is in the other files is for `inspection` to find.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.files import INDEX_FILE
+from neuron.checkpoint.hyperparameters import check_values, quantization_of
 from neuron.lifecycle.divisibility import indivisible
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _SUPPORTED_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _SMALL_FILES = frozenset(
     (
@@ -36,6 +40,8 @@ _SMALL_FILES = frozenset(
         *_TOKENIZER_FILES,
     )
 )
+
+_TENSORS_NAMED = 8
 
 LayoutKind = Literal["dense", "gguf", "mixed", "diffusers", "empty"]
 
@@ -68,27 +74,6 @@ def classify(names: Iterable[str]) -> Layout:
 def is_small_file(name: str) -> bool:
     """Configuration, tokenizer and template files: fetched first and always."""
     return name in _SMALL_FILES or ("/" not in name and name.endswith(".jinja"))
-
-
-def weight_files(layout: Layout, index: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The safetensors files to read: those that the index names, else the single file, else all at the top.
-
-    Raises `ApiError` 422 where the index names a file that is not there.
-    """
-    if index is not None:
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise refusal("bad_checkpoint", f"{INDEX_FILE} has no usable `weight_map`.")
-        wanted = tuple(sorted(set(weight_map.values())))
-        missing = [name for name in wanted if name not in layout.safetensors]
-        if missing:
-            raise refusal(
-                "bad_checkpoint",
-                f"{INDEX_FILE} names {len(missing)} files that do not exist, {missing[0]} among them.",
-                missing=missing,
-            )
-        return wanted
-    return (SINGLE_FILE,) if SINGLE_FILE in layout.safetensors else layout.safetensors
 
 
 def num_ranks(spec: ModelSpec) -> int:
@@ -169,6 +154,8 @@ def check_config(spec: ModelSpec, config: Any) -> None:
     """
     if not isinstance(config, Mapping):
         raise refusal("bad_checkpoint", "config.json is not a JSON object.", model_id=spec.model_id)
+    with refusing(spec):
+        check_values(config)
     nested = config.get("text_config")
     model_types = [holder.get("model_type") for holder in (config, nested) if isinstance(holder, Mapping)]
     listed = config.get("architectures")
@@ -189,9 +176,8 @@ def check_config(spec: ModelSpec, config: Any) -> None:
             architectures=architectures,
             supported=list(SUPPORTED_MODEL_TYPES),
         )
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, Mapping):
-        method = quantization.get("quant_method", "unknown")
+    method = quantization_of(config)
+    if method is not None:
         raise refusal(
             "quant_unsupported",
             f"`{spec.model_id}` holds weights quantised with `{method}`, which is not supported yet.",
@@ -212,6 +198,22 @@ def check_config(spec: ModelSpec, config: Any) -> None:
 def refusal(kind: str, message: str, **facts: Any) -> ApiError:
     """A structured 422 of `/models/load`."""
     return ApiError("invalid_request", message, code=kind, status=422, extras={"kind": kind, **facts})
+
+
+@contextmanager
+def refusing(spec: ModelSpec, path: Path | None = None) -> Iterator[None]:
+    """What reading a checkpoint raises, as a refusal of the load. path: its folder, for errors of the system."""
+    try:
+        yield
+    except CheckpointError as exc:
+        facts: dict[str, Any] = {"file": exc.file} if exc.file else {}
+        if exc.tensors:
+            facts["tensors"] = [name[:200] for name in exc.tensors[:_TENSORS_NAMED]]
+        raise refusal("bad_checkpoint", f"`{spec.model_id}`: {exc}.", model_id=spec.model_id, **facts) from exc
+    except OSError as exc:
+        raise refusal(
+            "repo_fetch_failed", f"`{path}` cannot be read: {exc}", model_id=spec.model_id, cause=str(exc)
+        ) from exc
 
 
 def _check_quant_exists(spec: ModelSpec, layout: Layout) -> None:

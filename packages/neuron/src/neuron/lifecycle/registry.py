@@ -21,17 +21,18 @@ from typing import Any
 from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress, ModelSpec
 
-from neuron.lifecycle.checkpoint_folder import check_folder, is_complete, read_json
+from neuron.checkpoint.files import INDEX_FILE, read_json
+from neuron.checkpoint.weight_files import read_index, select
+from neuron.lifecycle.checkpoint_folder import check_folder, is_complete
 from neuron.lifecycle.download import Connections, Downloader, FetchCancelled, RemoteFile
 from neuron.lifecycle.model_id import ModelId
 from neuron.lifecycle.preflight import (
-    INDEX_FILE,
     Layout,
     check_config,
     check_layout,
     is_small_file,
     refusal,
-    weight_files,
+    refusing,
 )
 
 logger = logging.getLogger(__name__)
@@ -138,11 +139,14 @@ class Registry:
             on_bytes=meter.add,
         )
         config = downloader.get(files["config.json"])
-        hf_config = read_json(config)
-        check_config(spec, hf_config)  # before anything large is touched
-        index = read_json(downloader.get(files[INDEX_FILE])) if layout.is_sharded else None
+        with refusing(spec, config.parent):
+            hf_config = read_json(config)
+            check_config(spec, hf_config)  # before anything large is touched
+        if layout.is_sharded:
+            downloader.get(files[INDEX_FILE])
+        with refusing(spec, config.parent):
+            weights = select(files, read_index(config.parent) if layout.is_sharded else None)
         small = sorted(name for name in files if is_small_file(name))
-        weights = weight_files(layout, index if isinstance(index, dict) else None)
         before_weights(hf_config, _size([files[name] for name in weights]))
         wanted = [files[name] for name in (*small, *weights)]
         missing = [file for file in wanted if not downloader.is_here(file)]

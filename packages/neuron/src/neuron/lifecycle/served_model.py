@@ -34,6 +34,7 @@ class ServedModel:
         admission.free_pages = self._pages_free_in_the_engine
         self.outputs = OutputEstimate(ceiling=output_reserve_tokens)
         self.fit: Fit | None = None
+        self.weight_bytes = 0
         self.devices: tuple[int, ...] = ()
         self.text: ServedText | None = None
         self.group: EngineGroup | None = None

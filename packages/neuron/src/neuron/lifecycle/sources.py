@@ -12,7 +12,6 @@ from cortex_core.errors import ApiError, invalid
 from cortex_core.fleet import ModelSpec
 
 from neuron.config import CandleConfig
-from neuron.lifecycle.checkpoint_folder import check_folder
 from neuron.lifecycle.model_id import DEFAULT_SCHEME, FILE_SCHEME, ModelId, ModelIdError, parse_model_id
 from neuron.lifecycle.registry import ProgressCallback, Registry, SizeCheck
 
@@ -63,19 +62,15 @@ class Sources:
         cancelled: threading.Event,
         before_weights: SizeCheck = lambda config, num_bytes: None,
     ) -> Path:
-        """The folder of a checked, complete checkpoint; before_weights may refuse before weights are downloaded.
+        """The folder of the checkpoint, complete where it comes from a registry; what is in it, `inspection` finds out.
 
-        Raises `ApiError` and `download.FetchCancelled`.
+        before_weights may refuse before weights are downloaded. Raises `ApiError` and `download.FetchCancelled`.
         """
         model = self.parse(spec.model_id)
         if spec.model_id == DEMO_MODEL:
-            path = demo_model_path()
-            check_folder(spec, path)
-            return path
+            return demo_model_path()
         if model.scheme == FILE_SCHEME:
-            path = Path(model.path).expanduser().absolute()
-            check_folder(spec, path)
-            return path
+            return Path(model.path).expanduser().absolute()
         return self._registries[model.scheme].fetch(
             spec, model, on_progress=on_progress, cancelled=cancelled, before_weights=before_weights
         )

@@ -22,8 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-from cortex_core.errors import ApiError
 
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.files import open_file
 from neuron.lifecycle.checkpoint_folder import weight_paths
 from neuron.lifecycle.daemon_thread import run_in_daemon_thread
 
@@ -139,7 +140,7 @@ class WeightCache:
         copy = self._copies.get(path)
         if copy is not None:
             found: dict[str, Identity] | None = None
-            with suppress(OSError, ApiError, TimeoutError):
+            with suppress(OSError, CheckpointError, TimeoutError):
                 async with asyncio.timeout(_LOOK_TIMEOUT_S):
                     found = await run_in_daemon_thread(lambda: _identities_now(path), name=f"weights of {path.name}")
             if self._copies.get(path) is not copy:
@@ -225,7 +226,7 @@ class WeightCache:
         async with self._one_at_a_time:
             try:
                 await self._copy_now(path)
-            except (OSError, ApiError) as exc:
+            except (OSError, CheckpointError) as exc:
                 logger.warning("weights not kept path=%s reason=%s", path, exc)
 
     async def _copy_now(self, path: Path) -> None:
@@ -277,7 +278,7 @@ class WeightCache:
 
     def _copy_file(self, file: Path, descriptor: int, identity: Identity) -> bool:
         looked = 0
-        with file.open("rb", buffering=0) as source:
+        with os.fdopen(open_file(file), "rb", buffering=0) as source:
             done = 0
             while done < identity[2]:
                 if self._is_closed.is_set():
@@ -301,7 +302,7 @@ class WeightCache:
 
 
 def _identities_now(path: Path) -> dict[str, Identity]:
-    """Of the weight files of a folder, by name. Blocks. Raises `OSError`, `ApiError`."""
+    """Of the weight files of a folder, by name. Blocks. Raises `OSError`, `CheckpointError`."""
     return {file.name: _identity_of(file.stat()) for file in weight_paths(path)}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.hyperparameters import check_values, language_model, quantization_of
 from neuron.layers.rotary import SUPPORTED_ROPE_TYPES, RopeScaling, yarn_attention_factor
 from neuron.models.errors import BadCheckpoint, UnsupportedArchitecture
 
@@ -49,7 +51,11 @@ class ModelConfig:
         Hyperparameters may be nested under `text_config`. Raises `BadCheckpoint` for missing or senseless values,
         `UnsupportedArchitecture` for a feature that no layer here has.
         """
-        hf = text_config(hf)
+        try:
+            check_values(hf)
+        except CheckpointError as exc:
+            raise BadCheckpoint(exc.message) from exc
+        hf = language_model(hf)
         num_layers = _count(hf, "num_hidden_layers")
         hidden_size = _count(hf, "hidden_size")
         num_heads = _count(hf, "num_attention_heads")
@@ -59,10 +65,13 @@ class ModelConfig:
         head_dim = _count(hf, "head_dim", default_head_dim or hidden_size // num_heads)
         activation = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
         if activation not in ("silu", "swish"):
-            raise UnsupportedArchitecture(f"activation {activation!r} is not supported, only silu is")
+            raise UnsupportedArchitecture(f"activation {str(activation)[:80]!r} is not supported, only silu is")
         _refuse_quantization(hf)
         max_positions = _count(hf, "max_position_embeddings", 2048)
         rope = _rope(hf, max_positions)
+        rotary_dim = int(head_dim * rope.partial_rotary_factor)
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise BadCheckpoint(f"of heads of {head_dim} elements, {rotary_dim} would be rotated, which are no pairs")
         if rope.rope_type == "yarn":
             max_positions = max(max_positions, int(rope.factor * rope.original_max_positions))
         return cls(
@@ -87,37 +96,32 @@ class ModelConfig:
         )
 
 
-def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config: `text_config` over the top level where a checkpoint nests it."""
-    nested = hf.get("text_config")
-    return {**hf, **nested} if isinstance(nested, Mapping) else hf
-
-
 def windows_by_layer_type(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """Sliding windows of the Qwen families: `layer_types`, or every layer from `max_window_layers` on.
 
     Nothing slides unless `use_sliding_window` is set.
     """
-    hf = text_config(hf)
+    hf = language_model(hf)
     window = hf.get("sliding_window")
     if not hf.get("use_sliding_window", False) or window is None:
         return (None,) * num_layers
     width = _count(hf, "sliding_window")
     layer_types = hf.get("layer_types")
     if layer_types is None:
-        first = int(hf.get("max_window_layers", num_layers))
+        first = hf.get("max_window_layers")
+        first = num_layers if first is None else int(first)
         return tuple(width if layer >= first else None for layer in range(num_layers))
     if len(layer_types) != num_layers:
         raise BadCheckpoint(f"layer_types names {len(layer_types)} layers, the model has {num_layers}")
     unknown = sorted(set(layer_types) - {"sliding_attention", "full_attention"})
     if unknown:
-        raise UnsupportedArchitecture(f"attention of the type {', '.join(unknown)} is not supported")
+        raise UnsupportedArchitecture(f"attention of the type {', '.join(unknown)[:200]} is not supported")
     return tuple(width if kind == "sliding_attention" else None for kind in layer_types)
 
 
 def window_of_all_layers(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """Sliding windows of the Mistral family: one `sliding_window` for every layer, or null."""
-    hf = text_config(hf)
+    hf = language_model(hf)
     window = None if hf.get("sliding_window") is None else _count(hf, "sliding_window")
     return (window,) * num_layers
 
@@ -145,9 +149,8 @@ def _stored_dtype(hf: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def _refuse_quantization(hf: Mapping[str, Any]) -> None:
-    quantization = hf.get("quantization_config") or hf.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+    method = quantization_of(hf)
+    if method is not None:
         raise UnsupportedArchitecture(
             f"quantised weights (quant_method {method!r}) are not supported, only bfloat16, float16 and float32 are"
         )
@@ -163,7 +166,7 @@ def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeScaling:
     rope_type = str(values.get("rope_type") or values.get("type") or "default")
     if rope_type not in SUPPORTED_ROPE_TYPES:
         raise UnsupportedArchitecture(
-            f"rope type {rope_type!r} is not supported, only {', '.join(SUPPORTED_ROPE_TYPES)} are"
+            f"rope type {rope_type[:80]!r} is not supported, only {', '.join(SUPPORTED_ROPE_TYPES)} are"
         )
     theta = _number(values, "rope_theta", hf.get("rope_theta") or 10_000.0)
     partial = _number(values, "partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from neuron.checkpoint.errors import with_names
 from neuron.engine.errors import ModelError
-
-_NAMES_SHOWN = 8
 
 
 class UnsupportedArchitecture(ModelError):
@@ -17,12 +16,11 @@ class UnsupportedArchitecture(ModelError):
 
 
 class BadCheckpoint(ModelError):
-    """The checkpoint is incomplete, damaged or contradicts itself. `tensors` names the ones concerned, if any."""
+    """The checkpoint is incomplete, damaged or contradicts itself. `tensors` names the ones concerned, if any.
 
-    def __init__(self, message: str, *, tensors: Sequence[str] = ()) -> None:
+    is_named: the message has their names already.
+    """
+
+    def __init__(self, message: str, *, tensors: Sequence[str] = (), is_named: bool = False) -> None:
         self.tensors = tuple(tensors)
-        if tensors:
-            shown = ", ".join(tensors[:_NAMES_SHOWN])
-            more = len(tensors) - _NAMES_SHOWN
-            message = f"{message}: {shown}" + (f" and {more} more" if more > 0 else "")
-        super().__init__("bad_checkpoint", message)
+        super().__init__("bad_checkpoint", message if is_named else with_names(message, self.tensors))

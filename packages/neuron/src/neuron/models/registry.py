@@ -33,7 +33,8 @@ def family_of(hf_config: Mapping[str, Any]) -> type[CausalLM]:
 
     Raises `UnsupportedArchitecture`, which names the model_type and what is supported.
     """
-    architectures = [str(name) for name in hf_config.get("architectures") or ()]
+    listed = hf_config.get("architectures")
+    architectures = [str(name) for name in listed] if isinstance(listed, list) else []
     nested = hf_config.get("text_config")
     model_types = [str(hf_config.get("model_type") or "")]
     if isinstance(nested, Mapping):

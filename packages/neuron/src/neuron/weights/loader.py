@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from neuron.checkpoint.tensor_shapes import canonical_name
 from neuron.layers.placement import Loadable, Placement, Slices
 from neuron.models.decoder import CausalLM
 from neuron.models.errors import BadCheckpoint
@@ -115,13 +116,6 @@ def load_weights(
     )
     finish(model)
     return read
-
-
-def canonical_name(name: str) -> str:
-    """A tensor's name as a plain text checkpoint has it: multimodal ones wrap the language model in one of two ways."""
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    return name.removeprefix("language_model.")
 
 
 def _pieces(model: CausalLM, reader: CheckpointReader, read: _Read, block_bytes: int) -> Iterator[Piece]:

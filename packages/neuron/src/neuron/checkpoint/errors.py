@@ -1,0 +1,26 @@
+"""The refusal of a checkpoint, by whichever side reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_NAMES_SHOWN = 8
+
+
+class CheckpointError(Exception):
+    """What a checkpoint's files say cannot be served. `file` is the file's name; `tensors` those concerned, if any."""
+
+    def __init__(self, message: str, *, file: str | None = None, tensors: Sequence[str] = ()) -> None:
+        self.file = file
+        self.tensors = tuple(tensors)
+        self.message = with_names(message, self.tensors)
+        super().__init__(self.message)
+
+
+def with_names(message: str, names: Sequence[str]) -> str:
+    """The message with the first of the names behind it, each cut to a length that a log line bears."""
+    if not names:
+        return message
+    shown = ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{message}: {shown}" + (f" and {more} more" if more > 0 else "")

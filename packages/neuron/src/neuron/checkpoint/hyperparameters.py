@@ -1,0 +1,183 @@
+"""The values of a `config.json` that sizes and loops depend on: of the right type, and within what models have.
+
+A value far outside would not only fail later: a thousand million layers are built one by one, and a table of positions
+is as long as the config says. Both sides ask this before they use a value, so none gets to see another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from neuron.checkpoint.errors import CheckpointError
+
+FILE = "config.json"
+
+INTEGERS: Mapping[str, tuple[int, int]] = {
+    "num_hidden_layers": (1, 1_024),
+    "hidden_size": (1, 2**18),
+    "intermediate_size": (1, 2**22),
+    "num_attention_heads": (1, 2**14),
+    "num_key_value_heads": (1, 2**14),
+    "head_dim": (2, 2**12),
+    "vocab_size": (1, 2**24),
+    "max_position_embeddings": (1, 2**25),
+    "original_max_position_embeddings": (1, 2**25),
+    "sliding_window": (1, 2**31 - 1),
+    "max_window_layers": (0, 1_024),
+}
+"""Least and most of each whole number; null is as good as absent."""
+
+NUMBERS: Mapping[str, tuple[float, float]] = {
+    "rms_norm_eps": (1e-30, 1.0),
+    "rope_theta": (1.0001, 1e18),
+    "partial_rotary_factor": (1e-3, 1.0),
+}
+ROPE_NUMBERS: Mapping[str, tuple[float, float]] = {
+    **NUMBERS,
+    "factor": (1e-3, 1e5),
+    "original_max_position_embeddings": (1, 2**25),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "mscale": (0.0, 1e6),
+    "mscale_all_dim": (0.0, 1e6),
+    "attention_factor": (1e-6, 1e6),
+}
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_SHOWN = 80
+_LONGEST_NAME = 200
+_MOST_ARCHITECTURES = 16
+# Families whose heads share the hidden size where the config does not give a head's.
+_DERIVES_HEAD_DIM = ("llama", "mistral", "qwen2")
+
+
+def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config: `text_config` over the top level where a checkpoint nests it."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
+def check_values(config: Mapping[str, Any], *, is_complete: bool = False) -> None:
+    """Refuse what is there and cannot be; is_complete: also what is missing and has no default.
+
+    config: a `config.json`, whose values may be nested under `text_config`. Raises `CheckpointError`, which names the
+    key, its value and what it may be.
+    """
+    values = language_model(config)
+    for key, (least, most) in INTEGERS.items():
+        value = values.get(key)
+        if value is None:
+            if is_complete and key in _REQUIRED:
+                raise CheckpointError(f"{FILE}: {key} is missing", file=FILE)
+        elif not _is_integer(value) or not least <= value <= most:
+            raise _wrong(key, value, "a positive integer" if least else "an integer", f" ({least} to {most})")
+    for key, limits in NUMBERS.items():
+        _check_number(values, key, limits)
+    for key in FLAGS:
+        if values.get(key) not in (None, True, False):
+            raise _wrong(key, values[key], "true or false")
+    for form in ("rope_parameters", "rope_scaling"):
+        _check_rope(values, form)
+    _check_heads(values)
+    _check_names(config, "architectures", _MOST_ARCHITECTURES)
+    _check_names(values, "layer_types", INTEGERS["num_hidden_layers"][1])
+    for holder in (config, values):
+        model_type = holder.get("model_type")
+        if model_type is not None and not (isinstance(model_type, str) and len(model_type) <= _LONGEST_NAME):
+            raise _wrong("model_type", model_type, "a name")
+
+
+def default_head_dim(config: Mapping[str, Any]) -> int | None:
+    """The size of a head in families that do not derive it, where the config does not give it."""
+    types = [config.get("model_type"), language_model(config).get("model_type")]
+    if "qwen3" in types:
+        return 128
+    is_known = any(name in _DERIVES_HEAD_DIM for name in types)
+    return 128 if not is_known and "Qwen3ForCausalLM" in (config.get("architectures") or ()) else None
+
+
+def quantization_of(config: Mapping[str, Any]) -> str | None:
+    """The method by which a config says that its weights are quantised; None if it says nothing of that."""
+    values = language_model(config)
+    found = values.get("quantization_config") or values.get("compression_config")
+    if not found:
+        return None
+    return _brief(found.get("quant_method", "unknown") if isinstance(found, Mapping) else found).strip("'")
+
+
+def _check_names(values: Mapping[str, Any], key: str, most: int) -> None:
+    names = values.get(key)
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names):
+        raise _wrong(key, names, "a list of names")
+    if len(names) > most:
+        raise CheckpointError(f"{FILE}: {key} lists {len(names)} names, and at most {most} make sense", file=FILE)
+
+
+def _check_rope(values: Mapping[str, Any], form: str) -> None:
+    rope = values.get(form)
+    if rope is None:
+        return
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{FILE}: rope parameters must be an object, got {_brief(rope)}", file=FILE)
+    for key, limits in ROPE_NUMBERS.items():
+        _check_number(rope, key, limits, prefix=f"{form}.")
+    low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise _wrong(f"{form}.high_freq_factor", high, f"more than the low_freq_factor {low}")
+    if (rope.get("rope_type") or rope.get("type")) == "yarn":
+        positions = values.get("max_position_embeddings") or 2048
+        original = (
+            rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or positions
+        )
+        factor = rope.get("factor")
+        most = INTEGERS["max_position_embeddings"][1]
+        if factor is not None and factor * original > most:
+            raise _wrong(f"{form}.factor", factor, f"at most {most / original:g} for {original:g} positions")
+
+
+def _check_heads(values: Mapping[str, Any]) -> None:
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    kv_heads = values.get("num_key_value_heads")
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise CheckpointError(f"{FILE}: {heads} attention heads do not divide among {kv_heads} KV heads", file=FILE)
+    head_dim = values.get("head_dim")
+    derives = values.get("model_type") in _DERIVES_HEAD_DIM
+    if head_dim is None and derives and heads is not None and hidden is not None:
+        if hidden < heads:
+            raise CheckpointError(
+                f"{FILE}: hidden_size {hidden} leaves {heads} attention heads no dimension", file=FILE
+            )
+        head_dim = hidden // heads
+    if head_dim is not None and head_dim % 2:
+        raise _wrong("head_dim", head_dim, "an even number, as its halves are rotated against each other")
+
+
+def _check_number(values: Mapping[str, Any], key: str, limits: tuple[float, float], *, prefix: str = "") -> None:
+    value = values.get(key)
+    if value is None:
+        return
+    least, most = limits
+    is_number = _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+    if not is_number or not least <= value <= most:
+        raise _wrong(f"{prefix}{key}", value, "a positive number", f" ({least:g} to {most:g})")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong(key: str, value: Any, wanted: str, limits: str = "") -> CheckpointError:
+    return CheckpointError(f"{FILE}: {key} must be {wanted}, got {_brief(value)}{limits}", file=FILE)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of hundreds of digits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
