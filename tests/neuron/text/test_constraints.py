@@ -390,7 +390,9 @@ def test_compiling_is_cached_by_content(qwen: TextModel, monkeypatch: pytest.Mon
     builder = qwen._grammars
     calls: list[Any] = []
     compile_schema = builder._compile
-    monkeypatch.setattr(builder, "_compile", lambda schema: calls.append(schema) or compile_schema(schema))
+    monkeypatch.setattr(
+        builder, "_compile", lambda *args, **kwargs: calls.append(args) or compile_schema(*args, **kwargs)
+    )
     for _ in range(3):
         Grammar(qwen, json_schema({**PERSON, "title": "only here"}))
     assert len(calls) == 1

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError as ReferenceError_
-from neuron.text.json_schema import MAX_SCHEMA_DEPTH, SchemaError, check, coerce, resolve, types_of
+from neuron.text.json_schema import SchemaError, check, resolve
+from neuron.text.limits import MAX_SCHEMA_DEPTH
+from neuron.text.schema_types import coerce, types_of
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,6 @@ def test_references_and_types() -> None:
     ],
 )
 def test_coercion(text: str, schema: Any, value: Any) -> None:
-    result = coerce(text, schema, schema or {})
+    result = coerce(text, types_of(schema, schema or {}))
     assert result == value
     assert type(result) is type(value)

@@ -17,6 +17,17 @@ import msgspec
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 256 * 2**20
 
+GRAMMAR_LIMITS: dict[str, int] = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 32_768,
+    "max_grammar_size": 500_000,
+}
+"""What llguidance may spend on one grammar: 20 ms to build its lexer, 15 ms on a step, 2 kB for each lexer state. Both
+sides compile under the same bounds."""
+
 # ---------------------------------------------------------------- daemon -> engine
 
 

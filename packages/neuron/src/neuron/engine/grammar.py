@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuron.engine.errors import RequestError
+from neuron.protocol import GRAMMAR_LIMITS
 
 
 class GrammarState:
@@ -64,6 +65,7 @@ class GrammarCompiler:
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._tokenizer: llguidance.LLTokenizer | None = None
+        self._limits = llguidance.LLParserLimits(verbose_errors=False, **GRAMMAR_LIMITS)
         self._lock = threading.Lock()
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
@@ -98,7 +100,7 @@ class GrammarCompiler:
     def compile(self, grammar: str, stop_token_ids: frozenset[int], output_ids: list[int]) -> GrammarState:
         """Raises `RequestError` (`invalid_grammar`)."""
         tokenizer = self._load_tokenizer()
-        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise RequestError("invalid_grammar", _first_line(matcher))
         if output_ids and not matcher.consume_tokens(output_ids):

@@ -12,18 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
-from collections import OrderedDict
 from typing import Any
 
 import llguidance
+import msgspec
 from cortex_core.conversation import Request, ToolDefinition
-from cortex_core.errors import ApiError, invalid
+from cortex_core.errors import invalid
 
-from neuron.protocol import GrammarSpec
-from neuron.text import json_schema
+from neuron.protocol import GRAMMAR_LIMITS, GrammarSpec
+from neuron.text import json_schema, limits, schema_rewriting
+from neuron.text.grammar_cache import ByteBoundedCache
 from neuron.text.markers import MarkerPair
 from neuron.text.prompt import Prompt, offered_tools
+from neuron.text.schema_graph import demands
+from neuron.text.schema_types import types_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +33,36 @@ logger = logging.getLogger(__name__)
 # lose itself in blanks. Matched at most once in each place.
 _WHITESPACE = r"( |\n {0,24})"
 _MAX_CALLS = 16
-_CACHE_ENTRIES = 512
+_SHOWN_CHARACTERS = 300
 _FREE_TEXT = r"/(.|\n)*/"
+
+_PATTERNS = ("pattern", "patternProperties", "propertyNames", "format")
 
 # What llguidance cannot compile and lenient mode does not ignore, in the order in which it is given up.
 _LOOSENING_STEPS: tuple[tuple[str, ...], ...] = (
-    ("pattern", "patternProperties", "propertyNames", "format"),
+    _PATTERNS,
     ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "multipleOf"),
     ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-    ("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "unevaluatedProperties", "$id", "$schema"),
+    ("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "unevaluatedProperties", "$schema"),
     ("allOf", "oneOf", "unevaluatedItems", "$dynamicRef", "$anchor", "$dynamicAnchor"),
 )
+
+
+class _Compiled(msgspec.Struct, frozen=True):
+    """text: JSON that llguidance accepts, None for a schema that is refused with `fault`."""
+
+    text: str | None
+    fault: str
+    num_bytes: int
+    num_nodes: int
+
+
+class _Spent:
+    """What the schemas of one request have taken."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.num_nodes = 0
 
 
 class GrammarBuilder:
@@ -53,10 +74,9 @@ class GrammarBuilder:
     def __init__(self, reasoning: MarkerPair | None, tool_calls: MarkerPair) -> None:
         self._reasoning = reasoning
         self._tool_calls = tool_calls
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
-        self._schemas: OrderedDict[bytes, str | ApiError] = OrderedDict()
-        self._failures: OrderedDict[bytes, str | None] = OrderedDict()
-        self._lock = threading.Lock()
+        self._limits = llguidance.LLParserLimits(verbose_errors=False, **GRAMMAR_LIMITS)
+        self._schemas: ByteBoundedCache[_Compiled] = ByteBoundedCache(limits.MAX_CACHED_GRAMMAR_BYTES)
+        self._failures: ByteBoundedCache[str] = ByteBoundedCache(limits.MAX_CACHED_GRAMMAR_BYTES // 16)
 
     def build(self, request: Request, prompt: Prompt) -> GrammarSpec | None:
         """The grammar of one request, None where anything may be said.
@@ -66,18 +86,19 @@ class GrammarBuilder:
         self._check_choice(request)
         rules: list[str] = []
         alternatives: list[str] = []
+        spent = _Spent()
         if request.response_format is not None:
             schema: Any = {"type": "object"}
             if request.response_format.kind == "json_schema":
                 schema = request.response_format.schema
                 schema = True if schema is None else schema
-            compiled = self._compiled(schema, "response_format.json_schema.schema")
+            compiled = self._compiled(schema, "response_format.json_schema.schema", spent)
             rules.append(f"document: %json {compiled}")
             alternatives.append("document")
         mode = request.tool_choice.mode
         tools = offered_tools(request)
         if (mode in ("required", "named") and tools) or (alternatives and mode == "auto" and tools):
-            rules += self._call_rules(request, tools)
+            rules += self._call_rules(request, tools, spent)
             if mode in ("required", "named"):
                 alternatives = ["calls"]
             else:
@@ -88,7 +109,7 @@ class GrammarBuilder:
         lines = ["%llguidance {}", *self._start_rules(prompt, body), *rules]
         grammar = "\n".join(lines) + "\n"
         failure = self._known_failure(grammar)
-        if failure is not None:
+        if failure:
             raise invalid(f"the requested output cannot be constrained: {failure}", param=_param_of(request))
         return GrammarSpec(grammar)
 
@@ -113,7 +134,7 @@ class GrammarBuilder:
             return [f"start: {rest} ({body})", *rules]
         return [f"start: ({opening} {rest})? ({body})", *rules]
 
-    def _call_rules(self, request: Request, tools: tuple[ToolDefinition, ...]) -> list[str]:
+    def _call_rules(self, request: Request, tools: tuple[ToolDefinition, ...], spent: _Spent) -> list[str]:
         choice = request.tool_choice
         positions = {id(tool): index for index, tool in enumerate(request.tools)}
         if choice.mode == "named":
@@ -129,7 +150,7 @@ class GrammarBuilder:
         for number, tool in enumerate(tools):
             schema: Any = tool.parameters or {"type": "object", "properties": {}}
             param = f"tools[{positions[id(tool)]}].function.parameters"
-            compiled = self._compiled(_as_object(schema), param)
+            compiled = self._compiled(schema, param, spent, is_object=True)
             head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
             rules.append(f"call_{number}: {json.dumps(head, ensure_ascii=False)} arguments_{number} " + r'"}"')
             rules.append(f"arguments_{number}: %json {compiled}")
@@ -148,77 +169,106 @@ class GrammarBuilder:
 
     # ------------------------------------------------------------ schemas
 
-    def _compiled(self, schema: Any, param: str) -> str:
-        """`schema` as JSON text that llguidance accepts; cached by content. Raises `ApiError`."""
-        try:
-            key = hashlib.sha256(json.dumps(schema).encode()).digest()
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise invalid(f"Invalid schema: {exc}", param=param, code="invalid_value") from exc
-        with self._lock:
-            known = self._schemas.get(key)
-            if known is not None:
-                self._schemas.move_to_end(key)
-        if known is None:
-            try:
-                known = self._compile(schema)
-            except json_schema.SchemaError as exc:
-                known = ApiError("invalid_request", f"Invalid schema: {exc}", code="invalid_value")
-            with self._lock:
-                self._schemas[key] = known
-                if len(self._schemas) > _CACHE_ENTRIES:
-                    self._schemas.popitem(last=False)
-        if isinstance(known, ApiError):
-            raise invalid(known.message, param=param)
-        return known
+    def _compiled(self, schema: Any, param: str, spent: _Spent, *, is_object: bool = False) -> str:
+        """`schema` as JSON text that llguidance accepts; cached by content. Raises `ApiError`.
 
-    def _compile(self, schema: Any) -> str:
-        """Raises `SchemaError` for a schema that is invalid or that nothing can satisfy."""
-        json_schema.check(schema)
-        strict = _close_objects(_without_remote_references(schema))
+        is_object: it is an object's schema, even where it forgets to say so. spent: what this request has taken so far.
+        """
+        try:
+            text = json.dumps(schema)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise invalid(f"Invalid schema: {exc}", param=param) from exc
+        key = hashlib.sha256(text.encode()).digest() + bytes([is_object])
+        known = self._schemas.get(key)
+        if known is None:
+            known = self._compile(schema, len(text), is_object=is_object)
+            self._schemas.put(key, known, len(known.text or known.fault))
+        if known.text is None:
+            raise invalid(f"Invalid schema: {known.fault}", param=param)
+        spent.num_bytes += known.num_bytes
+        spent.num_nodes += known.num_nodes
+        for what, num, most in (
+            ("bytes", spent.num_bytes, limits.MAX_SCHEMA_BYTES),
+            ("subschemas", spent.num_nodes, limits.MAX_REQUEST_SCHEMA_NODES),
+        ):
+            if num > most:
+                raise invalid(f"Invalid schema: up to here the schemas have {num} {what}, at most {most}", param=param)
+        return known.text
+
+    def _compile(self, schema: Any, num_bytes: int, *, is_object: bool) -> _Compiled:
+        try:
+            size = json_schema.check(schema)
+            text = self._accepted(_as_object(schema) if is_object else schema)
+        except json_schema.SchemaError as exc:
+            return _Compiled(None, _shown(str(exc)), num_bytes, 0)
+        return _Compiled(text, "", num_bytes, size.num_nodes)
+
+    def _accepted(self, schema: Any) -> str:
+        """Raises `SchemaError` for a schema that nothing can satisfy."""
+        strict = _within_reach(schema_rewriting.closed(schema_rewriting.self_contained(schema)))
         for lenient in (False, True):
             text = _guided(strict, lenient=lenient)
             failure = self._failure(f"start: %json {text}\n")
-            if failure is None:
+            if not failure:
                 return text
             if "nsatisfiable" in failure:
                 raise json_schema.SchemaError(failure)
         given_up: tuple[str, ...] = ()
         for step in _LOOSENING_STEPS:
             given_up += step
-            text = _guided(_without_keywords(strict, frozenset(given_up)), lenient=True)
-            if self._failure(f"start: %json {text}\n") is None:
+            text = _guided(schema_rewriting.without_keywords(strict, frozenset(given_up)), lenient=True)
+            if not self._failure(f"start: %json {text}\n"):
                 logger.info("a JSON schema is enforced without %s: %s", ", ".join(given_up), failure)
                 return text
-        kinds = sorted(json_schema.types_of(schema, schema))
+        kinds = sorted(types_of(schema, schema))
         logger.warning("a JSON schema is enforced by its type only: %s", failure)
         return _guided({"type": kinds} if kinds else True, lenient=True)
 
-    def _known_failure(self, grammar: str) -> str | None:
+    def _known_failure(self, grammar: str) -> str:
         """`_failure`, cached: an agent sends the same tools with every request."""
         key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
-        with self._lock:
-            if key in self._failures:
-                self._failures.move_to_end(key)
-                return self._failures[key]
-        failure = self._failure(grammar)
-        with self._lock:
-            self._failures[key] = failure
-            if len(self._failures) > _CACHE_ENTRIES:
-                self._failures.popitem(last=False)
+        failure = self._failures.get(key)
+        if failure is None:
+            failure = self._failure(grammar)
+            self._failures.put(key, failure, len(failure))
         return failure
 
-    def _failure(self, grammar: str) -> str | None:
-        """The compiler's message, None if it accepts the grammar."""
+    def _failure(self, grammar: str) -> str:
+        """The compiler's message, empty if it accepts the grammar."""
         try:
             grammar.encode()
         except UnicodeEncodeError:
             return "a name is not valid Unicode"
         is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=self._limits)
         if not is_error:
-            return None
+            return ""
         message = str(messages[0])
         first = message.split("\n", 1)[0] if "regex parse error" not in message else message.split("\n   1 |", 1)[0]
-        return first.split("failed to compile JSON schema: ", 1)[-1]
+        return _shown(first.split("failed to compile JSON schema: ", 1)[-1] or "it cannot be compiled")
+
+
+def _shown(fault: str) -> str:
+    """Faults quote what the client wrote, which may be long."""
+    return fault if len(fault) <= _SHOWN_CHARACTERS else fault[:_SHOWN_CHARACTERS] + "…"
+
+
+def _within_reach(schema: Any) -> Any:
+    """The schema without what the compiler could only work out in too much time, or on too deep a stack."""
+    asked = demands(schema)
+    given_up: tuple[str, ...] = ()
+    if asked.levels > limits.MAX_SCHEMA_LEVELS:
+        given_up += ("$ref",)
+    if (
+        asked.patterns > limits.MAX_CONJOINED_PATTERNS
+        or asked.pattern_properties > limits.MAX_PATTERN_PROPERTIES
+        or asked.matched_values > limits.MAX_MATCHED_ENUM_VALUES
+        or asked.folded_classes > limits.MAX_FOLDED_CLASSES
+    ):
+        given_up += _PATTERNS
+    if not given_up:
+        return schema
+    logger.info("a JSON schema is enforced without %s: it asks for too much at once (%s)", ", ".join(given_up), asked)
+    return schema_rewriting.without_keywords(schema, frozenset(given_up))
 
 
 def _token(token_id: int | None) -> str:
@@ -236,69 +286,9 @@ def _guided(schema: Any, *, lenient: bool) -> str:
 
 
 def _as_object(schema: Any) -> Any:
-    """Tool arguments are an object even where the schema forgets to say so."""
-    if isinstance(schema, dict) and not json_schema.types_of(schema, schema):
+    if isinstance(schema, dict) and not types_of(schema, schema):
         return {**schema, "type": "object"}
     return schema
-
-
-_OPEN_ENDED = frozenset(
-    {"additionalProperties", "patternProperties", "unevaluatedProperties"}
-    | {"allOf", "anyOf", "oneOf", "not", "if", "$ref"}
-)
-
-
-def _close_objects(schema: Any) -> Any:
-    """Objects with listed properties and no word on others take no others: what comes out still validates, and a
-    small model does not wander off into properties of its own. Left alone where composition could need them open.
-    """
-    if '"allOf"' in json.dumps(schema):
-        return schema
-    return _map_schemas(
-        schema,
-        lambda node: (
-            {**node, "additionalProperties": False}
-            if "properties" in node
-            and not _OPEN_ENDED & node.keys()
-            and set(node.get("required", ())) <= node["properties"].keys()
-            else node
-        ),
-    )
-
-
-def _without_remote_references(schema: Any) -> Any:
-    """References that leave the document are never fetched: such a place takes any value."""
-
-    def loosen(node: dict[str, Any]) -> dict[str, Any]:
-        reference = node.get("$ref")
-        if isinstance(reference, str) and not reference.startswith("#"):
-            return {key: value for key, value in node.items() if key != "$ref"}
-        return node
-
-    return _map_schemas(schema, loosen)
-
-
-def _without_keywords(schema: Any, keywords: frozenset[str]) -> Any:
-    return _map_schemas(schema, lambda node: {k: v for k, v in node.items() if k not in keywords})
-
-
-def _map_schemas(node: Any, change: Any) -> Any:
-    """Apply `change` to every schema object of a document, innermost first; data (`enum`, `const`, …) stays."""
-    if not isinstance(node, dict):
-        return node
-    mapped: dict[str, Any] = {}
-    for key, value in node.items():
-        if key in ("enum", "const", "default", "examples", "required", "type"):
-            mapped[key] = value
-        elif key in ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas") and isinstance(
-            value, dict
-        ):
-            mapped[key] = {name: _map_schemas(nested, change) for name, nested in value.items()}
-        elif isinstance(value, list):
-            mapped[key] = [_map_schemas(nested, change) for nested in value]
-        else:
-            mapped[key] = _map_schemas(value, change)
-    return change(mapped)
 
 
 def _param_of(request: Request) -> str:

@@ -3,7 +3,8 @@
 Every character that the detokeniser yields has exactly one fate, in order: it is shown as text, or it is reasoning,
 part of a tool call, a marker, trimmed white space, or behind a stop string. Logarithmic probabilities ride along in a
 queue that is consumed by the same characters, so a delta carries exactly the tokens of its text. The events of a
-sequence, merged, do not depend on how its tokens are grouped into calls of `feed`.
+sequence, merged, do not depend on how its tokens are grouped into calls of `feed`. This runs in the daemon's loop: the
+work of a token does not grow with what has come before it, however much is held back.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from cortex_core.events import Event, Finish, FinishReason, ReasoningDelta, Text
 
 from neuron.protocol import FinishKind, Logprobs
 from neuron.text.detokenizer import Detokenizer
+from neuron.text.held_text import HeldText
 from neuron.text.markers import MarkerPair
 from neuron.text.prompt import Prompt, offered_tools
-from neuron.text.stop_strings import StopStrings
+from neuron.text.stop_strings import StopMatcher, StopStrings
 from neuron.text.token_table import TokenTable
 from neuron.text.tool_calls import ToolCallStream
 
@@ -71,7 +73,7 @@ class EventStream:
         self._num_top = request.logprobs
         strips = prompt.is_chat and tokens.strips_leading_space
         self._detokenizer = Detokenizer(tokens.output_bytes, strip_leading_space=strips)
-        self._stops = StopStrings(request.limits.stop)
+        self._stops = StopMatcher(StopStrings.shared(request.limits.stop)) if request.limits.stop else None
         self._stop_string: str | None = None
 
         self._reasoning = reasoning if prompt.is_chat else None
@@ -88,7 +90,7 @@ class EventStream:
                 spelled += [pair.open, pair.close]
         if bare_function and has_tools:
             spelled.append(_BARE_FUNCTION)
-        self._spelled = StopStrings(tuple(spelled))
+        self._spelled = StopMatcher(StopStrings.shared(tuple(spelled))) if spelled else None
         self._unscanned = ""
 
         self._channel: Literal["content", "reasoning", "tool"] = (
@@ -96,9 +98,9 @@ class EventStream:
         )
         self._shows_reasoning = request.reasoning.visible
         self._has_reasoning_begun = False
-        self._reasoning_blanks = ""
-        self._is_plain = not self._stops and not has_tools
-        self._held = ""
+        self._reasoning_blanks: list[str] = []
+        self._is_plain = self._stops is None and not has_tools
+        self._held = HeldText()
         self._is_trimming = prompt.reasoning == "possible"
         self._undecided_chars = 0
         self._is_verbatim = False
@@ -180,23 +182,26 @@ class EventStream:
 
     def _scan(self, text: str) -> None:
         """Find markers that have to be read in the text; everything else goes on to the open channel."""
-        if not self._spelled:
+        if self._spelled is None:
             self._route(text)
             return
-        text = self._unscanned + text
-        self._unscanned = ""
-        while (found := self._spelled.find(text)) is not None:
-            at, marker = found
-            if at:
-                self._route(text[:at])
-            text = text[at + len(marker) :]
+        held, self._unscanned = self._unscanned, ""
+        at = 0
+        while (found := self._spelled.find(text, at)) is not None:
+            end, marker = found
+            before = (held + text[at:end])[: -len(marker)]
+            if before:
+                self._route(before)
+            if not self.is_done:
+                self._on_marker(marker)
             if self.is_done:
                 return
-            self._on_marker(marker)
-        cut = len(text) - self._spelled.partial(text)
-        self._unscanned = text[cut:]
+            held, at = "", end
+        rest = held + text[at:]
+        cut = len(rest) - self._spelled.num_held
+        self._unscanned = rest[cut:]
         if cut and not self.is_done:
-            self._route(text[:cut])
+            self._route(rest[:cut])
 
     def _flush_scan(self) -> None:
         """No character and no marker continues over this point."""
@@ -206,6 +211,8 @@ class EventStream:
                 self._queue[-1].num_chars += len(rest)
             self._scan(rest)
         held, self._unscanned = self._unscanned, ""
+        if self._spelled is not None:
+            self._spelled.reset()
         if held and not self.is_done:
             self._route(held)
 
@@ -263,7 +270,7 @@ class EventStream:
     def _end_reasoning(self) -> None:
         self._channel = "content"
         self._has_reasoning_begun = False
-        self._reasoning_blanks = ""
+        self._reasoning_blanks.clear()
         self._is_trimming = True
 
     # ------------------------------------------------------------ reasoning
@@ -277,22 +284,22 @@ class EventStream:
             if not text:
                 return
             self._has_reasoning_begun = True
-        text = self._reasoning_blanks + text
         body = text.rstrip()
-        self._reasoning_blanks = text[len(body) :]
         if body:
             self._flush_text()
-            self._reasoning_parts.append(body)
+            self._reasoning_parts += [*self._reasoning_blanks, body]
+            self._reasoning_blanks.clear()
+        if len(body) < len(text):
+            self._reasoning_blanks.append(text[len(body) :])
 
     # ------------------------------------------------------------ tool calls
 
     def _open_tool(self, marker: str) -> None:
         assert self._tools is not None
-        held, self._held = self._held, ""
-        body = held.rstrip()
+        body = self._held.take(len(self._held) - self._held.num_blanks)
         if body:
             self._show(body)
-        blanks = held[len(body) :]
+        blanks = self._take_held()
         self._undecided_chars = len(blanks) + len(marker)
         self._tools.open(blanks + marker)
         self._channel = "tool"
@@ -354,27 +361,36 @@ class EventStream:
         if self._is_plain:
             self._show(text)
             return
-        text = self._held + text
-        cut = len(text)
-        if self._stops:
+        held = self._held
+        num_held = 0
+        if self._stops is not None:
             found = self._stops.find(text)
             if found is not None:
-                self._held = ""
-                if found[0]:
-                    self._show(text[: found[0]])
-                self._stop(found[1])
+                end, string = found
+                held.append(text[:end])
+                shown = held.take(len(held) - len(string))
+                held.take_all()
+                if shown:
+                    self._show(shown)
+                self._stop(string)
                 return
-            cut -= self._stops.partial(text)
+            num_held = self._stops.num_held
+        held.append(text)
         if self._tools is not None:
-            cut = min(cut, len(text.rstrip()))  # white space before a tool call is not part of the answer
-        self._held = text[cut:]
-        if cut:
-            self._show(text[:cut])
+            num_held = max(num_held, held.num_blanks)  # white space before a tool call is not part of the answer
+        if num_held < len(held):
+            self._show(held.take(len(held) - num_held))
 
     def _flush_content(self) -> None:
-        held, self._held = self._held, ""
+        held = self._take_held()
         if held:
             self._show(held)
+
+    def _take_held(self) -> str:
+        """No stop string continues over this point."""
+        if self._stops is not None:
+            self._stops.reset()
+        return self._held.take_all()
 
     def _stop(self, string: str) -> None:
         self.is_done = True

@@ -1,31 +1,42 @@
-"""The little of JSON Schema that is needed before a grammar: is it one, and which types does a value have.
+"""Is it a JSON Schema, and one of a size that a compiler can be given.
 
 `check` finds what no JSON Schema may contain (draft 2020-12, with the older `items` list and `definitions`), so that
-a bad schema is refused with the place of the fault while a merely unusual one is only loosened (`constraints.py`).
+a bad schema is refused with the place of the fault while a merely unusual one is only loosened (`constraints.py`). It
+looks at each subschema once, wherever references lead.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
+
+from neuron.text import limits
 
 Schema = dict[str, Any] | bool
+Place = tuple["Place", str] | None
+"""A path to a subschema, as its last step and the place before; only that of a fault is ever written out."""
 
 TYPES = frozenset({"string", "integer", "number", "boolean", "object", "array", "null"})
-MAX_SCHEMA_BYTES = 512 * 1024
-MAX_SCHEMA_DEPTH = 64
 
+IN_PLACE_LISTS = ("allOf", "anyOf", "oneOf")
 _SUBSCHEMA = ("additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames", "contains")
 _SUBSCHEMA_MORE = ("not", "if", "then", "else", "additionalItems")
-_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_SCHEMA_LISTS = (*IN_PLACE_LISTS, "prefixItems")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_COMPARED = ("properties", "required", *_SCHEMA_LISTS)
+
+_FOREIGN = re.compile(r"\\p|\(\?<|\\u\{|\\/|\(\?[a-zA-Z-]+[:)]")
+"""What ECMAScript has and Python writes otherwise, or what makes Python fold the case of each letter of a range."""
+_SHOWN_CHARACTERS = 200
 
 
 class SchemaError(Exception):
-    """Not a JSON Schema; `path` is a JSON pointer to the fault."""
+    """Not a JSON Schema, or too large a one; `path` is a JSON pointer to the fault, cut short."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
@@ -36,88 +47,159 @@ class SchemaError(Exception):
         return f"{self.message} (at {self.path})" if self.path else self.message
 
 
-def check(schema: Any) -> None:
-    """Raises `SchemaError` if `schema` is no JSON Schema, too large or nested too deeply."""
+class SchemaSize:
+    """What of a schema has been counted; see `limits`."""
+
+    __slots__ = ("num_enum_values", "num_nodes", "num_pattern_characters")
+
+    def __init__(self) -> None:
+        self.num_nodes = 0
+        self.num_enum_values = 0
+        self.num_pattern_characters = 0
+
+
+def check(schema: Any) -> SchemaSize:
+    """Raises `SchemaError` if `schema` is no JSON Schema, too large or nested too deeply; returns its size."""
     try:
-        size = len(json.dumps(schema))
+        num_bytes = len(json.dumps(schema))
     except (TypeError, ValueError, RecursionError) as exc:
         raise SchemaError(f"the schema is not JSON: {exc}") from exc
-    if size > MAX_SCHEMA_BYTES:
-        raise SchemaError(f"the schema is too large: {size} bytes, at most {MAX_SCHEMA_BYTES}")
-    _check(schema, schema, "", 0)
+    if num_bytes > limits.MAX_SCHEMA_BYTES:
+        raise SchemaError(f"the schema is too large: {num_bytes} bytes, at most {limits.MAX_SCHEMA_BYTES}")
+    size = SchemaSize()
+    seen: set[int] = set()
+    referred: list[tuple[Any, Place]] = [(schema, None)]
+    while referred:  # a reference may lead to what stands under no keyword
+        start, place = referred.pop()
+        pending: list[tuple[Any, Place, int]] = [(start, place, 0)]
+        while pending:
+            node, place, depth = pending.pop()
+            if isinstance(node, bool) or id(node) in seen:
+                continue
+            if not isinstance(node, dict):
+                raise SchemaError(f"a schema must be an object or a boolean, not {_name_of(node)}", _pointer(place))
+            if depth > limits.MAX_SCHEMA_DEPTH:
+                raise SchemaError(f"the schema is nested more than {limits.MAX_SCHEMA_DEPTH} levels deep")
+            seen.add(id(node))
+            size.num_nodes += 1
+            if size.num_nodes > limits.MAX_SCHEMA_NODES:
+                raise SchemaError(f"the schema has more than {limits.MAX_SCHEMA_NODES} subschemas")
+            _check_keywords(node, place, size)
+            reference = node.get("$ref")
+            if isinstance(reference, str) and reference.startswith("#"):
+                target = resolve(reference, schema)
+                if target is None:
+                    raise SchemaError(f"`$ref` points to nothing: {reference[:80]}", _pointer((place, "$ref")))
+                referred.append((target, (place, "$ref")))
+            nested = [(child, where, depth + 1) for child, where in _children(node, place)]
+            pending.extend(reversed(nested))
+    return size
 
 
-def _check(schema: Any, root: Any, path: str, depth: int) -> None:
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        raise SchemaError(f"a schema must be an object or a boolean, not {_name_of(schema)}", path)
-    if depth > MAX_SCHEMA_DEPTH:
-        raise SchemaError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep", path)
-    _check_keywords(schema, path)
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#") and resolve(reference, root) is None:
-        raise SchemaError(f"`$ref` points to nothing: {reference}", f"{path}/$ref")
+def _children(node: dict[str, Any], place: Place) -> Iterator[tuple[Any, Place]]:
+    """Subschemas under the keywords of `node`, and where they stand. Raises `SchemaError` where there can be none."""
     for key in (*_SUBSCHEMA, *_SUBSCHEMA_MORE):
-        if key in schema:
-            _check(schema[key], root, f"{path}/{key}", depth + 1)
-    for key in _SCHEMA_MAPS:
-        if key in schema:
-            if not isinstance(schema[key], dict):
-                raise SchemaError(f"`{key}` must be an object", f"{path}/{key}")
-            for name, nested in schema[key].items():
-                _check(nested, root, f"{path}/{key}/{name}", depth + 1)
-    for key in _SCHEMA_LISTS:
-        if key in schema:
-            if not isinstance(schema[key], list):
-                raise SchemaError(f"`{key}` must be an array", f"{path}/{key}")
-            for index, nested in enumerate(schema[key]):
-                _check(nested, root, f"{path}/{key}/{index}", depth + 1)
-    items = schema.get("items", True)
-    for index, nested in enumerate(items if isinstance(items, list) else [items]):
-        _check(nested, root, f"{path}/items/{index}" if isinstance(items, list) else f"{path}/items", depth + 1)
+        if key in node:
+            yield node[key], (place, key)
+    for key in SCHEMA_MAPS:
+        if key in node:
+            if not isinstance(node[key], dict):
+                raise SchemaError(f"`{key}` must be an object", _pointer((place, key)))
+            inside: Place = (place, key)
+            for name, nested in node[key].items():
+                yield nested, (inside, name)
+    for key in (*_SCHEMA_LISTS, "items"):
+        if key in node:
+            inside = (place, key)
+            if isinstance(node[key], list):
+                for index, nested in enumerate(node[key]):
+                    yield nested, (inside, str(index))
+            elif key == "items":
+                yield node[key], inside
+            else:
+                raise SchemaError(f"`{key}` must be an array", _pointer(inside))
 
 
-def _check_keywords(schema: dict[str, Any], path: str) -> None:
+def subschemas(node: Any) -> Iterator[Any]:
+    """Subschemas under the keywords of a schema that `check` has passed."""
+    if isinstance(node, dict):
+        for child, _ in _children(node, None):
+            yield child
+
+
+def _check_keywords(schema: dict[str, Any], place: Place, size: SchemaSize) -> None:
+    def fault(message: str, key: str) -> SchemaError:
+        return SchemaError(message, _pointer((place, key)))
+
     kinds = schema.get("type", [])
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if not isinstance(kind, str) or kind not in TYPES:
-            raise SchemaError(f"unknown type {json.dumps(kind)[:80]}", f"{path}/type")
+            raise fault(f"unknown type {json.dumps(kind)[:80]}", "type")
     for key in ("required", "enum"):
         if key in schema and not isinstance(schema[key], list):
-            raise SchemaError(f"`{key}` must be an array", f"{path}/{key}")
+            raise fault(f"`{key}` must be an array", key)
     if any(not isinstance(name, str) for name in schema.get("required", ())):
-        raise SchemaError("`required` must hold strings", f"{path}/required")
+        raise fault("`required` must hold strings", "required")
     for key in ("pattern", "format", "$ref"):
         if key in schema and not isinstance(schema[key], str):
-            raise SchemaError(f"`{key}` must be a string", f"{path}/{key}")
+            raise fault(f"`{key}` must be a string", key)
     for key in _COUNTS:
         value = schema.get(key, 0)
         # 2.0 is an integer in JSON Schema
         is_count = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not is_count or value < 0:
-            raise SchemaError(f"`{key}` must be a non-negative integer", f"{path}/{key}")
+            raise fault(f"`{key}` must be a non-negative integer", key)
     for key in _NUMBERS:
         value = schema.get(key, 1)
         is_draft4_flag = isinstance(value, bool) and key.startswith("exclusive")
         if not is_draft4_flag and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise SchemaError(f"`{key}` must be a number", f"{path}/{key}")
+            raise fault(f"`{key}` must be a number", key)
     if not isinstance(schema.get("multipleOf", 1), bool) and schema.get("multipleOf", 1) <= 0:
-        raise SchemaError("`multipleOf` must be greater than 0", f"{path}/multipleOf")
-    _check_pattern(schema.get("pattern"), f"{path}/pattern")
-    if isinstance(schema.get("patternProperties"), dict):
-        for pattern in schema["patternProperties"]:
-            _check_pattern(pattern, f"{path}/patternProperties")
+        raise fault("`multipleOf` must be greater than 0", "multipleOf")
+    for key in _COMPARED:
+        entries = schema.get(key)
+        if isinstance(entries, list | dict) and len(entries) > limits.MAX_SCHEMA_BRANCHES:
+            raise fault(f"`{key}` has {len(entries)} entries, at most {limits.MAX_SCHEMA_BRANCHES}", key)
+    size.num_enum_values += len(schema.get("enum", ()))
+    if size.num_enum_values > limits.MAX_ENUM_VALUES:
+        raise fault(f"the schema has more than {limits.MAX_ENUM_VALUES} values in `enum`", "enum")
+    if "pattern" in schema:
+        _check_pattern(schema["pattern"], (place, "pattern"), size)
+    by_pattern = schema.get("patternProperties")
+    if isinstance(by_pattern, dict):
+        if len(by_pattern) > limits.MAX_PATTERN_PROPERTIES:
+            what = f"{len(by_pattern)} entries, at most {limits.MAX_PATTERN_PROPERTIES}"
+            raise fault(f"`patternProperties` has {what}", "patternProperties")
+        for pattern in by_pattern:
+            _check_pattern(pattern, (place, "patternProperties"), size)
 
 
-def _check_pattern(pattern: str | None, path: str) -> None:
+def _check_pattern(pattern: str, place: Place, size: SchemaSize) -> None:
     """Patterns are ECMAScript; Python's dialect lacks little of it (`\\p`, `(?<name>`), which is let pass."""
-    if pattern is None or "\\p" in pattern or "(?<" in pattern or "\\u{" in pattern or "\\/" in pattern:
+    if len(pattern) > limits.MAX_PATTERN_CHARACTERS:
+        what = f"{len(pattern)} characters, at most {limits.MAX_PATTERN_CHARACTERS}"
+        raise SchemaError(f"`pattern` has {what}", _pointer(place))
+    size.num_pattern_characters += len(pattern)
+    if size.num_pattern_characters > limits.MAX_PATTERNS_CHARACTERS:
+        what = f"more than {limits.MAX_PATTERNS_CHARACTERS} characters"
+        raise SchemaError(f"the regular expressions of the schema have {what}", _pointer(place))
+    if _FOREIGN.search(pattern):
         return
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as exc:
-        raise SchemaError(f"`pattern` is no regular expression: {exc}", path) from exc
+        reason = str(exc)[:_SHOWN_CHARACTERS]
+        raise SchemaError(f"`pattern` is no regular expression: {reason}", _pointer(place)) from exc
+
+
+def _pointer(place: Place) -> str:
+    """The JSON pointer, cut short: names in it are the client's and may be of any length."""
+    steps: list[str] = []
+    while place is not None:
+        place, step = place
+        steps.append(step if len(step) <= _SHOWN_CHARACTERS else step[:_SHOWN_CHARACTERS] + "…")
+    pointer = "".join(f"/{step}" for step in reversed(steps))
+    return pointer if len(pointer) <= 2 * _SHOWN_CHARACTERS else pointer[: 2 * _SHOWN_CHARACTERS] + "…"
 
 
 def _name_of(value: Any) -> str:
@@ -133,80 +215,16 @@ def resolve(reference: str, root: Any) -> Schema | None:
     if not reference.startswith("#/"):
         return True
     node = root
-    for step in reference[2:].split("/"):
-        name = step.replace("~1", "/").replace("~0", "~").replace("%25", "%")
+    for step in unquote(reference[2:]).split("/"):
+        name = step.replace("~1", "/").replace("~0", "~")
         if isinstance(node, dict) and name in node:
             node = node[name]
-        elif isinstance(node, list) and name.isdigit() and int(name) < len(node):
+        elif isinstance(node, list) and _is_index(name) and int(name) < len(node):
             node = node[int(name)]
         else:
             return None
     return node if isinstance(node, dict | bool) else None
 
 
-def types_of(schema: Any, root: Any, _depth: int = 0) -> frozenset[str]:
-    """The JSON types a value may have; empty when the schema does not say."""
-    if not isinstance(schema, dict) or _depth > 16:
-        return frozenset()
-    kinds = schema.get("type")
-    if isinstance(kinds, str):
-        return frozenset({kinds})
-    if isinstance(kinds, list):
-        return frozenset(kind for kind in kinds if isinstance(kind, str))
-    values = schema["enum"] if isinstance(schema.get("enum"), list) else []
-    if "const" in schema:
-        values = [schema["const"]]
-    if values:
-        return frozenset(_type_of_value(value) for value in values)
-    if isinstance(schema.get("$ref"), str):
-        return types_of(resolve(schema["$ref"], root), root, _depth + 1)
-    found: frozenset[str] = frozenset()
-    for key in ("anyOf", "oneOf", "allOf"):
-        for nested in schema[key] if isinstance(schema.get(key), list) else ():
-            found |= types_of(nested, root, _depth + 1)
-    if not found and "properties" in schema:
-        return frozenset({"object"})
-    if not found and "items" in schema:
-        return frozenset({"array"})
-    return found
-
-
-def _type_of_value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, int):
-        return "integer"
-    if isinstance(value, float):
-        return "number"
-    if isinstance(value, str):
-        return "string"
-    return "array" if isinstance(value, list) else "object"
-
-
-def coerce(text: str, schema: Any, root: Any) -> Any:
-    """The value that `text` spells under `schema`: a string stays, other types are parsed, a failure stays text.
-
-    Where the schema names no type, what is plainly JSON (number, boolean, null, object, array) becomes that.
-    """
-    kinds = types_of(schema, root)
-    if kinds == {"string"}:
-        return text
-    stripped = text.strip()
-    if stripped in ("true", "false", "True", "False") and (not kinds or "boolean" in kinds):
-        return stripped in ("true", "True")
-    if stripped in ("null", "None") and (not kinds or "null" in kinds):
-        return None
-    try:
-        value = json.loads(stripped)
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        return text
-    kind = _type_of_value(value)
-    if not kinds:
-        return text if kind == "string" else value
-    if kind == "number" and "integer" in kinds and "number" not in kinds and value.is_integer():
-        return int(value)
-    allowed = kind in kinds or (kind == "integer" and "number" in kinds)
-    return value if allowed else text
+def _is_index(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) < 10

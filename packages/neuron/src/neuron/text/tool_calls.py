@@ -9,11 +9,11 @@ it with an error that the model can read, which prose would not get. Only a tool
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from cortex_core.conversation import Request
 from cortex_core.events import Event, ToolCallArguments, ToolCallEnd, ToolCallStart
 
+from neuron.text.schema_types import ArgumentTypes, StepBudget
 from neuron.text.tool_formats import CallAction, CallParser, MoreArguments, QwenJsonParser, QwenXmlParser, StartCall
 
 
@@ -28,12 +28,14 @@ class ToolCallStream:
     def __init__(self, request: Request, choice: int, answer_id: str) -> None:
         self._choice = choice
         self._answer_id = answer_id
-        self._schemas: dict[str, dict[str, Any] | None] = {tool.name: tool.parameters for tool in request.tools}
+        self._schemas = {tool.name: tool.parameters for tool in request.tools}
+        self._types: dict[str, ArgumentTypes] = {}
+        self._budget = StepBudget()
         allowed = request.tool_choice.allowed
         self._allowed = None if allowed is None else frozenset(allowed)
         self._single = not request.parallel_tool_calls
         self._parser: CallParser | None = None
-        self._undecided = ""
+        self._undecided: list[str] = []
         self._before = ""
         self._has_call = False
         self.is_open = False
@@ -57,7 +59,7 @@ class ToolCallStream:
     def open(self, before: str) -> None:
         """An opening marker was read; `before` is its text and what was held back in front of it."""
         self._parser = None
-        self._undecided = ""
+        self._undecided.clear()
         self._before = before
         self._has_call = False
         self.is_open = True
@@ -65,16 +67,16 @@ class ToolCallStream:
     def feed(self, text: str) -> tuple[list[Event], str]:
         """More of the block. Returns events and text that is none of it: then the block is over (`is_open`)."""
         if self._parser is None:
-            self._undecided += text
-            text = self._undecided
+            self._undecided.append(text)
             head = text.lstrip()
             if not head:
                 return [], ""
             if head[0] == "<":
-                self._parser = QwenXmlParser(self._accepts, self._schemas.get)
+                self._parser = QwenXmlParser(self._accepts, self._types_of)
             else:
                 self._parser = QwenJsonParser(self._accepts)
-            self._undecided = ""
+            text = "".join(self._undecided)
+            self._undecided.clear()
         events = self._events(self._parser.feed(text))
         if not self._parser.has_failed:
             return events, ""
@@ -88,7 +90,7 @@ class ToolCallStream:
         """
         self.is_open = False
         if self._parser is None:
-            return [], self._before + self._undecided + closing
+            return [], "".join([self._before, *self._undecided, closing])
         events = self._events(self._parser.close(truncated=truncated))
         if self._has_call:
             return events, ""
@@ -99,6 +101,12 @@ class ToolCallStream:
 
     def _accepts(self, name: str) -> bool:
         return self._allowed is None or name in self._allowed
+
+    def _types_of(self, name: str) -> ArgumentTypes:
+        types = self._types.get(name)
+        if types is None:
+            types = self._types[name] = ArgumentTypes(self._schemas.get(name), self._budget)
+        return types
 
     def _remainder(self, unparsed: str) -> str:
         """Text of a block that failed: all of it, or what follows its last call."""

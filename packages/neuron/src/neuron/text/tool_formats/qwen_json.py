@@ -99,6 +99,7 @@ class QwenJsonParser:
         self._name: str | None = None
         self._key = ""
         self._buffer: list[str] = []
+        self._num_buffered = 0
         self._escape = False
         self._nesting = _Nesting()
         self._early_arguments: list[str] = []
@@ -179,6 +180,7 @@ class QwenJsonParser:
             if char == '"':
                 self._state = _KEY
                 self._buffer = []
+                self._num_buffered = 0
             elif char == "}":
                 self._close_object(actions)
             elif char != ",":
@@ -219,7 +221,8 @@ class QwenJsonParser:
                 self._string_done("".join(self._buffer), actions)
                 return index + 1
         self._buffer.append(text[at:])
-        if sum(map(len, self._buffer)) > _MAX_KEY_OR_NAME:
+        self._num_buffered += len(text) - at
+        if self._num_buffered > _MAX_KEY_OR_NAME:
             self._fail(actions)
         return len(text)
 
@@ -253,6 +256,7 @@ class QwenJsonParser:
                 return at + 1
             self._state = _NAME
             self._buffer = []
+            self._num_buffered = 0
             return at + 1
         self._in_arguments = self._key in _ARGUMENT_KEYS and not self._has_arguments
         self._nesting = _Nesting()
@@ -344,18 +348,22 @@ def _arguments_from(raw: str) -> str | None:
     """Arguments that are not written as an object: a JSON string of one, null, or another value (then wrapped)."""
     try:
         value: Any = json.loads(raw)
+        if value is None:
+            return "{}"
+        inner = _object_in(value) if isinstance(value, str) else None
+        if inner is None:
+            return to_json({"arguments": value})
+        return value.strip() if value.strip() and is_utf8(value) else to_json(inner)
+    except (ValueError, RecursionError):  # one that can just be read may be too deep to be written
+        return None
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    try:
+        value: Any = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError):
         return None
-    if value is None:
-        return "{}"
-    if isinstance(value, str):
-        try:
-            inner = json.loads(value) if value.strip() else {}
-        except (ValueError, RecursionError):
-            inner = None
-        if isinstance(inner, dict):
-            return value.strip() if value.strip() and is_utf8(value) else to_json(inner)
-    return to_json({"arguments": value})
+    return value if isinstance(value, dict) else None
 
 
 def _completion(written: str, nesting: _Nesting) -> str | None:

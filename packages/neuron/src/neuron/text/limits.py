@@ -1,0 +1,49 @@
+"""How much work one request or one checkpoint may ask of this room, one constant each.
+
+Every algorithm here is linear in what these bound. What a client exceeds is a 400 that names the field, the limit and
+what was asked; what it exceeds in the form of the *output* (a schema that no compiler finishes) is loosened instead,
+since its result is still JSON of the kind that was asked for. `cortex_core.dialects.limits` has those of the bodies.
+"""
+
+from __future__ import annotations
+
+# ---------------------------------------------------------------- JSON schemas
+
+MAX_SCHEMA_BYTES = 512 * 1024
+"""Of one schema, as compact JSON; and of all schemas of one request that are enforced, together."""
+MAX_SCHEMA_DEPTH = 64
+"""Schemas within schemas."""
+MAX_SCHEMA_NODES = 5_000
+"""Subschemas of one schema. The compiler takes about 10 kB of stack and of heap for each."""
+MAX_REQUEST_SCHEMA_NODES = 20_000
+"""Of all schemas of one request that are enforced: those of its tools, and that of its answer."""
+MAX_SCHEMA_BRANCHES = 1_000
+"""Entries of one `properties`, `required`, `anyOf`, `oneOf`, `allOf` or `prefixItems`: the compiler compares them with
+each other."""
+MAX_PATTERN_PROPERTIES = 64
+"""Of one `patternProperties`: each is intersected with each other."""
+MAX_ENUM_VALUES = 10_000
+"""Of all `enum` lists of one schema."""
+MAX_PATTERN_CHARACTERS = 4_096
+"""Of one regular expression."""
+MAX_PATTERNS_CHARACTERS = 32_768
+"""Of all regular expressions of one schema."""
+
+MAX_SCHEMA_LEVELS = 256
+"""Beyond so many schemas within each other, references followed, references are let go: the compiler walks them on its
+stack, which 900 overflow (8 MiB)."""
+MAX_CONJOINED_PATTERNS = 4
+"""Beyond so many regular expressions that one string has to match at once, none is enforced: whether some string
+matches them all takes time exponential in their number."""
+MAX_MATCHED_ENUM_VALUES = 256
+"""Beyond so many values of an `enum` that has to match a regular expression too, the expression is not enforced."""
+MAX_FOLDED_CLASSES = 64
+"""Classes of characters in regular expressions that ignore case: each letter of their ranges is looked up."""
+
+MAX_TYPE_STEPS = 32_768
+"""Schemas and values that are looked at, in one answer, to find out of which types arguments are."""
+
+# ---------------------------------------------------------------- grammars
+
+MAX_CACHED_GRAMMAR_BYTES = 16 * 2**20
+"""Of compiled schemas and grammars that a model keeps, so that the tools an agent sends each time are compiled once."""
