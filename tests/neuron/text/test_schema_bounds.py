@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -194,8 +195,13 @@ def test_a_chain_of_references_does_not_overflow_the_compilers_stack() -> None:
     links = (None, lambda r: {"anyOf": [r, {"type": "null"}]}, lambda r: {"type": "array", "items": r})
     schemas = [chain(limits.MAX_SCHEMA_NODES // 4, link) for link in links]
     assert all(demands(schema).levels > limits.MAX_SCHEMA_LEVELS for schema in schemas)
-    program = f"from tests.neuron.text.test_schema_bounds import built\nfor schema in {schemas!r}: built(schema)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    program = (
+        "import json, sys\nfrom tests.neuron.text.test_schema_bounds import built\n"
+        "for schema in json.load(sys.stdin): built(schema)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=json.dumps(schemas), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-300:]}"
 
 
