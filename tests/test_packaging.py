@@ -73,6 +73,12 @@ def test_G15_the_firewall_opens_the_ports_that_are_used(folder: str, name: str) 
         assert "%posttrans" in spec, "a stale definition under /etc would win over ours"
 
 
+@pytest.mark.parametrize("name", ["cortex", "neuron"])
+def test_O2_a_unit_asks_for_descriptors(name: str) -> None:
+    """systemd's own default is a soft limit of 1,024, and whatever the host says for the hard one."""
+    assert int(unit(RPM / name / f"{name}.service")["Service"]["LimitNOFILE"]) >= 16_384
+
+
 def distributions(requirements: list[str]) -> set[str]:
     names = {re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] for requirement in requirements}
     return {name for name in names if not name.startswith("helexa-")}

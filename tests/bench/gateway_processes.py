@@ -113,6 +113,8 @@ async def run_backend(events: int, interval_s: float) -> None:
 
 async def run_floor(backend: str, http1: Http1Parser) -> None:
     import aiohttp
+    from cortex_core.serving.connection_table import ConnectionTable
+    from cortex_core.serving.http_connections import serve_http
     from cortex_gateway import connections
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
@@ -149,17 +151,19 @@ async def run_floor(backend: str, http1: Http1Parser) -> None:
     import socket
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    config = Config()
-    if http1 != "h11":
-        connections.install()
-        config = connections.ServerConfig()
-        config.has_httptools = connections.has_httptools(http1)
-    config.bind = [f"fd://{listener.fileno()}"]
+    config = Config() if http1 == "h11" else connections.ServerConfig()
     config.errorlog = None
     config.include_server_header = False
     config.keep_alive_max_requests = 10**9
     print(listener.getsockname()[1], flush=True)
-    await serve(app, config)
+    if http1 == "h11":
+        config.bind = [f"fd://{listener.fileno()}"]
+        await serve(app, config)
+    else:
+        config.has_httptools = connections.has_httptools(http1)
+        table = ConnectionTable(10_000, idle_s=75, head_s=30, clock=asyncio.get_running_loop().time)
+        stop = asyncio.Event()
+        await serve_http(app, config, listener, table, stop, name="floor", speaker=connections.GatewayConnection)
 
 
 # ---------------------------------------------------------------------------------------------- cortex

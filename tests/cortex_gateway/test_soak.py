@@ -49,7 +49,7 @@ def left(earlier: list[object]) -> Counter[str]:
     return Counter(type(each).__name__ for each in held() if id(each) not in known)
 
 
-NAMES = frozenset(each.__name__ for each in OF_A_REQUEST) | {"PromptTCPServer"}
+NAMES = frozenset(each.__name__ for each in OF_A_REQUEST) | {"GatewayConnection"}
 
 
 def num_descriptors() -> int:

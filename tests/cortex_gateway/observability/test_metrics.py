@@ -47,6 +47,10 @@ REFERENCE = {
     "cortex_spend_completion_tokens_total": "counter",
 }
 OWN = {
+    "cortex_connections": "gauge",
+    "cortex_connections_limit": "gauge",
+    "cortex_connections_accepted_total": "counter",
+    "cortex_connections_ended_total": "counter",
     "cortex_client_gone_total": "counter",
     "cortex_finished_requests_total": "counter",
     "cortex_retries_total": "counter",
@@ -66,8 +70,8 @@ OWN = {
     "cortex_config_valid": "gauge",
     "cortex_leaving_requests": "gauge",
 }
-MOVED_ELSEWHERE = {"cortex_leaving_requests", "cortex_config_reloads_total"}
-"""In tests of their own: `configuration/test_reload.py`."""
+MOVED_ELSEWHERE = {"cortex_leaving_requests", "cortex_config_reloads_total", "cortex_connections_ended_total"}
+"""In tests of their own: `configuration/test_reload.py`, `e2e/test_connections.py`."""
 
 
 async def scrape(client: Client) -> str:

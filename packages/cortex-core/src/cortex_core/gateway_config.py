@@ -29,6 +29,7 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     listen: str = "0.0.0.0:31313"
     metrics_listen: str = "0.0.0.0:31314"
+    max_connections: Positive | None = None
     max_body_bytes: Positive = 32 * 2**20
     max_body_memory_bytes: Positive = 2**30
     body_timeout_s: Seconds = 60.0

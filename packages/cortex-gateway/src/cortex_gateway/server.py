@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from cortex_core.catalogue import Catalogue, load_catalogue
 from cortex_core.config import ConfigError
 from cortex_core.gateway_config import GatewayConfig, Http1Parser
-from hypercorn.asyncio import serve as hypercorn_serve
+from cortex_core.serving.connection_table import ConnectionTable
+from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
+from cortex_core.serving.http_connections import serve_http
 from prometheus_client import disable_created_metrics
 
 from cortex_gateway import connections
@@ -30,7 +30,12 @@ BACKLOG = 1024
 MAX_HEADER_BYTES = 64 * 1024
 """Request line and headers together; more is a 431."""
 KEEP_ALIVE_S = 75
-"""How long a connection may be without a request: idle, or busy sending headers that do not end."""
+"""How long a connection may be without a request."""
+HEAD_S = 30
+"""How long the headers of a request may take, from their first byte."""
+OWN_DESCRIPTORS = 128
+"""For what is not a client's connection or a neuron's: files, stores, polls, listeners, refused connections."""
+METRICS_CONNECTIONS = 64
 CLOSE_TIMEOUT_S = 5
 """How long connections get to close once the drain is over."""
 
@@ -79,12 +84,15 @@ async def running(
     ):
         stop, stop_metrics = asyncio.Event(), asyncio.Event()
         connections.has_httptools(config.gateway.http1_parser)  # raises before anything is open
-        # Before the first request can arrive: hypercorn would run the lifespan too, but does not say when.
-        await gateway.startup()
+        await gateway.startup()  # before the first request can arrive
         http1 = config.gateway.http1_parser
-        server = _start(_without_lifespan(gateway), listener, stop, "listener", http1)
+        table = _table(_max_connections(config.gateway.max_connections))
+        gateway.relay.max_active = max(descriptor_limit() - OWN_DESCRIPTORS - table.limit, table.limit)
+        server = _start(gateway, listener, stop, "listener", http1, table)
+        metrics_table = _table(METRICS_CONNECTIONS)
+        gateway.metrics.observe_connections({"api": table, "metrics": metrics_table})
         metrics_app = MetricsApp(gateway.metrics)
-        metrics_server = _start(metrics_app, metrics_listener, stop_metrics, "metrics listener", http1)
+        metrics_server = _start(metrics_app, metrics_listener, stop_metrics, "metrics listener", http1, metrics_table)
         started = RunningGateway(gateway, url_of(listener), url_of(metrics_listener))
         for task in (server, metrics_server):
             task.add_done_callback(started._listener_ended)
@@ -109,6 +117,7 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     both are read again on SIGHUP and when they change. Uses uvloop where it is installed.
     """
     configure_logging()
+    raise_descriptor_limit()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series
     is_from_files = catalogue is None and config_path is not None
     if is_from_files:
@@ -233,41 +242,43 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _max_connections(asked: int | None) -> int:
+    """Each may need another one to a neuron."""
+    limit = connection_limit(descriptor_limit(), reserve=OWN_DESCRIPTORS, descriptors_each=2, asked=asked)
+    if asked is not None and limit < asked:
+        log.warning("gateway.max_connections: %d of %d, as descriptors allow no more", limit, asked)
+    return limit
+
+
+def _table(limit: int) -> ConnectionTable:
+    return ConnectionTable(limit, idle_s=KEEP_ALIVE_S, head_s=HEAD_S, clock=asyncio.get_running_loop().time)
+
+
 def _start(
-    app: ASGIApp, listener: socket.socket, stop: asyncio.Event, name: str, http1: Http1Parser
+    app: ASGIApp,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    name: str,
+    http1: Http1Parser,
+    table: ConnectionTable | None = None,
 ) -> asyncio.Task[None]:
-    connections.install()
     server = connections.ServerConfig()
     server.has_httptools = connections.has_httptools(http1)
-    server.bind = [f"fd://{os.dup(listener.fileno())}"]
-    server.backlog = BACKLOG
-    server.keep_alive_timeout = KEEP_ALIVE_S
     server.keep_alive_max_requests = 100_000
     server.graceful_timeout = 10 * CLOSE_TIMEOUT_S  # `_close` is the one that gives up
     server.include_server_header = False
     server.errorlog = logging.getLogger("cortex_gateway.http")
     server.loglevel = "WARNING"
     server.h11_max_incomplete_size = server.h2_max_header_list_size = MAX_HEADER_BYTES
-    serving: Coroutine[Any, Any, None] = hypercorn_serve(app, server, shutdown_trigger=stop.wait, mode="asgi")
+    table = table or _table(_max_connections(None))
+    serving = serve_http(app, server, listener, table, stop, name=name, speaker=connections.GatewayConnection)
     return asyncio.create_task(serving, name=name)
 
 
 async def _close(server: asyncio.Task[None], stop: asyncio.Event) -> None:
-    """Close a listener and its connections; on Python 3.12 hypercorn would wait for ever for a client that stays."""
+    """Close a listener and its connections, whatever their clients do."""
     stop.set()
     done, _ = await asyncio.wait({server}, timeout=CLOSE_TIMEOUT_S)
     if not done:
         server.cancel()
         await asyncio.wait({server}, timeout=1)
-
-
-def _without_lifespan(app: ASGIApp) -> ASGIApp:
-    async def without_lifespan(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            while (await receive())["type"] == "lifespan.startup":
-                await send({"type": "lifespan.startup.complete"})
-            await send({"type": "lifespan.shutdown.complete"})
-            return
-        await app(scope, receive, send)
-
-    return without_lifespan

@@ -136,8 +136,10 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     write_timeout_s: how long a client may leave an answer unread before it counts as gone.
     stream_hold_s: how long a stream waits for its first token before its headers go out, so that what fails by
     then is still an HTTP error. unload_wait_s: how long an unload waits for requests in flight before it refuses.
+    max_connections: of clients at once; None decides by the descriptors there are.
     """
 
+    max_connections: Positive | None = None
     max_body_bytes: Positive = 32 * 2**20
     body_timeout_s: Seconds = 60.0
     write_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from typing import Any
 from cortex_core.config import ConfigError
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DiscoveryResponse, ModelSpec
+from cortex_core.serving.connection_table import ConnectionTable
+from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
 from cortex_core.telemetry import open_span_export
 
 from neuron.api.app import NeuronApp
@@ -49,6 +52,12 @@ logger = logging.getLogger(__name__)
 EXIT_CONFIG = 2
 UNLOAD_TIMEOUT_S = 20.0
 SERVER_GRACE_S = 5.0
+KEEP_ALIVE_S = 75.0
+"""How long a connection may be without a request."""
+HEAD_S = 30.0
+"""How long the headers of a request may take, from their first byte."""
+OWN_DESCRIPTORS = 512
+"""For what is not a client's connection: engines, checkpoints, downloads, stores, refused connections."""
 _BACKLOG = 1024
 
 
@@ -103,7 +112,14 @@ class Daemon:
             on_loaded=self._on_loaded,
             on_text_end=self._on_text_end,
         )
-        metrics = Metrics(build=build, models=manager.all, reading=lambda: hardware.reading, weights=weights)
+        self._connections = _connection_table(config.server.max_connections)
+        metrics = Metrics(
+            build=build,
+            models=manager.all,
+            reading=lambda: hardware.reading,
+            weights=weights,
+            connections=self._connections,
+        )
         self.services = Services(
             config=config,
             manager=manager,
@@ -116,13 +132,12 @@ class Daemon:
             from neuron.api.spans import RequestSpans
 
             self.services.spans = RequestSpans(self._span_export.tracer)
-        self._sockets: list[socket.socket] = []
+        self._listener: socket.socket | None = None
 
     def bind(self) -> str:
         """Listen; connections queue from here on. Returns the URL. Raises `OSError`."""
-        listener = _listen(self._config.host, self._config.port)
-        self._sockets.append(listener)
-        self.services.port = listener.getsockname()[1]
+        self._listener = _listen(self._config.host, self._config.port)
+        self.services.port = self._listener.getsockname()[1]
         host = self._config.host
         shown = f"[{host}]" if ":" in host else host
         return f"http://{shown}:{self.services.port}"
@@ -135,7 +150,8 @@ class Daemon:
 
     async def serve(self) -> None:
         """Until stopped. Returns when every stream has ended, every engine is gone and the port is closed."""
-        services = self.services
+        services, listener = self.services, self._listener
+        assert listener is not None, "bind first"
         for key in without_effect(self._config):
             logger.warning("configuration key without effect here: %s", key)
         services.hardware.start()
@@ -148,8 +164,10 @@ class Daemon:
         relief = asyncio.create_task(services.manager.weights.watch(), name="weight-cache")
         relief.add_done_callback(_log_crash)
         http_stop = asyncio.Event()
-        http = asyncio.create_task(_serve_http(NeuronApp(services), self._sockets, http_stop), name="http")
-        _notify("READY=1")
+        serving = _serve_http(
+            *(NeuronApp(services), listener, self._connections, http_stop), on_open=lambda: _notify("READY=1")
+        )
+        http = asyncio.create_task(serving, name="http")
         stop = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait((http, stop), return_when=asyncio.FIRST_COMPLETED)
@@ -204,6 +222,8 @@ class Daemon:
 def serve(config: NeuronConfig, *, on_ready: Callable[[str], None]) -> int:
     """Run a daemon until a signal ends it; `on_ready` gets the URL once it listens. Returns the exit code."""
 
+    raise_descriptor_limit()
+
     async def main() -> int:
         try:
             daemon = Daemon(config)
@@ -242,25 +262,29 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
         return runner.run(main)
 
 
-async def _serve_http(app: NeuronApp, sockets: list[socket.socket], stop: asyncio.Event) -> None:
-    """hypercorn on listeners that are bound already; returns after `stop`, when its connections have ended."""
-    from hypercorn.asyncio import serve as serve_hypercorn
+async def _serve_http(
+    app: NeuronApp, listener: socket.socket, table: ConnectionTable, stop: asyncio.Event, *, on_open: Callable[[], None]
+) -> None:
+    """hypercorn on a listener that is bound already; returns after `stop`, when its connections have ended."""
+    from cortex_core.serving.http_connections import serve_http
     from hypercorn.config import Config
 
-    from neuron import connections
-
-    connections.install()
     config = Config()
-    config.bind = [f"fd://{listener.detach()}" for listener in sockets]
-    config.backlog = _BACKLOG
-    config.keep_alive_timeout = 75
     config.keep_alive_max_requests = sys.maxsize
     config.graceful_timeout = SERVER_GRACE_S
     config.include_server_header = False
     config.accesslog = None
-    config.errorlog = logging.getLogger("hypercorn.error")
+    config.errorlog = logging.getLogger("neuron.http")
     config.loglevel = "WARNING"
-    await serve_hypercorn(app, config, shutdown_trigger=stop.wait)
+    with listener:
+        await serve_http(app, config, listener, table, stop, name="listener", on_open=on_open)
+
+
+def _connection_table(asked: int | None) -> ConnectionTable:
+    limit = connection_limit(descriptor_limit(), reserve=OWN_DESCRIPTORS, descriptors_each=1, asked=asked)
+    if asked is not None and limit < asked:
+        logger.warning("server.max_connections: %d of %d, as descriptors allow no more", limit, asked)
+    return ConnectionTable(limit, idle_s=KEEP_ALIVE_S, head_s=HEAD_S, clock=time.monotonic)
 
 
 def _listen(host: str, port: int) -> socket.socket:

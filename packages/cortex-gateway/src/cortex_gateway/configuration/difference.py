@@ -13,6 +13,7 @@ NEEDS_RESTART = frozenset(
     (
         "gateway.listen",
         "gateway.metrics_listen",
+        "gateway.max_connections",
         "gateway.write_timeout_s",
         "gateway.upstream_connect_timeout_s",
         "gateway.http1_parser",

@@ -72,6 +72,7 @@ _LOOPBACK = ("127.", "localhost:", "[::1]:")
 SETTINGS: Mapping[str, IsWeaker] = {
     "gateway.listen": _leaves_the_loopback,
     "gateway.metrics_listen": _leaves_the_loopback,
+    "gateway.max_connections": more_or_none,
     "gateway.max_body_bytes": more,
     "gateway.max_body_memory_bytes": more,
     "gateway.body_timeout_s": more,

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import httptools
+from cortex_core.serving.connection_table import Connection
 
 from cortex_gateway.asgi import RawHeaders, Scope
 from cortex_gateway.http1.cycle import BODY_HIGH_WATER, STATUS_LINES, RequestCycle
@@ -36,7 +37,8 @@ class Http1Connection(asyncio.Protocol):
     """One client. hypercorn's task awaits `ended`: True if hypercorn itself has to go on with the connection.
 
     is_blocked: the client does not read. is_lost: nothing can be written any more. is_last: the connection ends with
-    the answer that is being given. `parent` is the protocol of the stream that hypercorn has opened.
+    the answer that is being given. `parent` is the protocol of the stream that hypercorn has opened. `entry`: in the
+    table of connections, which ends those that are idle for too long.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Http1Connection(asyncio.Protocol):
         transport: asyncio.Transport,
         reader: asyncio.StreamReader,
         loop: asyncio.AbstractEventLoop,
+        entry: Connection,
     ) -> None:
         self.ended: asyncio.Future[bool] = loop.create_future()
         self.is_blocked = False
@@ -61,6 +64,7 @@ class Http1Connection(asyncio.Protocol):
         self._reader = reader
         self._parent = transport.get_protocol()
         self._loop = loop
+        self._entry = entry
         self._parser: Any = httptools.HttpRequestParser(self)
         self._verdict = 0  # the status of a refusal; 0: none
         self._is_foreign = False
@@ -79,8 +83,7 @@ class Http1Connection(asyncio.Protocol):
         self._is_deaf = False  # whatever still comes is not read
         self._num_requests = 0
         self._drain: asyncio.Future[None] | None = None
-        self._idle_since = loop.time()
-        self._timer = loop.call_later(config.keep_alive_timeout, self._check_idle)
+        self._lingering: asyncio.TimerHandle | None = None
         transport.set_protocol(self)
 
     # ------------------------------------------------------------------------------------------ the transport's calls
@@ -149,7 +152,6 @@ class Http1Connection(asyncio.Protocol):
             self._resume()
 
     def was_answered(self, cycle: RequestCycle) -> None:
-        self._idle_since = self._loop.time()
         self._cycle = None
         if cycle.is_cut and not cycle.is_started:
             return  # refused: what the client still sends is swallowed, and then the connection is closed
@@ -161,10 +163,14 @@ class Http1Connection(asyncio.Protocol):
         elif self._queue:
             self._begin(self._queue.popleft())
             self._loop.call_soon(self._go_on)
-        elif self._verdict:
-            self._refuse()
-        elif self._is_paused:
-            self._loop.call_soon(self._go_on)
+        else:
+            self._entry.became_idle()
+            if self._has_begun:
+                self._entry.head_began()
+            if self._verdict:
+                self._refuse()
+            elif self._is_paused:
+                self._loop.call_soon(self._go_on)
 
     # ------------------------------------------------------------------------------------------ parsing
 
@@ -176,6 +182,7 @@ class Http1Connection(asyncio.Protocol):
         self._resume()
 
     def _parse(self, data: bytes) -> None:
+        self._entry.head_began()
         if not self._has_begun:
             self._raw = data
         elif self._raw is not None:
@@ -232,8 +239,7 @@ class Http1Connection(asyncio.Protocol):
         # Closing with input unread would make the kernel send a reset, which can destroy the answer on its way.
         if self._transport.can_write_eof():
             self._transport.write_eof()
-        self._timer.cancel()
-        self._timer = self._loop.call_later(LINGER_S, self._transport.close)
+        self._lingering = self._loop.call_later(LINGER_S, self._transport.close)
 
     def _hand_over(self, raw: bytes) -> None:
         """To hypercorn, with everything since the beginning of this request."""
@@ -326,6 +332,7 @@ class Http1Connection(asyncio.Protocol):
 
     def _begin(self, cycle: RequestCycle) -> None:
         self._cycle = cycle
+        self._entry.became_busy()
         headers: RawHeaders = cycle.scope["headers"]
         if cycle.scope["http_version"] == "1.0" or self._num_requests >= self._config.keep_alive_max_requests:
             self.is_last = True
@@ -347,19 +354,11 @@ class Http1Connection(asyncio.Protocol):
         self._pending = b""
 
     def _stop(self, *, is_handed_over: bool) -> None:
-        self._timer.cancel()
+        if self._lingering is not None:
+            self._lingering.cancel()
         self._parser = None  # it refers back
         if not self.ended.done():
             self.ended.set_result(is_handed_over)
-
-    def _check_idle(self) -> None:
-        """One timer for the life of the connection, instead of one for each request."""
-        timeout = self._config.keep_alive_timeout
-        left = timeout if self._cycle is not None else self._idle_since + timeout - self._loop.time()
-        if left <= 0:
-            self._transport.close()
-        else:
-            self._timer = self._loop.call_later(left, self._check_idle)
 
     def _has_room(self) -> bool:
         """Whether more may be read than is held already."""

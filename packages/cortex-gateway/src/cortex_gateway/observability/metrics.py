@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from cortex_core.serving.connection_table import ConnectionTable
+from cortex_core.serving.metrics import ConnectionCollector
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -185,6 +187,10 @@ class Metrics:
     def observe_fleet(self, fleet: Fleet, waiting: Waiting, is_known: Callable[[str], bool]) -> None:
         """Expose the gauges of a fleet's snapshot, its breakers and the queue as well. is_known: of a model's id."""
         self.registry.register(FleetCollector(fleet, waiting, is_known))
+
+    def observe_connections(self, tables: Mapping[str, ConnectionTable]) -> None:
+        """Expose how many connections each listener has, by the listeners' names."""
+        self.registry.register(ConnectionCollector("cortex", tables))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

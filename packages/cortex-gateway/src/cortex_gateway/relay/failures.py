@@ -13,6 +13,16 @@ def shutting_down() -> ApiError:
     return ApiError("overloaded", "The gateway is shutting down; ask again.", code="shutting_down", retry_after=5)
 
 
+def too_many_requests(max_active: int) -> ApiError:
+    return ApiError(
+        "overloaded",
+        f"The gateway has {max_active} requests under way and cannot take another; ask again.",
+        code="requests_full",
+        retry_after=1,
+        extras={"max_requests": max_active},
+    )
+
+
 def is_dead_connection(exc: BaseException) -> bool:
     """Whether the request met a connection that the neuron had just closed: it was never read there."""
     return isinstance(exc, aiohttp.ServerDisconnectedError | ConnectionResetError | BrokenPipeError) or (

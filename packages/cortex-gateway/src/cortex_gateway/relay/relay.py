@@ -40,6 +40,7 @@ from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
 from cortex_gateway.relay.failures import (
     is_dead_connection,
     shutting_down,
+    too_many_requests,
     upstream_failed,
 )
 from cortex_gateway.relay.headers import (
@@ -92,6 +93,8 @@ class Relay:
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self.is_draining = False
+        self.max_active: int | None = None
+        """More requests at once are a 503: each may need a descriptor, and HTTP/2 brings many over one connection."""
 
     @property
     def _settings(self) -> GatewaySection:
@@ -177,6 +180,8 @@ class Relay:
             try:
                 if self.is_draining:
                     raise shutting_down()
+                if self.max_active is not None and self.num_active > self.max_active:
+                    raise too_many_requests(self.max_active)
                 if not self._identity.is_off:
                     exchange.principal = await self._identity.authenticate(headers)
                 payload = await body.read(headers)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from cortex_core.fleet import BuildInfo
+from cortex_core.serving.connection_table import ConnectionTable
+from cortex_core.serving.metrics import ConnectionCollector
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -36,6 +38,7 @@ class Metrics:
         models: Callable[[], Sequence[ServedModel]],
         reading: Callable[[], HardwareReading],
         weights: WeightCache,
+        connections: ConnectionTable,
     ) -> None:
         registry = self._registry = CollectorRegistry(auto_describe=True)
         self.requests = Counter(
@@ -95,6 +98,7 @@ class Metrics:
             registry=registry,
         )
         registry.register(_Snapshot(build, models, reading, weights))
+        registry.register(ConnectionCollector("neuron", {"api": connections}))
 
     def render(self) -> bytes:
         """The text exposition."""

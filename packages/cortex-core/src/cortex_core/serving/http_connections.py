@@ -1,0 +1,149 @@
+"""HTTP on accepted connections, by hypercorn: one listener from its opening to the end of its last connection.
+
+Four things are not as hypercorn 0.18 has them. Its accept loop is replaced (`door`). HTTP/2 is bounded (`http2`). A
+connection ends when its client has ended it: hypercorn reads the end of the stream and then waits in its task group for
+the idle timer, 75 s in which the socket stays in CLOSE_WAIT. And no connection has an idle timer of its own, which is a
+task for each request: the table of connections knows which ones are idle, and closes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from hypercorn.asyncio.task_group import TaskGroup
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import parse_socket_addr, wrap_app
+
+from cortex_core.serving.connection_table import Connection, ConnectionTable
+from cortex_core.serving.door import Door
+from cortex_core.serving.http2 import BoundedH2
+
+MAX_RECV = 2**16
+
+App = Callable[..., Awaitable[None]]
+
+
+class HttpConnection(TCPServer):  # type: ignore[misc]
+    """One client. The table hears from it when a head begins, when there is a request, and when there is none."""
+
+    protocol: _Protocols
+
+    def __init__(
+        self,
+        app: Any,
+        config: Config,
+        context: WorkerContext,
+        connection: Connection,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        super().__init__(app, asyncio.get_running_loop(), config, context, {}, reader, writer)
+        self.connection = connection
+
+    async def run(self) -> None:
+        peer = self.writer.get_extra_info("socket")
+        try:
+            client = parse_socket_addr(peer.family, peer.getpeername())
+            server = parse_socket_addr(peer.family, peer.getsockname())
+            async with TaskGroup(self.loop) as task_group:
+                self._task_group = task_group
+                self.protocol = _Protocols(
+                    *(self.app, self.config, self.context, task_group, ConnectionState(self.state)),
+                    *(False, client, server, self.protocol_send, "http/1.1"),
+                )
+                self.protocol.on_flood = self.connection.flooded
+                await self.protocol.initiate()
+                await self._read_data()
+        except OSError:
+            pass
+        finally:
+            await self._close()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not isinstance(event, Updated):
+            await super().protocol_send(event)
+        elif not event.idle:
+            self.connection.became_busy()
+        elif self.context.terminated.is_set():
+            self._task_group.spawn(self._initiate_server_close)
+        else:
+            self.connection.became_idle()
+
+    async def _read_data(self) -> None:
+        while not self.reader.at_eof():
+            try:
+                data = await self.reader.read(MAX_RECV)
+            except OSError:
+                break
+            if not isinstance(self.protocol.protocol, BoundedH2):  # whose clients may ping while they are idle
+                self.connection.head_began()
+            await self.protocol.handle(RawData(data))
+        await self.protocol.handle(Closed())
+
+
+class _Protocols(ProtocolWrapper):  # type: ignore[misc]
+    """HTTP/1 until the client wants HTTP/2, by its preface or by an upgrade."""
+
+    on_flood: Callable[[], None]
+    protocol: Any
+
+    async def handle(self, event: Event) -> None:
+        try:
+            await self.protocol.handle(event)
+        except (H2ProtocolAssumedError, H2CProtocolRequiredError) as wish:
+            self.protocol = BoundedH2(
+                *(self.app, self.config, self.context, self.task_group, self.state),
+                *(self.ssl, self.client, self.server, self.send),
+                on_flood=self.on_flood,
+            )
+            if isinstance(wish, H2CProtocolRequiredError):
+                await self.protocol.initiate(wish.headers, wish.settings)
+            else:
+                await self.protocol.initiate()
+            # hypercorn takes the preface for a request that never ends.
+            await self.send(Updated(idle=self.protocol.idle))
+            if wish.data:
+                await self.protocol.handle(RawData(wish.data))
+
+
+async def serve_http(
+    app: App,
+    config: Config,
+    listener: socket.socket,
+    table: ConnectionTable,
+    stop: asyncio.Event,
+    *,
+    name: str,
+    on_open: Callable[[], None] = lambda: None,
+    speaker: type[HttpConnection] = HttpConnection,
+) -> None:
+    """Serve an ASGI application, without its lifespan, on a listener that is bound and stays the caller's.
+
+    Returns after `stop`, when every connection has ended, or `config.graceful_timeout` later. name: of the listener in
+    the log. on_open: called when connections are accepted.
+    """
+    context = WorkerContext(None)
+    wrapped = wrap_app(app, config.wsgi_max_body_size, "asgi")
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: Connection) -> None:
+        await speaker(wrapped, config, context, connection, reader, writer).run()
+
+    door = Door(listener, table, speak, name=name)
+    door.open()
+    on_open()
+    try:
+        await stop.wait()
+    finally:
+        await context.terminated.set()
+        door.close()
+        table.close_idle()
+        await door.ended(config.graceful_timeout)

@@ -1,0 +1,48 @@
+"""Prometheus metrics of connections and of log lines, under the names of either server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cortex_core.serving.connection_table import REASONS, ConnectionTable
+
+
+class ConnectionCollector(Collector):
+    """prefix: of the names. tables: of each listener, by its name; they may be added later."""
+
+    def __init__(self, prefix: str, tables: Mapping[str, ConnectionTable]) -> None:
+        self._prefix = prefix
+        self._tables = tables
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        prefix = self._prefix
+        connections = GaugeMetricFamily(
+            f"{prefix}_connections",
+            "Clients' connections that are open: idle ones wait for a request, busy ones have one.",
+            labels=("listener", "state"),
+        )
+        limit = GaugeMetricFamily(
+            f"{prefix}_connections_limit", "The most that are open at once.", labels=("listener",)
+        )
+        accepted = CounterMetricFamily(
+            f"{prefix}_connections_accepted", "Connections that clients opened.", labels=("listener",)
+        )
+        ended = CounterMetricFamily(
+            f"{prefix}_connections_ended",
+            "Connections that the server ended by itself, by reason.",
+            labels=("listener", "reason"),
+        )
+        for name, table in self._tables.items():
+            connections.add_metric((name, "idle"), table.num_idle)
+            connections.add_metric((name, "busy"), table.num_open - table.num_idle)
+            limit.add_metric((name,), table.limit)
+            accepted.add_metric((name,), table.num_accepted)
+            for reason in REASONS:
+                ended.add_metric((name, reason), table.ended[reason])
+        yield from (connections, limit, accepted, ended)

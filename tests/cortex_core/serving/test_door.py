@@ -1,0 +1,163 @@
+"""Connections on real sockets: more than there is room for, or descriptors for, and ones that only wait."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+
+import pytest
+from cortex_core.serving import door
+from cortex_core.serving.door import PAUSE_S
+
+from .conftest import Served, serving, until
+
+OK, FULL = b"HTTP/1.1 200 ", b"HTTP/1.1 503 Service Unavailable"
+
+
+async def test_O2_idle_connections_beyond_the_bound_cost_the_oldest_and_nobody_else() -> None:
+    async with serving(limit=10) as served:
+        kept = [await served.connect() for _ in range(40)]
+        assert await served.ask() == OK
+        await until(lambda: served.table.ended["room"] == 31)
+        assert served.table.num_open == 10
+        for reader, _ in kept[:30]:
+            assert await reader.read() == b""
+        assert await served.ask(kept[-1]) == OK, "the youngest are still there"
+
+
+async def test_O2_a_connection_at_work_is_not_closed_for_another(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(limit=3) as served:
+        served.gate.clear()
+        asking = [asyncio.create_task(served.ask()) for _ in range(3)]
+        await until(lambda: served.at_work == 3)
+        for _ in range(50):
+            reader, writer = await served.connect(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(FULL)
+            assert b"connections_full" in await reader.read()
+            writer.close()
+        assert served.table.ended["refused"] == 50
+        served.gate.set()
+        assert [await task for task in asking] == [OK] * 3
+        assert await served.ask() == OK, "there is room again"
+        await until(lambda: "refused" in caplog.text)
+        lines = [line for line in caplog.messages if "refused" in line]
+        assert len(lines) <= 3, "one a second, not one for each"
+
+
+async def test_O2_without_descriptors_accepting_pauses_and_idle_connections_go(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    idle = [await served.connect() for _ in range(40)]
+    await until(lambda: served.table.num_open == 40)
+    num_tried = 0
+    accept = socket.socket.accept
+
+    def fail(listener: socket.socket) -> tuple[socket.socket, object]:
+        nonlocal num_tried
+        num_tried += 1
+        if served.table.num_open > 10:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", fail)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert await served.ask() == OK
+    assert num_tried <= (loop.time() - began) / PAUSE_S + 3, "each try is followed by a pause"
+    assert await idle[0][0].read() == b""
+    await until(lambda: "Too many open files" in caplog.text)
+
+
+async def test_O2_an_accept_that_fails_for_good_does_not_spin(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_tried = 0
+
+    def fail(listener: socket.socket) -> None:
+        nonlocal num_tried
+        num_tried += 1
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    monkeypatch.setattr(door, "PAUSE_S", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(socket.socket, "accept", fail)
+        asking = asyncio.create_task(served.ask())
+        await until(lambda: num_tried >= 20)
+        assert not asking.done()
+        assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) <= 2
+    assert await asking == OK
+
+
+async def test_O2_heads_that_do_not_end_and_idle_connections_have_a_deadline() -> None:
+    async with serving(idle_s=60, head_s=0.3) as served:
+        slow = await served.connect(b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: ")
+        kept = await served.connect()
+        assert await served.ask(kept) == OK
+
+        async def drip() -> None:
+            while True:
+                slow[1].write(b"x")
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(20):
+            assert await slow[0].read() == b""
+        dripping.cancel()
+        assert (served.table.ended["head"], served.table.ended["idle"]) == (1, 0)
+        assert await served.ask(kept) == OK, "who is idle has more time"
+
+
+async def test_O2_a_request_that_takes_long_is_no_idle_connection() -> None:
+    async with serving(idle_s=0.2, head_s=0.2) as served:
+        served.gate.clear()
+        asking = asyncio.create_task(served.ask())
+        idle = await served.connect()
+        assert await idle[0].read() == b""
+        assert served.table.ended["idle"] == 1 and not asking.done()
+        served.gate.set()
+        assert await asking == OK
+
+
+async def test_the_end_closes_idle_connections_and_waits_for_those_at_work() -> None:
+    async with serving() as served:
+        idle = await served.connect()
+        kept = await served.connect()
+        await served.ask(kept)
+        served.gate.clear()
+        asking = asyncio.create_task(served.ask())
+        await until(lambda: served.at_work == 1)
+        served.stop.set()
+        assert await idle[0].read() == b"" and await kept[0].read() == b""
+        assert not asking.done()
+        served.gate.set()
+        assert await asking == OK
+        await until(lambda: served.table.num_open == 0)
+    assert served.table.ended == dict.fromkeys(served.table.ended, 0), "the end is no reason of the table's"
+
+
+async def test_a_connection_that_its_client_closed_is_given_up_at_once(served: Served) -> None:
+    for _ in range(20):
+        connection = await served.connect()
+        assert await served.ask(connection) == OK
+        connection[1].close()
+    await until(lambda: served.table.num_open == 0)
+
+
+async def test_a_fault_on_a_connection_is_one_line_and_nobody_elses(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from cortex_core.serving.http_connections import HttpConnection
+
+    with monkeypatch.context() as broken:
+
+        async def fail(_: HttpConnection) -> None:
+            raise RuntimeError("no protocol")
+
+        broken.setattr(HttpConnection, "_read_data", fail)
+        reader, _ = await served.connect()
+        assert await reader.read() == b""
+    assert len([record for record in caplog.records if "connection failed" in record.message]) == 1
+    assert await served.ask() == OK
+    assert served.table.num_open == 1
