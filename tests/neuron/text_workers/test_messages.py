@@ -51,7 +51,7 @@ def model(tmp_path: Path) -> TextModel:
 def prepared(tmp_path: Path, dialect: str, body: bytes) -> tuple[Request, Prepared, TextModel]:
     text = model(tmp_path)
     jobs = Jobs(text, drops_attribution=True, at=lambda stage: None)
-    result = jobs.run(Prepare(dialect, body, 4096))  # type: ignore[arg-type]
+    result = jobs.run(Prepare(dialect, 4096), body)  # type: ignore[arg-type]
     done = decode_from_worker(bytes(encode_frame(Done(result, "start", False)))[4:])
     assert isinstance(done, Done) and isinstance(done.result, Prepared)
     return msgspec.json.decode(done.result.request, type=Request), done.result, text

@@ -153,7 +153,7 @@ class TextSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the processes may take that parse, render and tokenise requests and compile their grammars.
 
     workers: of one model, at the most; they are started as they are needed. cpu_s: processor seconds for a request of
-    a few kB; each 10^6 bytes add 4. memory_mb: of one process, beyond what the model's tokenizer takes (MiB).
+    a few kB; each 10^6 bytes add 2. memory_mb: of one process, beyond what the model's tokenizer takes (MiB).
     """
 
     workers: Annotated[int, msgspec.Meta(ge=2, le=64)] = 4

@@ -35,7 +35,7 @@ class Tokens:
         body = await exchange.read_body()
         async with exchange.watched():
             model, text = self._found(exchange, body)
-            counted = await text.count(Count(dialect, body, model.max_model_len), principal=exchange.principal)
+            counted = await text.count(Count(dialect, model.max_model_len), body, principal=exchange.principal)
             await exchange.respond(200, render(counted))
 
     async def tokenize(self, exchange: Exchange) -> None:
@@ -43,7 +43,7 @@ class Tokens:
         body = await exchange.read_body()
         async with exchange.watched():
             model, text = self._found(exchange, body)
-            answer = await text.answer(Tokenize(body, model.max_model_len), principal=exchange.principal)
+            answer = await text.answer(Tokenize(model.max_model_len), body, principal=exchange.principal)
             await exchange.respond(200, answer)
 
     async def detokenize(self, exchange: Exchange) -> None:
@@ -51,7 +51,7 @@ class Tokens:
         body = await exchange.read_body()
         async with exchange.watched():
             _, text = self._found(exchange, body)
-            await exchange.respond(200, await text.answer(Detokenize(body), principal=exchange.principal))
+            await exchange.respond(200, await text.answer(Detokenize(), body, principal=exchange.principal))
 
     def _found(self, exchange: Exchange, body: bytes) -> tuple[ServedModel, ServedText]:
         """Raises `ApiError`."""

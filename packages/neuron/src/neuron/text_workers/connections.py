@@ -11,6 +11,8 @@ import msgspec
 from neuron.protocol import FrameError
 from neuron.text_workers.messages import FrameReader, encode_frame
 
+PIECE_BYTES = 256 * 1024
+
 
 class FrameConnection(asyncio.Protocol):
     """on_frame: each payload, in order; it may raise `FrameError`. on_lost: once, with why it ended."""
@@ -20,6 +22,8 @@ class FrameConnection(asyncio.Protocol):
         self._on_lost = on_lost
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
         self.is_lost = False
 
     def send(self, message: msgspec.Struct) -> None:
@@ -27,12 +31,35 @@ class FrameConnection(asyncio.Protocol):
         if self._transport is not None and not self.is_lost:
             self._transport.write(encode_frame(message))
 
+    async def send_body(self, body: bytes) -> None:
+        """Bytes behind a frame, piece by piece: no copy of megabytes holds up the loop."""
+        view = memoryview(body)
+        for start in range(0, len(view), PIECE_BYTES):
+            await self._writable.wait()
+            if self._transport is None or self.is_lost:
+                return
+            self._transport.write(view[start : start + PIECE_BYTES])
+            await asyncio.sleep(0)
+
+    def send_at_once(self, message: msgspec.Struct, body: bytes) -> None:
+        """A frame and the few bytes behind it, in one write. Raises `FrameError`."""
+        if self._transport is not None and not self.is_lost:
+            frame = encode_frame(message)
+            frame += body
+            self._transport.write(frame)
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -46,6 +73,7 @@ class FrameConnection(asyncio.Protocol):
         self._lose("closed" if exc is None else str(exc))
 
     def _lose(self, reason: str) -> None:
+        self._writable.set()
         if not self.is_lost:
             self.is_lost = True
             self._on_lost(reason)

@@ -19,7 +19,6 @@ from neuron.text_workers.messages import (
     Answer,
     Count,
     Counted,
-    Detokenize,
     DialectRoute,
     Prepare,
     Prepared,
@@ -55,18 +54,18 @@ class Jobs:
             "responses": openai_responses.parse_input_tokens,
         }
 
-    def run(self, work: Work) -> Result:
+    def run(self, work: Work, body: bytes) -> Result:
         """Raises `ApiError`, in the client's own words."""
         if isinstance(work, Prepare):
-            return self._prepare(work)
+            return self._prepare(work, body)
         if isinstance(work, Count):
-            return self._count(work)
+            return self._count(work, body)
         if isinstance(work, Tokenize):
-            return self._tokenize(work)
-        return self._detokenize(work)
+            return self._tokenize(work, body)
+        return self._detokenize(body)
 
-    def _prepare(self, work: Prepare) -> Prepared:
-        request = self._parse[work.dialect](work.body)
+    def _prepare(self, work: Prepare, body: bytes) -> Prepared:
+        request = self._parse[work.dialect](body)
         with request.own_words():
             self._at("prompt" if request.prompts else "messages")
             prompts = self._model.render(request, max_model_len=work.max_model_len)
@@ -74,26 +73,26 @@ class Jobs:
             choices = self._model.resolve(request, prompts, max_model_len=work.max_model_len)
         return packed(request, choices)
 
-    def _count(self, work: Count) -> Counted:
-        request = self._parse_count[work.dialect](work.body)
+    def _count(self, work: Count, body: bytes) -> Counted:
+        request = self._parse_count[work.dialect](body)
         self._at("messages")
         with request.own_words(), _several_windows(work.max_model_len) as most:
             return Counted(self._model.count_tokens(request, max_model_len=most))
 
-    def _tokenize(self, work: Tokenize) -> Answer:
+    def _tokenize(self, work: Tokenize, body: bytes) -> Answer:
         """`{model, prompt, add_special_tokens?}` or a chat request: `{count, max_model_len, tokens, token_strs?}`."""
-        fields = decode_object(work.body)
+        fields = decode_object(body)
         shows_strings = fields.boolean("return_token_strs")
-        ids = self._tokenized(fields, work)
+        ids = self._tokenized(fields, work, body)
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": work.max_model_len, "tokens": ids}
         if shows_strings:
             table = self._model.tokenizer.table
             answer["token_strs"] = [table.token_text(token_id) for token_id in ids]
         return Answer(_encode(answer))
 
-    def _tokenized(self, fields: Fields, work: Tokenize) -> list[int]:
+    def _tokenized(self, fields: Fields, work: Tokenize, body: bytes) -> list[int]:
         if fields.has("messages"):
-            request = openai_chat.parse(work.body)
+            request = openai_chat.parse(body)
             self._at("messages")
             with request.own_words(), _several_windows(work.max_model_len) as most:
                 (prompt,) = self._model.render(request, max_model_len=most)
@@ -109,9 +108,9 @@ class Jobs:
             (prompt,) = self._model.render(Request(model="", prompts=(RawPrompt(text=raw),)), max_model_len=most)
         return prompt.token_ids
 
-    def _detokenize(self, work: Detokenize) -> Answer:
+    def _detokenize(self, body: bytes) -> Answer:
         """`{model, tokens}`: `{prompt}`."""
-        fields = decode_object(work.body)
+        fields = decode_object(body)
         ids = _token_ids(fields, self._model.tokenizer.vocab_size)
         self._at("prompt")
         return Answer(_encode({"prompt": self._model.tokenizer.decode(ids)}))

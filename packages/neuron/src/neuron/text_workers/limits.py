@@ -14,7 +14,7 @@ import signal
 LOAD_CPU_S = 60.0
 """Of reading a tokenizer. The largest of the field take two seconds."""
 LOAD_MEMORY_BYTES = 4 * 2**30
-CPU_S_PER_MB = 4.0
+CPU_S_PER_MB = 2.0
 """What each 10^6 bytes of a body add to a job's processor time: text is tokenised at 1 to 5 MB/s."""
 WALL_FACTOR = 10.0
 WALL_FLOOR_S = 30.0

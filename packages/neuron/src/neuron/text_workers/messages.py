@@ -1,4 +1,7 @@
-"""Frames between the daemon, a model's text host and its workers: 4 bytes of length, then one msgpack document."""
+"""Frames between the daemon, a model's text host and its workers: 4 bytes of length, then one msgpack document.
+
+Behind the frame of a job comes the body of its request as it is.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,6 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare", array_like=True):
     """Parse, render, tokenise, resolve. max_model_len: positions of the engine."""
 
     dialect: DialectRoute
-    body: bytes
     max_model_len: int
 
 
@@ -101,27 +103,26 @@ class Count(msgspec.Struct, frozen=True, tag="count", array_like=True):
     """Prompt tokens of a request. max_model_len: 0 where no engine has said so yet."""
 
     dialect: Literal["messages", "responses"]
-    body: bytes
     max_model_len: int
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag="tokenize", array_like=True):
-    body: bytes
     max_model_len: int
 
 
 class Detokenize(msgspec.Struct, frozen=True, tag="detokenize", array_like=True):
-    body: bytes
+    pass
 
 
 Work = Prepare | Count | Tokenize | Detokenize
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
-    """cpu_s: processor seconds after which the kernel ends the worker."""
+    """cpu_s: processor seconds after which the kernel ends the worker. num_bytes: of the body that follows."""
 
     cpu_s: float
     work: Work
+    num_bytes: int
 
 
 # ---------------------------------------------------------------- worker -> daemon

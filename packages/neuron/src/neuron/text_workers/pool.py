@@ -38,13 +38,14 @@ HOST_RETRY_S = (0.0, 1.0, 5.0, 30.0)
 class _Waiting:
     """A job and who waits for it."""
 
-    __slots__ = ("attempts", "expiry", "future", "is_long", "num_bytes", "principal", "work")
+    __slots__ = ("attempts", "body", "expiry", "future", "is_long", "num_bytes", "principal", "work")
 
-    def __init__(self, work: Work, num_bytes: int, principal: str | None, future: asyncio.Future[Result]) -> None:
+    def __init__(self, work: Work, body: bytes, principal: str | None, future: asyncio.Future[Result]) -> None:
         self.work = work
-        self.num_bytes = num_bytes
+        self.body = body
+        self.num_bytes = len(body)
         self.principal = principal
-        self.is_long = num_bytes >= LONG_JOB_BYTES
+        self.is_long = self.num_bytes >= LONG_JOB_BYTES
         self.future = future
         self.attempts = 0
         self.expiry: asyncio.TimerHandle | None = None
@@ -170,8 +171,8 @@ class TextPool:
 
     # ------------------------------------------------------------------ work
 
-    async def run(self, work: Work, *, num_bytes: int, principal: str | None) -> Result:
-        """What became of `work`, whose body has `num_bytes`.
+    async def run(self, work: Work, body: bytes, *, principal: str | None) -> Result:
+        """What became of `work` on the body of a request.
 
         Raises `ApiError`: what the job itself raised, `text_budget_exceeded` where it took more processor time or
         memory than it may, `text_queue_full`. Cancelled, the job ends too.
@@ -180,7 +181,7 @@ class TextPool:
             raise ApiError("overloaded", "The model is being unloaded.", code="model_unloading", retry_after=5)
         if self._is_down:
             raise self._unavailable_error()
-        if len(self._turns) >= MAX_WAITING_JOBS or self._waiting_bytes + num_bytes > MAX_WAITING_BYTES:
+        if len(self._turns) >= MAX_WAITING_JOBS or self._waiting_bytes + len(body) > MAX_WAITING_BYTES:
             raise ApiError(
                 "overloaded",
                 f"{len(self._turns)} requests of {self._waiting_bytes} bytes wait to be prepared for "
@@ -188,7 +189,7 @@ class TextPool:
                 code="text_queue_full",
                 retry_after=2,
             )
-        job = _Waiting(work, num_bytes, principal, asyncio.get_running_loop().create_future())
+        job = _Waiting(work, body, principal, asyncio.get_running_loop().create_future())
         self._put(job)
         self._dispatch()
         try:
@@ -255,7 +256,9 @@ class TextPool:
         job.attempts += 1
         self._jobs[worker.number] = job
         cpu_s = cpu_budget_s(self._settings.cpu_s, job.num_bytes)
-        worker.give(Job(cpu_s, job.work), yield_after_s=YIELD_AFTER_S, wall_s=wall_budget_s(cpu_s))
+        worker.give(
+            Job(cpu_s, job.work, job.num_bytes), job.body, yield_after_s=YIELD_AFTER_S, wall_s=wall_budget_s(cpu_s)
+        )
 
     def _abandon(self, job: _Waiting) -> None:
         """Nobody waits for it any more."""

@@ -65,19 +65,17 @@ class ServedText:
         self, dialect: DialectRoute, body: bytes, *, max_model_len: int, principal: str | None
     ) -> tuple[Request, list[Generation]]:
         """The request, without its messages, and its choices, prompt-major."""
-        work = Prepare(dialect, body, max_model_len)
-        prepared = cast(Prepared, await self.pool.run(work, num_bytes=len(body), principal=principal))
+        prepared = cast(Prepared, await self.pool.run(Prepare(dialect, max_model_len), body, principal=principal))
         request = _decode_request(prepared.request)
         return request, unpacked(prepared, request.num_choices)
 
-    async def count(self, work: Count, *, principal: str | None) -> int:
+    async def count(self, work: Count, body: bytes, *, principal: str | None) -> int:
         """Prompt tokens as they will be billed."""
-        counted = await self.pool.run(work, num_bytes=len(work.body), principal=principal)
-        return cast(Counted, counted).num_tokens
+        return cast(Counted, await self.pool.run(work, body, principal=principal)).num_tokens
 
-    async def answer(self, work: Tokenize | Detokenize, *, principal: str | None) -> bytes:
+    async def answer(self, work: Tokenize | Detokenize, body: bytes, *, principal: str | None) -> bytes:
         """The body of an answer."""
-        return cast(Answer, await self.pool.run(work, num_bytes=len(work.body), principal=principal)).body
+        return cast(Answer, await self.pool.run(work, body, principal=principal)).body
 
     def event_stream(self, request: Request, prompt: Prompt, choice: int = 0, *, answer_id: str = "") -> EventStream:
         """A fresh stream for one choice; answer_id is that of the answer it is part of."""

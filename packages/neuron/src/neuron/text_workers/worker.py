@@ -55,10 +55,12 @@ def work_until_closed(connection: socket.socket, jobs: Jobs, at: StageMark) -> N
     connection.sendall(encode_frame(Hello(os.getpid())))
     while (payload := _receive(connection)) is not None:
         job = _decoder.decode(payload)
-        del payload
+        body = _exactly(connection, job.num_bytes)
+        if body is None:
+            return
         at("body")
-        result = _done(jobs, job)
-        del job
+        result = _done(jobs, job, bytes(body))
+        del body
         is_last = (
             (isinstance(result, Refused) and result.is_out_of_memory)
             or _peak_bytes() - small > MAX_GROWTH_BYTES
@@ -72,10 +74,10 @@ def work_until_closed(connection: socket.socket, jobs: Jobs, at: StageMark) -> N
         del result
 
 
-def _done(jobs: Jobs, job: Job) -> Result:
+def _done(jobs: Jobs, job: Job, body: bytes) -> Result:
     limit_cpu(job.cpu_s)
     try:
-        return jobs.run(job.work)
+        return jobs.run(job.work, body)
     except ApiError as exc:
         return Refused.of(exc)
     except MemoryError:

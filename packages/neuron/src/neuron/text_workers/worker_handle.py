@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from neuron.text_workers.connections import FrameConnection
+from neuron.text_workers.connections import PIECE_BYTES, FrameConnection
 from neuron.text_workers.messages import Done, Hello, Job, Stage, WorkerEnded, decode_from_worker
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class WorkerHandle:
         self._is_over = False
         self._is_disconnected = False
         self._ended: WorkerEnded | None = None
-        self._starting: asyncio.Task[object] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._sending: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Have it forked; `on_ready` follows."""
@@ -67,13 +68,17 @@ class WorkerHandle:
         if self._is_over:
             self._connection.close()
 
-    def give(self, job: Job, *, yield_after_s: float, wall_s: float) -> None:
+    def give(self, job: Job, body: bytes, *, yield_after_s: float, wall_s: float) -> None:
         """It works on `job`, for `wall_s` at most, and from `yield_after_s` on behind others."""
         self._timers = [
             self._loop.call_later(yield_after_s, self._yield),
             self._loop.call_later(wall_s, self._kill, "wall"),
         ]
-        self._connection.send(job)
+        if len(body) <= PIECE_BYTES:
+            self._connection.send_at_once(job, body)
+        else:
+            self._connection.send(job)
+            self._sending = asyncio.create_task(self._connection.send_body(body))
 
     def end_soon(self, after_s: float) -> None:
         """Nobody wants the result: unless it comes within `after_s`, the worker is killed."""
