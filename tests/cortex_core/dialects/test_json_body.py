@@ -9,7 +9,8 @@ import msgspec
 import pytest
 from cortex_core.conversation import Request
 from cortex_core.dialects import anthropic_messages, openai_chat, openai_completions
-from cortex_core.dialects.json_body import MAX_DEPTH, Fields, decode_object, decode_struct
+from cortex_core.dialects.json_body import Fields, decode_object, decode_struct
+from cortex_core.dialects.limits import MAX_DEPTH
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 from hypothesis import example, given

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from cortex_core.dialects.openai_custom_tools import FreeformInput, freeform_arguments, freeform_text
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.counting import assert_linear, copied, peak_bytes
 
 from .event_streams import fragments, json_values, texts
 
@@ -66,3 +69,28 @@ def test_text_is_passed_on_as_soon_as_it_is_certain() -> None:
 def test_arguments_that_a_model_may_write(arguments: str, text: str) -> None:
     assert freeform_text(arguments) == text
     assert read(list(arguments)) == text
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def test_arguments_that_never_begin_with_the_input_are_gathered_in_pieces() -> None:
+    def fed(n: int) -> int:
+        def work(text: Callable[[str], str]) -> None:
+            reader = FreeformInput()
+            for _ in range(n):
+                assert reader.feed(text('{"other": ')) == ""
+
+        return copied(work)
+
+    assert_linear(fed, 400)
+    reader = FreeformInput()
+    assert [reader.feed(piece) for piece in (" " * 200, " " * 100, '{"input": "late"}')] == ["", "", ""]
+    assert reader.close() == "late"
+
+
+@pytest.mark.parametrize("unit", ["a", "\\n", "\\u00e4", "\\ud83d\\ude00"])
+def test_a_long_text_takes_a_few_bytes_for_each_of_its_characters(unit: str) -> None:
+    arguments = f'{{"input": "{unit * 200_000}"}}'
+    assert len(freeform_text(arguments)) == 200_000
+    assert peak_bytes(lambda: freeform_text(arguments)) < 12 * len(arguments) + 10_000

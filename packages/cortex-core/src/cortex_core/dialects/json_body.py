@@ -13,24 +13,23 @@ from typing import Any, TypeVar, overload
 
 import msgspec
 
+from cortex_core.dialects import limits
 from cortex_core.errors import ApiError, invalid
-
-MAX_DEPTH = 128
-"""Containers within containers. Deeper values would exhaust the stack of template engines and schema compilers."""
 
 _decode = msgspec.json.Decoder().decode
 
 
 class _Named(msgspec.Struct):
-    model: Any = None
+    model: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _named_decoder = msgspec.json.Decoder(_Named)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_STRINGS = re.compile(rb'(?:[^"]*+"(?:[^"\\]++|\\.)*+"?){0,4096}+', re.DOTALL)
+_BYTES_OF_CHARACTER = 12
+"""At most, of one character in JSON: two escapes."""
 _SHOWN_CHARACTERS = 64
-
-MAX_MODEL_NAME = 512
-"""Names end up in caches, log lines and messages; a client must not choose how large those get."""
 
 Default = TypeVar("Default")
 T = TypeVar("T")
@@ -40,8 +39,10 @@ def decode_object(body: bytes) -> Fields:
     """The body as a JSON object. A repeated key takes its last value, as in the SDKs' own decoders.
 
     Refused: invalid UTF-8, malformed JSON (NaN and Infinity, numbers beyond a double, lone surrogates, trailing
-    characters), anything but an object at the top, and nesting deeper than `MAX_DEPTH`.
+    characters), anything but an object at the top, nesting deeper than `limits.MAX_DEPTH`, and, before anything is made
+    of them, more containers or values than `limits` says.
     """
+    _check_count(body)
     try:
         value = _decode(body)
     except UnicodeDecodeError as error:
@@ -60,7 +61,7 @@ def decode_object(body: bytes) -> Fields:
 def model_name(body: bytes) -> str:
     """The `model` of a body, all else of which is passed over unread. Raises `ApiError` as `decode_object` does."""
     try:
-        name = _named_decoder.decode(body).model
+        given = bytes(_named_decoder.decode(body).model)
     except UnicodeDecodeError as error:
         raise invalid(f"The request body is not valid UTF-8: {error}", code="invalid_json") from error
     except RecursionError as error:
@@ -69,14 +70,55 @@ def model_name(body: bytes) -> str:
         raise _not_an_object(body) from error
     except msgspec.DecodeError as error:
         raise invalid(f"The request body is not valid JSON: {error}", code="invalid_json") from error
-    return Fields({"model": name}).model_name()
+    if len(given) > limits.MAX_MODEL_NAME * _BYTES_OF_CHARACTER + 2:  # too long for a name, and for a look at it
+        raise (
+            _name_too_long()
+            if given.startswith(b'"')
+            else invalid(f"model: expected a string, got {_kind(given)}", param="model", code="invalid_type")
+        )
+    return Fields({"model": _decode(given)}).model_name()
 
 
 def _not_an_object(body: bytes) -> ApiError:
-    first = body.lstrip()[:1]
-    kinds = {b"[": "an array", b'"': "a string", b"n": "null", b"t": "a boolean", b"f": "a boolean"}
-    kind = kinds.get(first, "a number")
-    return invalid(f"The request body must be a JSON object, not {kind}", code="invalid_type")
+    return invalid(f"The request body must be a JSON object, not {_kind(body.lstrip())}", code="invalid_type")
+
+
+def _kind(encoded: bytes) -> str:
+    kinds = {b"[": "an array", b"{": "an object", b'"': "a string", b"n": "null", b"t": "a boolean", b"f": "a boolean"}
+    return kinds.get(encoded[:1], "a number")
+
+
+def _name_too_long() -> ApiError:
+    return invalid(f"model: no name is longer than {limits.MAX_MODEL_NAME} characters", param="model")
+
+
+def _check_count(body: bytes) -> None:
+    """Counts marks, at first those in strings too: that is quick, and nearly always enough."""
+    if len(body) < 2 * limits.MAX_CONTAINERS:
+        return
+    num_containers, num_values = _counted(body)
+    if num_containers <= limits.MAX_CONTAINERS and num_values <= limits.MAX_VALUES:
+        return
+    num_containers = num_values = at = 0
+    while at < len(body):
+        strings = _STRINGS.match(body, at)
+        end = len(body) if strings is None or strings.end() == at else strings.end()
+        containers, values = _counted(_STRING.sub(b"", body[at:end]))
+        num_containers, num_values, at = num_containers + containers, num_values + values, end
+        if num_containers > limits.MAX_CONTAINERS:
+            raise _too_many("objects and arrays", limits.MAX_CONTAINERS)
+        if num_values > limits.MAX_VALUES:
+            raise _too_many("values", limits.MAX_VALUES)
+
+
+def _counted(structure: bytes) -> tuple[int, int]:
+    """Containers, and values."""
+    num_containers = structure.count(b"{") + structure.count(b"[")
+    return num_containers, num_containers + structure.count(b",")
+
+
+def _too_many(what: str, limit: int) -> ApiError:
+    return invalid(f"The request body holds more {what} than {limit}", code="invalid_json")
 
 
 def _check_depth(value: dict[str, Any]) -> None:
@@ -84,7 +126,7 @@ def _check_depth(value: dict[str, Any]) -> None:
     depth = 0
     while level:
         depth += 1
-        if depth > MAX_DEPTH:
+        if depth > limits.MAX_DEPTH:
             raise _too_deep()
         deeper: list[Any] = []
         for container in level:
@@ -94,7 +136,7 @@ def _check_depth(value: dict[str, Any]) -> None:
 
 
 def _too_deep() -> ApiError:
-    return invalid(f"The request body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+    return invalid(f"The request body is nested deeper than {limits.MAX_DEPTH} levels", code="invalid_json")
 
 
 def decode_struct(body: bytes, type_: type[T]) -> T:
@@ -139,7 +181,7 @@ def describe_type(value: object) -> str:
 
 def show(value: object) -> str:
     """A client's value for an error message, cut short."""
-    text = repr(value)
+    text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str | list) else value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 
@@ -209,9 +251,21 @@ class Fields:
 
     def model_name(self) -> str:
         name = self.required_string("model")
-        if len(name) > MAX_MODEL_NAME:
-            raise invalid(f"model: no name is longer than {MAX_MODEL_NAME} characters", param="model")
+        if len(name) > limits.MAX_MODEL_NAME:
+            raise _name_too_long()
         return name
+
+    def name(self, name: str) -> str | None:
+        """The name of a tool or of what belongs to one."""
+        value = self.string(name)
+        if value is not None and len(value) > limits.MAX_NAME:
+            path = self.at(name)
+            raise invalid(f"{path}: at most {limits.MAX_NAME} characters, got {len(value)}", param=path)
+        return value
+
+    def required_name(self, name: str) -> str:
+        self.name(name)
+        return self.required_string(name)
 
     def choice(self, name: str, allowed: tuple[str, ...]) -> str | None:
         value = self.string(name)
@@ -268,13 +322,35 @@ class Fields:
             raise missing(self.at(name))
         return value
 
-    def array(self, name: str) -> list[Any] | None:
+    def array(self, name: str, at_most: int | None = None) -> list[Any] | None:
+        """at_most: how many entries it may have."""
         value = self.values.get(name)
-        if value is not None and type(value) is not list:
+        if value is None:
+            return None
+        if type(value) is not list:
             raise wrong_type(self.at(name), "an array", value)
+        if at_most is not None and len(value) > at_most:
+            path = self.at(name)
+            raise invalid(f"{path}: at most {at_most} entries, got {len(value)}", param=path)
         return value
 
-    def objects(self, name: str) -> Iterator[Fields]:
+    def objects(self, name: str, at_most: int | None = None) -> Iterator[Fields]:
         """The objects of an array, none where the field is absent."""
-        for index, value in enumerate(self.array(name) or ()):
+        for index, value in enumerate(self.array(name, at_most) or ()):
             yield Fields.of(value, f"{self.at(name)}[{index}]")
+
+    def check_parts(self, name: str, *holders: str) -> None:
+        """Count what the messages in `name` are made of: entries of their arrays `holders`, and of those in these."""
+        count = 0
+        for message in self.array(name) or ():
+            for part in _listed(message, holders):
+                count += 1 + len(_listed(part, ("content",)))
+        if count > limits.MAX_PARTS:
+            path = self.at(name)
+            raise invalid(f"{path}: at most {limits.MAX_PARTS} parts in all, got {count}", param=path)
+
+
+def _listed(value: Any, holders: tuple[str, ...]) -> list[Any]:
+    if type(value) is not dict:
+        return []
+    return [entry for holder in holders if type(value.get(holder)) is list for entry in value[holder]]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from cortex_core.conversation import Limits, RawPrompt, Request
-from cortex_core.dialects import openai_fields
+from cortex_core.dialects import limits, openai_fields
 from cortex_core.dialects.json_body import Fields, decode_object, missing, unsupported, wrong_type
 from cortex_core.dialects.openai_answer import (
     FINISH_REASONS,
@@ -57,9 +57,6 @@ REFUSED = ("best_of",)
 IGNORED = ("user",)
 
 DEFAULT_MAX_TOKENS = 16
-MAX_LOGPROBS = 5
-MAX_PROMPTS = 128
-MAX_TOKEN_ID = 2**31 - 1
 
 
 def new_response_id() -> str:
@@ -72,10 +69,11 @@ def parse(body: bytes) -> Request:
     num_choices = openai_fields.num_choices(fields)
     if (fields.integer("best_of", 1) or 1) > num_choices:
         raise unsupported("best_of", "only as many candidates are generated as are returned (n)")
-    logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
+    logprobs = fields.integer("logprobs", 0, limits.MAX_LOGPROBS)
     prompts = _prompts(fields, fields.string("suffix") or None)
-    if len(prompts) * num_choices > openai_fields.MAX_CHOICES:
-        raise invalid(f"n: at most {openai_fields.MAX_CHOICES} choices over all prompts", param="n")
+    all_choices = len(prompts) * num_choices
+    if all_choices > limits.MAX_CHOICES:
+        raise invalid(f"n: at most {limits.MAX_CHOICES} choices over all prompts, got {all_choices}", param="n")
     echo = fields.boolean("echo")
     # Nothing to generate is a sensible wish where the prompt comes back as text; scoring it takes a step.
     max_tokens = openai_fields.max_tokens(fields, "max_tokens", minimum=0 if echo and logprobs is None else 1)
@@ -109,8 +107,8 @@ def _prompts(fields: Fields, suffix: str | None) -> tuple[RawPrompt, ...]:
         raise invalid("prompt: must not be empty", param="prompt")
     if _is_integer(value[0]):
         return (RawPrompt(token_ids=_token_ids(value, "prompt"), suffix=suffix),)
-    if len(value) > MAX_PROMPTS:
-        raise invalid(f"prompt: at most {MAX_PROMPTS} prompts, got {len(value)}", param="prompt")
+    if len(value) > limits.MAX_PROMPTS:
+        raise invalid(f"prompt: at most {limits.MAX_PROMPTS} prompts, got {len(value)}", param="prompt")
     return tuple(_prompt(item, f"prompt[{index}]", suffix) for index, item in enumerate(value))
 
 
@@ -128,7 +126,7 @@ def _token_ids(items: list[Any], path: str) -> tuple[int, ...]:
     for index, item in enumerate(items):
         if not _is_integer(item):
             raise wrong_type(f"{path}[{index}]", "a token id", item)
-        if not 0 <= item <= MAX_TOKEN_ID:
+        if not 0 <= item <= limits.MAX_TOKEN_ID:
             raise invalid(f"{path}[{index}]: not a token id", param=f"{path}[{index}]")
     return tuple(map(int, items))
 

@@ -22,10 +22,11 @@ _SYNTAXES = ("lark", "regex")
 _HEAD = re.compile(r'\s*\{\s*"' + ARGUMENT + r'"\s*:\s*"')
 _MAX_HEAD_CHARACTERS = 256
 _HIGH_SURROGATE = r"\\u[dD][89abAB][0-9a-fA-F]{2}"
-# Whole pieces of a JSON string's inside; what is left over is an escape that has not arrived whole.
+# Whole pieces of a JSON string's inside; what is left over is an escape that has not arrived whole. Possessive: to go
+# back would change nothing, and to be able to takes a hundred bytes for each character.
 _PIECES = re.compile(
-    rf'(?:[^"\\]|{_HIGH_SURROGATE}(?=[^\\]|\\[^u]|\\u[0-9a-fA-F]{{4}})'
-    rf"|(?!{_HIGH_SURROGATE})\\u[0-9a-fA-F]{{4}}|\\[^u])+"
+    rf'(?:[^"\\]++|{_HIGH_SURROGATE}(?=[^\\]|\\[^u]|\\u[0-9a-fA-F]{{4}})'
+    rf"|(?!{_HIGH_SURROGATE})\\u[0-9a-fA-F]{{4}}|\\[^u])++"
 )
 
 _decode = msgspec.json.Decoder().decode
@@ -91,9 +92,11 @@ class FreeformInput:
     otherwise all of it comes from `close`: the argument, else the only string there is, else the arguments as they are.
     """
 
-    __slots__ = ("_has_begun", "_has_ended", "_pending")
+    __slots__ = ("_fragments", "_has_begun", "_has_ended", "_head", "_pending")
 
     def __init__(self) -> None:
+        self._fragments: list[str] = []
+        self._head = ""
         self._pending = ""
         self._has_begun = False
         self._has_ended = False
@@ -101,13 +104,19 @@ class FreeformInput:
     def feed(self, fragment: str) -> str:
         if self._has_ended:
             return ""
-        self._pending += fragment
-        if not self._has_begun:
-            head = _HEAD.match(self._pending, 0, _MAX_HEAD_CHARACTERS)
+        if self._has_begun:
+            self._pending += fragment
+        else:
+            self._fragments.append(fragment)
+            if len(self._head) == _MAX_HEAD_CHARACTERS:
+                return ""  # it would have begun by now
+            self._head += fragment[: _MAX_HEAD_CHARACTERS - len(self._head)]
+            head = _HEAD.match(self._head)
             if head is None:
                 return ""
             self._has_begun = True
-            self._pending = self._pending[head.end() :]
+            self._pending = "".join(self._fragments)[head.end() :]
+            self._fragments.clear()
         pieces = _PIECES.match(self._pending)
         if pieces is None:
             self._has_ended = self._pending.startswith('"')
@@ -121,7 +130,7 @@ class FreeformInput:
         if self._has_begun or self._has_ended:
             return ""
         self._has_ended = True
-        return _input_of(self._pending)
+        return _input_of("".join(self._fragments))
 
 
 def freeform_text(arguments: str) -> str:

@@ -5,31 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from cortex_core.conversation import Reasoning, Sampling
-from cortex_core.dialects.json_body import Fields, one_of, show, unsupported, wrong_type
+from cortex_core.dialects import limits
+from cortex_core.dialects.json_body import Fields, encode_compact, one_of, show, unsupported, wrong_type
+from cortex_core.dialects.stop_sequences import read_stop_sequences
 from cortex_core.errors import invalid
-
-MAX_TOKENS_CEILING = 2**31 - 1
-"""Larger values are cut to this: a limit is clamped to the window, never refused for being large."""
-
-MAX_CHOICES = 128
-MAX_STOP_SEQUENCES = 64
-"""The official limit is four; editors send more, and each costs a comparison per token."""
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 THINKING_TYPES = ("enabled", "adaptive", "auto", "disabled")
 
-_MAX_TOKEN_ID = 2**31 - 1
-MAX_TOKEN_ID_DIGITS = 9
-"""No vocabulary has a thousand million tokens."""
-
 
 def max_tokens(body: Fields, name: str, *, minimum: int = 1) -> int | None:
     value = body.integer(name, minimum)
-    return None if value is None else min(value, MAX_TOKENS_CEILING)
+    return None if value is None else min(value, limits.MAX_TOKENS_CEILING)
 
 
 def num_choices(body: Fields) -> int:
-    return body.integer("n", 1, MAX_CHOICES) or 1
+    return body.integer("n", 1, limits.MAX_CHOICES) or 1
 
 
 def sampling(body: Fields) -> Sampling:
@@ -50,7 +41,7 @@ def sampling(body: Fields) -> Sampling:
 def top_k(body: Fields) -> int | None:
     """0 and -1 both switch it off."""
     value = body.integer("top_k", -1)
-    return None if value is None else min(max(value, 0), _MAX_TOKEN_ID)
+    return None if value is None else min(max(value, 0), limits.MAX_TOKEN_ID)
 
 
 def logit_bias(body: Fields) -> dict[int, float]:
@@ -58,9 +49,12 @@ def logit_bias(body: Fields) -> dict[int, float]:
     biases = body.object("logit_bias")
     if biases is None:
         return {}
+    if len(biases.values) > limits.MAX_LOGIT_BIAS:
+        what = f"at most {limits.MAX_LOGIT_BIAS} token ids, got {len(biases.values)}"
+        raise invalid(f"{biases.path}: {what}", param=biases.path)
     result: dict[int, float] = {}
     for key in biases.values:
-        if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_ID_DIGITS):
+        if not (key.isascii() and key.isdigit() and len(key) <= limits.MAX_TOKEN_ID_DIGITS):
             path = biases.at(key[:20])
             raise invalid(f"{path}: keys are token ids, got {show(key)}", param=path)
         bias = biases.number(key, -100, 100)
@@ -80,14 +74,18 @@ def stop(body: Fields, name: str = "stop") -> tuple[str, ...]:
         value = [value]
     if type(value) is not list:
         raise wrong_type(path, "a string or an array of strings", value)
-    if len(value) > MAX_STOP_SEQUENCES:
-        raise invalid(f"{path}: at most {MAX_STOP_SEQUENCES} sequences, got {len(value)}", param=path)
-    for index, sequence in enumerate(value):
-        if type(sequence) is not str:
-            raise wrong_type(f"{path}[{index}]", "a string", sequence)
-        if not sequence:
-            raise invalid(f"{path}[{index}]: must not be empty", param=f"{path}[{index}]")
-    return tuple(dict.fromkeys(value))
+    return read_stop_sequences(value, path)
+
+
+def template_kwargs(body: Fields) -> Fields | None:
+    """Variables for the chat template."""
+    given = body.object("chat_template_kwargs")
+    if given is not None:
+        num_bytes = len(encode_compact(given.values).encode("utf-8", "replace"))
+        if num_bytes > limits.MAX_TEMPLATE_KWARGS_BYTES:
+            what = f"at most {limits.MAX_TEMPLATE_KWARGS_BYTES} bytes of JSON, got {num_bytes}"
+            raise invalid(f"{given.path}: {what}", param=given.path)
+    return given
 
 
 def include_usage(body: Fields) -> bool:

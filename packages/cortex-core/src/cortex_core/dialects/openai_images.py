@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cortex_core.conversation import ImagePart
+from cortex_core.dialects import limits
 from cortex_core.dialects.json_body import Fields, missing, wrong_type
 from cortex_core.errors import invalid
 
@@ -30,7 +31,7 @@ def image_part(part: Fields) -> ImagePart:
 def _image(url: str, path: str, detail: str | None) -> ImagePart:
     if url[:8].lower().startswith(("http://", "https://")):
         return ImagePart(url=url, detail=detail)
-    match = _DATA_URL.match(url)
+    match = _DATA_URL.match(url, 0, limits.MAX_DATA_URL_HEAD)
     if match is None or match.end() == len(url):
         raise invalid(f"{path}: must be an http or https URL, or a URL of the form data:image/png;base64,…", param=path)
     return ImagePart(data=url[match.end() :], media_type=match["media_type"].lower(), detail=detail)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from cortex_core.dialects import openai_chat, openai_completions
-from cortex_core.dialects.openai_chat.request import MAX_TOP_LOGPROBS, TOOL_MODES
-from cortex_core.dialects.openai_completions import MAX_LOGPROBS, MAX_PROMPTS, MAX_TOKEN_ID
+from cortex_core.dialects.limits import (
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_TOKEN_ID,
+    MAX_TOOLS,
+    MAX_TOP_LOGPROBS,
+)
+from cortex_core.dialects.openai_chat.request import TOOL_MODES
 from cortex_core.openapi import openai_fields as shared
 from cortex_core.openapi.schema import (
+    ANY_TOOL_NAME,
     ASKS_FOR_NOTHING,
     BOOLEAN,
     JSON_SCHEMA,
     MODEL,
-    NAME,
     TEXT,
+    TOOL_NAME,
     Schema,
     any_of,
     array,
@@ -35,10 +43,10 @@ def _content(*parts: Schema) -> Schema:
 _TEXTS = _content(*_TEXT_PARTS)
 _TEXTS_AND_IMAGES = _content(*_TEXT_PARTS, _IMAGE_PART)
 
-_CALLED_FUNCTION = fields({"name": NAME}, {"arguments": shared.ARGUMENTS})
+_CALLED_FUNCTION = fields({"name": TOOL_NAME}, {"arguments": shared.ARGUMENTS})
 _CALLS = any_of(
     fields({"id": TEXT, "function": _CALLED_FUNCTION}, {"type": {"enum": ["function", None]}}),
-    tagged("type", "custom", {"id": TEXT, "custom": fields({"name": NAME, "input": TEXT})}),
+    tagged("type", "custom", {"id": TEXT, "custom": fields({"name": TOOL_NAME, "input": TEXT})}),
 )
 
 MESSAGE = any_of(
@@ -55,17 +63,17 @@ MESSAGE = any_of(
             "function_call": optional(_CALLED_FUNCTION),
         },
     ),
-    tagged("role", "tool", {"tool_call_id": TEXT}, {"content": _TEXTS_AND_IMAGES, "name": optional(TEXT)}),
-    tagged("role", "function", {"name": NAME}, {"content": _TEXTS}),
+    tagged("role", "tool", {"tool_call_id": TEXT}, {"content": _TEXTS_AND_IMAGES, "name": optional(ANY_TOOL_NAME)}),
+    tagged("role", "function", {"name": TOOL_NAME}, {"content": _TEXTS}),
 )
 
 _GRAMMAR = tagged("type", "grammar", {"grammar": fields(shared.GRAMMAR)})
 TOOL = any_of(
     tagged("type", "function", {"function": shared.FUNCTION}),
-    tagged("type", "custom", {"custom": fields({"name": NAME}, shared.custom_tool(_GRAMMAR))}),
+    tagged("type", "custom", {"custom": fields({"name": TOOL_NAME}, shared.custom_tool(_GRAMMAR))}),
 )
 
-_NAMED = fields({"name": NAME})
+_NAMED = fields({"name": TOOL_NAME})
 _NOT_CUSTOM: Schema = {"not": {"const": "custom"}}
 _REFERENCE = any_of(tagged("type", "custom", {"custom": _NAMED}), fields({"function": _NAMED}, {"type": _NOT_CUSTOM}))
 TOOL_CHOICE = any_of(
@@ -75,7 +83,11 @@ TOOL_CHOICE = any_of(
     tagged(
         "type",
         "allowed_tools",
-        {"allowed_tools": fields({"mode": choice("auto", "required"), "tools": array(_REFERENCE, minItems=1)})},
+        {
+            "allowed_tools": fields(
+                {"mode": choice("auto", "required"), "tools": array(_REFERENCE, minItems=1, maxItems=MAX_TOOLS)}
+            )
+        },
     ),
 )
 
@@ -89,7 +101,7 @@ RESPONSE_FORMAT = any_of(
 
 
 CHAT_REQUEST: Schema = fields(
-    {"model": MODEL, "messages": array(MESSAGE, minItems=1)},
+    {"model": MODEL, "messages": array(MESSAGE, minItems=1, maxItems=MAX_MESSAGES)},
     {
         **shared.SAMPLING,
         **shared.THINKING,
@@ -107,7 +119,7 @@ CHAT_REQUEST: Schema = fields(
         "stream": optional(BOOLEAN),
         "stream_options": shared.STREAM_OPTIONS,
         "tool_choice": TOOL_CHOICE,
-        "tools": optional(array(TOOL)),
+        "tools": shared.tools(TOOL),
         "top_logprobs": optional(integer(0, MAX_TOP_LOGPROBS)),
         "guided_choice": ASKS_FOR_NOTHING,
         "guided_grammar": ASKS_FOR_NOTHING,

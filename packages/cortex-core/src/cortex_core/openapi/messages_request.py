@@ -7,16 +7,18 @@ from cortex_core.dialects.anthropic_messages.content import IGNORED_BLOCKS, IMAG
 from cortex_core.dialects.anthropic_messages.request import (
     DEFERRED_TOOL_PLACEHOLDER,
     EFFORTS,
-    MAX_STOP_SEQUENCES,
     MIN_THINKING_BUDGET,
     THINKING_DISPLAYS,
 )
+from cortex_core.dialects.limits import MAX_MESSAGES, MAX_STOP_SEQUENCES
+from cortex_core.openapi import openai_fields as shared
 from cortex_core.openapi.schema import (
     BOOLEAN,
     JSON_SCHEMA,
     MODEL,
     NAME,
     TEXT,
+    TOOL_NAME,
     Properties,
     Schema,
     any_of,
@@ -58,7 +60,7 @@ _TOOL_RESULT = tagged(
     {"content": optional(_RESULT_CONTENT), "is_error": optional(BOOLEAN)},
 )
 _THINKING_BLOCK = tagged("type", "thinking", {"thinking": TEXT}, {"signature": optional(TEXT)})
-_TOOL_USE = tagged("type", "tool_use", {"id": NAME, "name": NAME}, {"input": optional({"type": "object"})})
+_TOOL_USE = tagged("type", "tool_use", {"id": NAME, "name": TOOL_NAME}, {"input": optional({"type": "object"})})
 _TOOL_ADDITION = tagged(
     "type",
     "tool_addition",
@@ -98,7 +100,7 @@ _CUSTOM: Properties = {
     "defer_loading": optional(BOOLEAN),
 }
 TOOL = any_of(
-    fields({"name": NAME, "input_schema": {"type": "object"}}, _CUSTOM),
+    fields({"name": TOOL_NAME, "input_schema": {"type": "object"}}, _CUSTOM),
     fields(
         {"name": {"const": DEFERRED_TOOL_PLACEHOLDER}, "defer_loading": {"const": True}},
         {**_CUSTOM, "defer_loading": {"const": True}},
@@ -113,7 +115,7 @@ _PARALLEL: Properties = {"disable_parallel_tool_use": optional(BOOLEAN)}
 TOOL_CHOICE = any_of(
     {"type": "null"},
     fields({"type": choice("auto", "none", "any")}, _PARALLEL),
-    tagged("type", "tool", {"name": NAME}, _PARALLEL),
+    tagged("type", "tool", {"name": TOOL_NAME}, _PARALLEL),
 )
 
 _FORMAT = any_of({"type": "null"}, tagged("type", "text"), tagged("type", "json_schema", {"schema": JSON_SCHEMA}))
@@ -129,21 +131,22 @@ _SYSTEM = any_of({"type": ["string", "null"]}, array(_TEXT_BLOCK))
 _MAY: Properties = {
     "output_config": optional(fields({}, {"effort": optional(choice(*EFFORTS)), "format": _FORMAT})),
     "output_format": _FORMAT,
-    "stop_sequences": optional(array(NAME, maxItems=MAX_STOP_SEQUENCES)),
+    "stop_sequences": optional(array(shared.STOP_SEQUENCE, maxItems=MAX_STOP_SEQUENCES)),
     "stream": optional(BOOLEAN),
     "system": _SYSTEM,
     "temperature": optional(number(0, 1)),
     "thinking": THINKING,
     "tool_choice": TOOL_CHOICE,
-    "tools": optional(array(ref("MessagesTool"))),
+    "tools": shared.tools(ref("MessagesTool")),
     "top_k": optional(integer(-1)),
     "top_p": optional(number(0, 1)),
     **ignored(anthropic_messages.IGNORED),
 }
 
 MESSAGES_REQUEST: Schema = fields(
-    {"model": MODEL, "messages": array(MESSAGE, minItems=1), "max_tokens": integer(0)}, _MAY
+    {"model": MODEL, "messages": array(MESSAGE, minItems=1, maxItems=MAX_MESSAGES), "max_tokens": integer(0)}, _MAY
 )
 COUNT_TOKENS_REQUEST: Schema = fields(
-    {"model": MODEL, "messages": array(MESSAGE, minItems=1)}, {"max_tokens": optional(integer(0)), **_MAY}
+    {"model": MODEL, "messages": array(MESSAGE, minItems=1, maxItems=MAX_MESSAGES)},
+    {"max_tokens": optional(integer(0)), **_MAY},
 )

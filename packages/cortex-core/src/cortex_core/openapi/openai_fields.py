@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from cortex_core.dialects.openai_fields import (
+from cortex_core.dialects.limits import (
     MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_CHARACTERS,
     MAX_STOP_SEQUENCES,
-    REASONING_EFFORTS,
-    THINKING_TYPES,
+    MAX_TOKEN_ID_DIGITS,
+    MAX_TOOLS,
 )
+from cortex_core.dialects.openai_fields import REASONING_EFFORTS, THINKING_TYPES
 from cortex_core.dialects.openai_images import DETAILS
 from cortex_core.openapi.schema import (
     BOOLEAN,
     NAME,
     TEXT,
+    TOOL_NAME,
     Properties,
     Schema,
     any_of,
@@ -28,7 +32,8 @@ from cortex_core.openapi.schema import (
 TOKEN_LIMIT = optional(integer(1))
 """Clamped to the window, never refused for being large."""
 
-STOP = any_of(NAME, array(NAME, maxItems=MAX_STOP_SEQUENCES), {"type": "null"})
+STOP_SEQUENCE: Schema = {**NAME, "maxLength": MAX_STOP_CHARACTERS}
+STOP = any_of(STOP_SEQUENCE, array(STOP_SEQUENCE, maxItems=MAX_STOP_SEQUENCES), {"type": "null"})
 STREAM_OPTIONS = optional(fields({}, {"include_usage": optional(BOOLEAN)}))
 EFFORT = optional(choice(*REASONING_EFFORTS))
 CHOICES = optional(integer(1, MAX_CHOICES))
@@ -44,7 +49,8 @@ SAMPLING: Properties = {
     "repetition_penalty": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 10},
     "logit_bias": {
         "type": ["object", "null"],
-        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "propertyNames": {"pattern": f"^[0-9]{{1,{MAX_TOKEN_ID_DIGITS}}}$"},
+        "maxProperties": MAX_LOGIT_BIAS,
         "additionalProperties": number(-100, 100),
         "description": "Biases by token id.",
     },
@@ -68,7 +74,7 @@ IMAGE_URL = any_of(_URL, fields({"url": _URL}, {"detail": optional(choice(*DETAI
 RESPONSE_FORMATS = [tagged("type", "text"), tagged("type", "json_object")]
 
 FUNCTION: Schema = fields(
-    {"name": NAME},
+    {"name": TOOL_NAME},
     {"description": optional(TEXT), "parameters": optional({"type": "object"}), "strict": optional(BOOLEAN)},
 )
 
@@ -78,6 +84,10 @@ GRAMMAR: Properties = {"syntax": choice("lark", "regex"), "definition": NAME}
 def custom_tool(grammar: Schema) -> Properties:
     """What a custom tool may have beside its name. grammar: its format of the type `grammar`."""
     return {"description": optional(TEXT), "format": any_of(tagged("type", "text"), grammar, {"type": "null"})}
+
+
+def tools(tool: Schema) -> Schema:
+    return optional(array(tool, maxItems=MAX_TOOLS))
 
 
 SCHEMA_FORMAT: Properties = {"name": optional(TEXT), "strict": optional(BOOLEAN)}

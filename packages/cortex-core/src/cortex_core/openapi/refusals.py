@@ -24,6 +24,8 @@ class Refusal(msgspec.Struct, frozen=True):
 _TOOLS = Refusal("tool_choice.*", "A tool that is chosen must be declared in `tools`, and `required` needs one.")
 _SCHEMAS = "A JSON Schema or grammar must be valid, satisfiable, and of the keywords that can be enforced."
 _BIAS = Refusal(r"logit_bias.*", "A token id must be in the model's vocabulary.")
+_STOPS = Refusal("stop", "There is a limit to the characters of all stop sequences together.")
+_VARIABLES = Refusal("chat_template_kwargs", "There is a limit to their bytes.")
 _PROMPT = "The model's chat template must accept the turns, a text model takes no images, and the prompt must fit."
 
 CHAT = (
@@ -31,6 +33,8 @@ CHAT = (
     Refusal("top_logprobs", "It needs `logprobs`."),
     Refusal("continue_final_message", "The last message must be the assistant's, without tool calls."),
     _BIAS,
+    _STOPS,
+    _VARIABLES,
     Refusal(r"response_format.*|guided_json|tools\[\d+\].*", _SCHEMAS),
     Refusal(r"messages.*", _PROMPT),
 )
@@ -40,16 +44,22 @@ COMPLETIONS = (
     Refusal("max_tokens", "0 makes sense with `echo` and without `logprobs` only."),
     Refusal("suffix", "The model must be able to fill in the middle."),
     _BIAS,
+    _STOPS,
     Refusal(r"prompt.*", "Token ids must be in the model's vocabulary, and a prompt must hold a token and fit."),
 )
 RESPONSES = (
     _TOOLS,
     _BIAS,
+    _STOPS,
+    _VARIABLES,
+    Refusal(r"(tools|input)\[\d+\].*", "There is a limit to all tools, and to what namespaces say of theirs."),
     Refusal(r"text.*|(tools|input)\[\d+\].*(parameters|format).*", _SCHEMAS),
     Refusal(r"input.*", f"At least one item must hold content. {_PROMPT}"),
 )
 MESSAGES = (
     _TOOLS,
+    Refusal("stop_sequences", "There is a limit to the characters of all stop sequences together."),
+    Refusal(r"(tools|messages)\[\d+\].*", "There is a limit to all tools, those in messages too."),
     Refusal("max_tokens", "It must be greater than `thinking.budget_tokens`."),
     Refusal(r"output_config.*|output_format.*|(tools|messages)\[\d+\].*input_schema.*", _SCHEMAS),
     Refusal(r"messages.*", f"At least one message must hold content. {_PROMPT}"),

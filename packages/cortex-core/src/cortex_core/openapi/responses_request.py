@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cortex_core.dialects import openai_responses
+from cortex_core.dialects.limits import MAX_MESSAGES, MAX_TOP_LOGPROBS
 from cortex_core.dialects.openai_responses.items import (
     IGNORED_ITEMS,
     MAPPED_ITEMS,
@@ -10,16 +11,17 @@ from cortex_core.dialects.openai_responses.items import (
     REFUSED_PARTS,
     ROLES,
 )
-from cortex_core.dialects.openai_responses.request import MAX_TOP_LOGPROBS
 from cortex_core.dialects.openai_responses.tools import CHOICE_MODES
 from cortex_core.openapi import openai_fields as shared
 from cortex_core.openapi.schema import (
+    ANY_TOOL_NAME,
     ASKS_FOR_NOTHING,
     BOOLEAN,
     JSON_SCHEMA,
     MODEL,
     NAME,
     TEXT,
+    TOOL_NAME,
     Properties,
     Schema,
     any_of,
@@ -55,7 +57,7 @@ _OUTPUT = any_of(
     {"type": "array", "contains": _NO_PART, "description": "Other JSON, which the model sees as JSON."},
 )
 
-_CALL_IDS: Properties = {"call_id": optional(TEXT), "id": optional(TEXT), "namespace": optional(TEXT)}
+_CALL_IDS: Properties = {"call_id": optional(TEXT), "id": optional(TEXT), "namespace": optional(ANY_TOOL_NAME)}
 _SETTINGS: Properties = {
     "reasoning": optional(fields({}, {"effort": shared.EFFORT})),
     "text": optional(
@@ -81,15 +83,13 @@ ITEM = any_of(
     fields({"role": {"const": "user"}}, {"type": _MESSAGE_TYPE, "content": _TEXTS_AND_IMAGES}),
     fields({"role": _NOT_USER}, {"type": _MESSAGE_TYPE, "content": _TEXTS}),
     tagged("type", "reasoning", may={"content": _TEXTS, "summary": _TEXTS}),
-    tagged("type", "function_call", {"name": NAME}, {**_CALL_IDS, "arguments": shared.ARGUMENTS}),
-    tagged("type", "custom_tool_call", {"name": NAME}, {**_CALL_IDS, "input": optional(TEXT)}),
+    tagged("type", "function_call", {"name": TOOL_NAME}, {**_CALL_IDS, "arguments": shared.ARGUMENTS}),
+    tagged("type", "custom_tool_call", {"name": TOOL_NAME}, {**_CALL_IDS, "input": optional(TEXT)}),
     fields(
         {"type": choice("function_call_output", "custom_tool_call_output"), "call_id": TEXT},
         {"output": _OUTPUT},
     ),
-    fields(
-        {"type": choice("additional_tools", "tool_search_output")}, {"tools": optional(array(ref("ResponsesTool")))}
-    ),
+    fields({"type": choice("additional_tools", "tool_search_output")}, {"tools": shared.tools(ref("ResponsesTool"))}),
     tagged("type", "configuration_update", may=_SETTINGS),
     fields({"type": choice(*IGNORED_ITEMS)}, about="Traces of hosted tools, which are passed over."),
     fields(
@@ -108,7 +108,7 @@ _MEMBERS = [
         "required": ["type", "name"],
     },
     tagged("type", "function", {"function": shared.FUNCTION}, {"name": {"type": "null"}}),
-    tagged("type", "custom", {"name": NAME}, shared.custom_tool(_GRAMMAR)),
+    tagged("type", "custom", {"name": TOOL_NAME}, shared.custom_tool(_GRAMMAR)),
 ]
 _NOT_OFFERED = "Tools that run elsewhere, which are not offered to the model."
 TOOL = any_of(
@@ -116,15 +116,12 @@ TOOL = any_of(
     tagged(
         "type",
         "namespace",
-        {"name": NAME},
+        {"name": TOOL_NAME},
         {
             "description": optional(TEXT),
-            "tools": optional(
-                array(
-                    any_of(
-                        *_MEMBERS,
-                        fields({"type": {**NAME, "not": {"enum": ["function", "custom"]}}}, about=_NOT_OFFERED),
-                    )
+            "tools": shared.tools(
+                any_of(
+                    *_MEMBERS, fields({"type": {**NAME, "not": {"enum": ["function", "custom"]}}}, about=_NOT_OFFERED)
                 )
             ),
         },
@@ -132,7 +129,7 @@ TOOL = any_of(
     fields({"type": {**NAME, "not": {"enum": ["function", "custom", "namespace"]}}}, about=_NOT_OFFERED),
 )
 
-_REFERENCE = fields({"name": NAME}, {"namespace": optional(TEXT)})
+_REFERENCE = fields({"name": TOOL_NAME}, {"namespace": optional(ANY_TOOL_NAME)})
 _NAMED = any_of(_REFERENCE, fields({"function": _REFERENCE}, {"name": {"type": "null"}}))
 _CALLABLE = choice("function", "custom")
 TOOL_CHOICE = any_of(
@@ -143,13 +140,11 @@ TOOL_CHOICE = any_of(
         "allowed_tools",
         {"mode": choice("auto", "required")},
         {
-            "tools": optional(
-                array(
-                    any_of(
-                        fields({"name": NAME}, {"namespace": optional(TEXT), "type": optional(_CALLABLE)}),
-                        tagged("type", "namespace", {"name": NAME}),
-                        fields({"type": {"type": "string", "not": {"enum": ["function", "custom", "namespace"]}}}),
-                    )
+            "tools": shared.tools(
+                any_of(
+                    fields({"name": TOOL_NAME}, {"namespace": optional(ANY_TOOL_NAME), "type": optional(_CALLABLE)}),
+                    tagged("type", "namespace", {"name": TOOL_NAME}),
+                    fields({"type": {"type": "string", "not": {"enum": ["function", "custom", "namespace"]}}}),
                 )
             )
         },
@@ -157,7 +152,7 @@ TOOL_CHOICE = any_of(
 )
 
 RESPONSES_REQUEST: Schema = fields(
-    {"model": MODEL, "input": any_of(TEXT, array(ITEM, minItems=1))},
+    {"model": MODEL, "input": any_of(TEXT, array(ITEM, minItems=1, maxItems=MAX_MESSAGES))},
     {
         **shared.SAMPLING,
         **shared.THINKING,
@@ -170,7 +165,7 @@ RESPONSES_REQUEST: Schema = fields(
         "stop": shared.STOP,
         "stream": optional(BOOLEAN),
         "tool_choice": TOOL_CHOICE,
-        "tools": optional(array(ref("ResponsesTool"))),
+        "tools": shared.tools(ref("ResponsesTool")),
         "top_logprobs": optional(integer(0, MAX_TOP_LOGPROBS)),
         "background": ASKS_FOR_NOTHING,
         "conversation": ASKS_FOR_NOTHING,

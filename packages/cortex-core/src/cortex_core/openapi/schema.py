@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cortex_core.dialects.json_body import MAX_MODEL_NAME
+from cortex_core.dialects.limits import MAX_MODEL_NAME, MAX_NAME
 
 Schema = dict[str, Any]
 Properties = dict[str, "Schema | bool"]
@@ -13,6 +13,10 @@ Properties = dict[str, "Schema | bool"]
 TEXT: Schema = {"type": "string"}
 NAME: Schema = {"type": "string", "minLength": 1}
 """A string that must not be empty."""
+TOOL_NAME: Schema = {**NAME, "maxLength": MAX_NAME}
+"""Of a tool, a namespace or a call."""
+ANY_TOOL_NAME: Schema = {**TEXT, "maxLength": MAX_NAME}
+"""The same, where it may be empty."""
 MODEL: Schema = {**NAME, "maxLength": MAX_MODEL_NAME, "description": "A model's id, or an alias."}
 BOOLEAN: Schema = {"type": "boolean"}
 JSON_SCHEMA: Schema = {"type": ["object", "boolean"], "description": "A JSON Schema."}

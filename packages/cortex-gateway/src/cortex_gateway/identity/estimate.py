@@ -8,9 +8,11 @@ rate is there to smooth, so it reserves an estimate of four bytes to a token.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import msgspec
+from cortex_core.dialects.limits import MAX_PROMPTS
 from cortex_core.entitlements import Budget
 from cortex_core.fleet import ContextLimit, ModelCost
 
@@ -66,7 +68,9 @@ class Estimate(msgspec.Struct, frozen=True):
 NOTHING = Estimate()
 NOTHING_USED = Usage()
 _decoder = msgspec.json.Decoder(Ask)
-_list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
+_FIRST = re.compile(rb"\[\s*+")
+_PROMPT = re.compile(rb'\s*+(?:"(?:[^"\\]++|\\.)*+"|\[[^\["\]]*+\])\s*+,?', re.DOTALL)
+"""One of a list of prompts: a text, or token ids."""
 
 
 def estimate(body: bytes, limit: ContextLimit | None, *, min_bytes_per_token: float = 1.0) -> Estimate:
@@ -164,8 +168,14 @@ def _count(value: Any) -> int:
 
 
 def _num_prompts(prompt: bytes) -> int:
-    """Completions take a list of prompts: of texts, or of lists of token ids. A list of ids is one prompt."""
+    """Completions take a list of prompts: of texts, or of lists of token ids. A list of ids is one prompt. More than a
+    request may hold are not counted: it is refused."""
     if not prompt.startswith(b"["):
         return 1
-    parts = _list_decoder.decode(prompt)
-    return len(parts) if parts and bytes(parts[0]).startswith((b'"', b"[")) else 1
+    first = _FIRST.match(prompt)
+    if first is None or prompt[first.end() : first.end() + 1] not in (b'"', b"["):
+        return 1
+    count, at = 0, first.end()
+    while count < MAX_PROMPTS and (found := _PROMPT.match(prompt, at)) is not None:
+        count, at = count + 1, found.end()
+    return max(count, 1)

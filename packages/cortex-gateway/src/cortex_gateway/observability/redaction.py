@@ -18,7 +18,7 @@ _SECRET_HEADER = re.compile(rb"(?:%b|cookie|signature)|(?:^|-)token$" % _SECRETS
 _SECRET_FIELD = re.compile(rb"(?:%b|^cookie)$" % _SECRETS, re.IGNORECASE)
 _SECRET_PARAMETER = re.compile(rb"(?:%b|signature|(?:^|[_-])token$|^key|^sig)$" % _SECRETS, re.IGNORECASE)
 _FIELD = re.compile(rb'"([\w.-]{1,64})"[ \t\r\n]*:[ \t\r\n]*"')
-_STRING = re.compile(rb'(?:[^"\\]|\\.)*', re.DOTALL)
+_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _PARAMETER = re.compile(rb"([?&;]|\\u0026)([\w.-]{1,64})=([^&;#\s\"\\]*)")
 _KEY_SHAPED = re.compile(rb"\bsk-[A-Za-z0-9_-]{16,}|\bBearer +[A-Za-z0-9._~+/=-]{16,}")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/=_-]+")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import msgspec
-from cortex_core.dialects.json_body import MAX_MODEL_NAME
+from cortex_core.dialects.limits import MAX_MODEL_NAME
 from cortex_core.errors import ApiError, invalid
 
 
@@ -39,13 +39,26 @@ def read_envelope(body: bytes) -> Envelope:
     return envelope
 
 
-_KEY = re.compile(rb'[\s,{]*"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
+MAX_FIELDS = 10_000
+"""Fields of a body that has to be put together anew."""
+_MODEL = re.compile(rb'"model"\s*+:\s*+("(?:[^"\\]++|\\.)*+")', re.DOTALL)
+_KEY = re.compile(rb'[\s,{]*+"(?:[^"\\]++|\\.)*+"\s*+:\s*+', re.DOTALL)
 
 
 def with_model(body: bytes, name: str) -> bytes:
-    """The body with another model in it, every other byte as it was. For bodies that `read_envelope` has read."""
-    fields = _fields(body)
+    """The body with another model in it, every other byte as it was. For bodies that `read_envelope` has read.
+
+    Raises `ApiError` where the model cannot be found at once, and the body has too many fields to look through.
+    """
     encoded = msgspec.json.encode(name)
+    first = _MODEL.search(body)
+    if first is not None:
+        renamed = body[: first.start(1)] + encoded + body[first.end(1) :]
+        if _decoder.decode(renamed).model == name:  # it is the last, too
+            return renamed
+    fields = _fields(body)
+    if len(fields) > MAX_FIELDS:
+        raise invalid(f"The body has {len(fields)} fields, at most {MAX_FIELDS}.")
     position = 0
     for key, value in fields.items():
         found = _KEY.match(body, position)

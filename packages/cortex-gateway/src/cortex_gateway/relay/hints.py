@@ -53,7 +53,10 @@ class _Prompt(msgspec.Struct, frozen=True):
 
 _keys = msgspec.json.Decoder(_Keys)
 _prompt = msgspec.json.Decoder(_Prompt)
-_blocks = msgspec.json.Decoder(list[msgspec.Raw])
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_FLAT_OBJECT = rb"\{(?:[^\"{}\[\]]++|%b)*+\}" % _STRING
+_FIRST_BLOCK = re.compile(rb"\[\s*+(\{(?:[^\"{}\[\]]++|%b|%b)*+\})" % (_STRING, _FLAT_OBJECT), re.DOTALL)
+"""The first block of a system prompt, with its mark of where to cache."""
 
 
 class RequestHints:
@@ -113,8 +116,9 @@ def _stable(prompt: _Prompt) -> bytes:
     cache, and the attribution block whose hash is new in every request."""
     system = bytes(prompt.system)
     if ATTRIBUTION in system[:512] and system.startswith(b"["):
-        blocks = _blocks.decode(system)
-        system = b",".join(bytes(block) for block in blocks if ATTRIBUTION not in bytes(block)[:256])
+        first = _FIRST_BLOCK.match(system)
+        if first is not None and ATTRIBUTION in first[1][:256]:
+            system = system[first.end() :]
     parts = (prompt.tools, system, prompt.instructions, prompt.messages, prompt.input, prompt.prompt)
     text = b"\n".join(bytes(part) for part in parts)
     return _CACHE_MARK.sub(b"", text) if b'"cache_control"' in text else text

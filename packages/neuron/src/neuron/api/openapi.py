@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from cortex_core.dialects.openai_completions import MAX_TOKEN_ID
+from cortex_core.dialects.limits import MAX_TOKEN_ID
 from cortex_core.fleet import (
     BuildInfo,
     DiscoveryResponse,

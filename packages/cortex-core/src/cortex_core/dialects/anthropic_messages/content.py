@@ -18,6 +18,7 @@ from cortex_core.conversation import (
     ToolResultPart,
     Turn,
 )
+from cortex_core.dialects import limits
 from cortex_core.dialects.carried_thoughts import unwrap
 from cortex_core.dialects.json_body import (
     Fields,
@@ -70,8 +71,9 @@ class Messages(msgspec.Struct, frozen=True):
 
 def read_messages(fields: Fields) -> Messages:
     """The `messages` array. Consecutive turns of a role are kept apart, system turns stay where they are."""
-    if fields.array("messages") is None:
+    if fields.array("messages", limits.MAX_MESSAGES) is None:
         raise missing("messages")
+    fields.check_parts("messages", "content")
     messages = list(fields.objects("messages"))
     if not messages:
         raise invalid("messages: at least one message is required", param="messages")
@@ -108,7 +110,7 @@ def text_blocks(fields: Fields, name: str) -> list[str]:
     if type(value) is not list:
         raise wrong_type(fields.at(name), "a string or an array of text blocks", value)
     texts: list[str] = []
-    for block in fields.objects(name):
+    for block in fields.objects(name, limits.MAX_PARTS):
         kind = block.required_string("type")
         if kind != "text":
             raise one_of(block.at("type"), kind, ("text",))
@@ -229,7 +231,7 @@ def _tool_call(block: Fields) -> ToolCallPart:
     call_input = block.object("input")
     return ToolCallPart(
         id=block.required_string("id"),
-        name=block.required_string("name"),
+        name=block.required_name("name"),
         arguments="{}" if call_input is None else encode_compact(call_input.values),
     )
 

@@ -19,8 +19,10 @@ from cortex_core.conversation import (
     ToolDefinition,
     Turn,
 )
+from cortex_core.dialects import limits
 from cortex_core.dialects.anthropic_messages.content import Messages, read_messages, text_blocks
-from cortex_core.dialects.json_body import Fields, decode_object, missing, one_of, wrong_type
+from cortex_core.dialects.json_body import Fields, decode_object, missing, one_of, show, wrong_type
+from cortex_core.dialects.stop_sequences import read_stop_sequences
 from cortex_core.errors import invalid
 
 MAPPED = (
@@ -68,9 +70,6 @@ THINKING_DISPLAYS = ("summarized", "omitted", "updates")
 TOOL_CHOICES = ("auto", "any", "tool", "none")
 
 MIN_THINKING_BUDGET = 1024
-MAX_STOP_SEQUENCES = 64
-MAX_TOKENS_CEILING = 2**31 - 1
-_MAX_TOP_K = 2**31 - 1
 
 ATTRIBUTION_FILTER = "claude_code_attribution"
 """The name of the one filter, in configuration and logs."""
@@ -101,9 +100,12 @@ def _request(fields: Fields, max_tokens: int | None, drops_attribution: bool) ->
     messages = read_messages(fields)
     declared = [
         (definition, tool.at("input_schema"))
-        for tool in (*fields.objects("tools"), *messages.added_tools)
+        for tool in (*fields.objects("tools", limits.MAX_TOOLS), *messages.added_tools)
         if (definition := _tool(tool)) is not None
     ]
+    if len(declared) > limits.MAX_TOOLS:
+        path = declared[limits.MAX_TOOLS][1].removesuffix(".input_schema")
+        raise invalid(f"{path}: at most {limits.MAX_TOOLS} tools, got {len(declared)}", param=path)
     tools = tuple(definition for definition, _ in declared)
     tool_choice, parallel_tool_calls = _tool_choice(fields, tools)
     system, dropped = _system(fields, drops_attribution)
@@ -140,7 +142,7 @@ def _format_names(fields: Fields) -> dict[str, str]:
 
 def _clamped(max_tokens: int | None) -> int | None:
     """0 warms a cache: the prompt is processed and one token generated, the least an engine can do."""
-    return None if max_tokens is None else min(max(max_tokens, 1), MAX_TOKENS_CEILING)
+    return None if max_tokens is None else min(max(max_tokens, 1), limits.MAX_TOKENS_CEILING)
 
 
 def _is_prefilled(messages: Messages) -> bool:
@@ -182,7 +184,7 @@ def _tool(tool: Fields) -> ToolDefinition | None:
     kind = tool.string("type", "custom")
     if kind != "custom":
         return None
-    name = tool.required_string("name")
+    name = tool.required_name("name")
     description, strict, is_deferred = tool.string("description"), tool.boolean("strict"), tool.boolean("defer_loading")
     if name == DEFERRED_TOOL_PLACEHOLDER and is_deferred:
         return None
@@ -207,9 +209,9 @@ def _tool_choice(fields: Fields, tools: tuple[ToolDefinition, ...]) -> tuple[Too
         raise invalid("tool_choice: a tool must be declared in 'tools' to be chosen", param="tool_choice")
     if kind == "any":
         return ToolChoice("required"), is_parallel
-    name = choice.required_string("name")
+    name = choice.required_name("name")
     if all(tool.name != name for tool in tools):
-        raise invalid(f"tool_choice.name: no tool named '{name}' is declared in 'tools'", param="tool_choice.name")
+        raise invalid(f"tool_choice.name: no tool named {show(name)} is declared in 'tools'", param="tool_choice.name")
     return ToolChoice("named", name), is_parallel
 
 
@@ -247,24 +249,12 @@ def _sampling(fields: Fields) -> Sampling:
     return Sampling(
         temperature=fields.number("temperature", 0, 1),
         top_p=fields.number("top_p", 0, 1),
-        top_k=None if top_k is None else min(max(top_k, 0), _MAX_TOP_K),
+        top_k=None if top_k is None else min(max(top_k, 0), limits.MAX_TOKEN_ID),
     )
 
 
 def _stop_sequences(fields: Fields) -> tuple[str, ...]:
-    sequences = fields.array("stop_sequences") or []
-    if len(sequences) > MAX_STOP_SEQUENCES:
-        raise invalid(
-            f"stop_sequences: at most {MAX_STOP_SEQUENCES} sequences, got {len(sequences)}",
-            param="stop_sequences",
-        )
-    for index, sequence in enumerate(sequences):
-        path = f"stop_sequences[{index}]"
-        if type(sequence) is not str:
-            raise wrong_type(path, "a string", sequence)
-        if not sequence:
-            raise invalid(f"{path}: must not be empty", param=path)
-    return tuple(dict.fromkeys(sequences))
+    return read_stop_sequences(fields.array("stop_sequences") or [], "stop_sequences")
 
 
 def _reasoning(fields: Fields, max_tokens: int | None) -> Reasoning:
@@ -301,4 +291,4 @@ def _thinking_budget(thinking: Fields, max_tokens: int | None) -> int:
             f"max_tokens: must be greater than thinking.budget_tokens ({budget}), got {max_tokens}",
             param="max_tokens",
         )
-    return min(budget, MAX_TOKENS_CEILING)
+    return min(budget, limits.MAX_TOKENS_CEILING)

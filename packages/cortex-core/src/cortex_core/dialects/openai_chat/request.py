@@ -22,13 +22,14 @@ from cortex_core.conversation import (
     ToolResultPart,
     Turn,
 )
-from cortex_core.dialects import openai_fields
+from cortex_core.dialects import limits, openai_fields
 from cortex_core.dialects.json_body import (
     Fields,
     decode_object,
     encode_compact,
     missing,
     one_of,
+    show,
     unsupported,
     wrong_type,
 )
@@ -95,15 +96,14 @@ IGNORED = (
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TOOL_TYPES = ("function", "custom")
 TOOL_MODES = ("none", "auto", "required")
-MAX_TOP_LOGPROBS = 20
 
 
 def parse(body: bytes) -> Request:
     """Raises `ApiError`, and nothing else, whatever the bytes."""
     fields = decode_object(body)
     _refuse(fields)
-    tools = tuple(_tool(tool) for tool in fields.objects("tools"))
-    template_kwargs = fields.object("chat_template_kwargs")
+    tools = tuple(_tool(tool) for tool in fields.objects("tools", limits.MAX_TOOLS))
+    template_kwargs = openai_fields.template_kwargs(fields)
     turns = _turns(fields)
     max_completion_tokens = openai_fields.max_tokens(fields, "max_completion_tokens")
     max_tokens = openai_fields.max_tokens(fields, "max_tokens")
@@ -150,8 +150,9 @@ def _refuse(fields: Fields) -> None:
 
 
 def _turns(fields: Fields) -> tuple[Turn, ...]:
-    if fields.array("messages") is None:
+    if fields.array("messages", limits.MAX_MESSAGES) is None:
         raise missing("messages")
+    fields.check_parts("messages", "content", "tool_calls")
     turns: list[Turn] = []
     call_names: dict[str, str] = {}
     for message in fields.objects("messages"):
@@ -173,11 +174,11 @@ def _turn(message: Fields, call_names: dict[str, str]) -> Turn:
         return Turn("system", _parts(message, images=False))
     if role == "tool":
         call_id = message.required_string("tool_call_id", may_be_empty=True)
-        name = message.string("name") or call_names.get(call_id)
+        name = message.name("name") or call_names.get(call_id)
         return Turn("tool", (ToolResultPart(call_id, _parts(message, images=True), name=name),))
     if role == "function":
         # The predecessor of tool calls had no ids: the name links call and result.
-        name = message.required_string("name")
+        name = message.required_name("name")
         return Turn("tool", (ToolResultPart(name, _parts(message, images=False), name=name),))
     raise one_of(message.at("role"), role, ROLES)
 
@@ -223,7 +224,7 @@ def _assistant_parts(message: Fields) -> tuple[Part, ...]:
     parts.extend(_tool_call(call) for call in message.objects("tool_calls"))
     legacy_call = message.object("function_call")
     if legacy_call is not None:
-        name = legacy_call.required_string("name")
+        name = legacy_call.required_name("name")
         parts.append(ToolCallPart(name, name, _arguments(legacy_call)))
     return tuple(parts)
 
@@ -233,11 +234,11 @@ def _tool_call(call: Fields) -> ToolCallPart:
     call_id = call.required_string("id", may_be_empty=True)
     if kind == "function":
         function = call.required_object("function")
-        return ToolCallPart(call_id, function.required_string("name"), _arguments(function))
+        return ToolCallPart(call_id, function.required_name("name"), _arguments(function))
     if kind == "custom":
         custom = call.required_object("custom")
         text = custom.required_string("input", may_be_empty=True)
-        return ToolCallPart(call_id, custom.required_string("name"), freeform_arguments(text))
+        return ToolCallPart(call_id, custom.required_name("name"), freeform_arguments(text))
     raise one_of(call.at("type"), kind, TOOL_TYPES)
 
 
@@ -268,13 +269,13 @@ def _tool(tool: Fields) -> ToolDefinition:
     kind = tool.required_string("type")
     if kind == "custom":
         custom = tool.required_object("custom")
-        return freeform_tool(custom, custom.required_string("name"), wrapped_grammar=True)
+        return freeform_tool(custom, custom.required_name("name"), wrapped_grammar=True)
     if kind != "function":
         raise one_of(tool.at("type"), kind, TOOL_TYPES)
     function = tool.required_object("function")
     parameters = function.object("parameters")
     return ToolDefinition(
-        name=function.required_string("name"),
+        name=function.required_name("name"),
         description=function.string("description"),
         parameters=None if parameters is None else parameters.values,
         strict=function.boolean("strict"),
@@ -308,7 +309,7 @@ def _allowed_tools(allowed: Fields, tools: tuple[ToolDefinition, ...], names: se
     mode = allowed.choice("mode", ("auto", "required"))
     if mode is None:
         raise missing(allowed.at("mode"))
-    listed = tuple(_known_name(_named_object(tool), names) for tool in allowed.objects("tools"))
+    listed = tuple(_known_name(_named_object(tool), names) for tool in allowed.objects("tools", limits.MAX_TOOLS))
     if not listed:
         raise invalid(f"{allowed.at('tools')}: must not be empty", param=allowed.at("tools"))
     return ToolChoice("required" if mode == "required" else "auto", allowed=listed)
@@ -332,7 +333,7 @@ def _known_name(function: Fields, names: set[str]) -> str:
 
 
 def unknown_tool(path: str, name: str) -> ApiError:
-    return invalid(f"{path}: no tool named '{name}' is declared in 'tools'", param=path)
+    return invalid(f"{path}: no tool named {show(name)} is declared in 'tools'", param=path)
 
 
 def _response_format(fields: Fields) -> ResponseFormat | None:
@@ -357,7 +358,7 @@ def _response_format(fields: Fields) -> ResponseFormat | None:
 
 def _logprobs(fields: Fields) -> int | None:
     wanted = fields.boolean("logprobs")
-    top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    top = fields.integer("top_logprobs", 0, limits.MAX_TOP_LOGPROBS)
     if top and not wanted:
         raise invalid("top_logprobs: needs logprobs to be true", param="top_logprobs")
     return (top or 0) if wanted else None

@@ -11,10 +11,12 @@ from cortex_core.errors import ApiError, ErrorKind
 
 _decode = msgspec.json.Decoder().decode
 
-_LIMIT = re.compile(r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|context size \((\d+) tokens\)")
+_COUNT = r"(?<!\d)(\d{1,12})(?!\d)"
+_LIMIT = re.compile(rf"maximum context length (?:is|of) {_COUNT}|> {_COUNT} maximum|context size \({_COUNT} tokens\)")
 _ASKED = re.compile(
-    r"(\d+) (?:tokens )?in the messages|resulted in (\d+) tokens|(?:contains|has) (?:at least )?(\d+) input tokens"
-    r"|too long: (\d+) tokens|request \((\d+) tokens\)|requested (?:about )?(\d+) tokens"
+    rf"{_COUNT} (?:tokens )?in the messages|resulted in {_COUNT} tokens"
+    rf"|(?:contains|has) (?:at least )?{_COUNT} input tokens|too long: {_COUNT} tokens"
+    rf"|request \({_COUNT} tokens\)|requested (?:about )?{_COUNT} tokens"
 )
 """How servers say that a prompt does not fit. Agents compact on it, and so need it in their own dialect's words."""
 

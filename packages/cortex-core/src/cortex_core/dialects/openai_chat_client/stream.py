@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from cortex_core.dialects.limits import MAX_FOREIGN_CHOICES, MAX_WHOLE_ANSWER_BYTES
 from cortex_core.dialects.openai_chat_client.errors import error_of
+from cortex_core.dialects.openai_chat_client.object_scan import ObjectScan
 from cortex_core.errors import ApiError
 from cortex_core.events import (
     Event,
@@ -125,12 +128,23 @@ class _CallState:
         self.given_id = given_id
         self.arguments: list[str] = []
         self.has_ended = False
+        self._scan = ObjectScan()
+        self._is_object: bool | None = None
+
+    def add(self, text: str) -> None:
+        self.arguments.append(text)
+        self._scan.feed(text)
 
     def is_whole(self) -> bool:
-        try:
-            return isinstance(_decode("".join(self.arguments)), dict)
-        except (msgspec.DecodeError, RecursionError):
+        """Read once, when all brackets are closed: calls that are held back ask for it with each fragment."""
+        if not self._scan.has_ended:
             return False
+        if self._is_object is None:
+            try:
+                self._is_object = isinstance(_decode("".join(self.arguments)), dict)
+            except (msgspec.DecodeError, RecursionError):
+                self._is_object = False
+        return self._is_object
 
 
 class _ChoiceState:
@@ -148,7 +162,7 @@ class _ChoiceState:
         self._by_index: dict[int, _CallState] = {}
         self._last: _CallState | None = None
         self._open: _CallState | None = None
-        self._held: list[_CallState] = []
+        self._held: deque[_CallState] = deque()
 
     def call_of(self, call: _Call, name: str | None) -> _CallState | None:
         """The call that a fragment belongs to, None where it begins one.
@@ -175,19 +189,19 @@ class _ChoiceState:
         return begun, [*self._end_call(), *self._open_call(begun)]
 
     def add_arguments(self, call: _CallState, text: str) -> list[Event]:
-        call.arguments.append(text)
+        call.add(text)
         if call is not self._open:
             return []
         events: list[Event] = [ToolCallArguments(self.choice, call.start.index, text)]
         while self._held and self._open is not None and self._open.is_whole():
-            events += [*self._end_call(), *self._open_call(self._held.pop(0))]
+            events += [*self._end_call(), *self._open_call(self._held.popleft())]
         return events
 
     def close_calls(self, *, is_cut_off: bool = False) -> list[Event]:
         """What is left of all calls. is_cut_off: the last one has no end if its arguments are incomplete."""
         events: list[Event] = []
         while self._held:
-            events += [*self._end_call(), *self._open_call(self._held.pop(0))]
+            events += [*self._end_call(), *self._open_call(self._held.popleft())]
         if self._open is not None and (not is_cut_off or self._open.is_whole()):
             events += self._end_call()
         return events
@@ -281,7 +295,12 @@ class StreamReader:
             self._usage = _usage(chunk.usage)
 
     def _read_choice(self, choice: _Choice, events: list[Event]) -> None:
-        state = self._choices.setdefault(choice.index, _ChoiceState(choice.index))
+        state = self._choices.get(choice.index)
+        if state is None:
+            if len(self._choices) >= MAX_FOREIGN_CHOICES:
+                self._fail(ApiError("internal", "The upstream server sent more choices than anybody asks for"), events)
+                return
+            state = self._choices[choice.index] = _ChoiceState(choice.index)
         if state.is_finished:
             return
         delta = choice.delta
@@ -343,10 +362,18 @@ class AnswerReader:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._stop = stop
         self._pieces: list[bytes] = []
+        self._num_bytes = 0
         self.is_done = False
 
     def feed(self, chunk: bytes) -> list[Event]:
-        """Nothing yet: the answer is read when it is whole."""
+        """Nothing yet: the answer is read when it is whole. One that is too large to be held is a Failure."""
+        if self.is_done:
+            return []
+        self._num_bytes += len(chunk)
+        if self._num_bytes > MAX_WHOLE_ANSWER_BYTES:
+            self.is_done = True
+            self._pieces.clear()
+            return [Failure(ApiError("internal", "The upstream server's answer is too large", status=502))]
         self._pieces.append(chunk)
         return []
 

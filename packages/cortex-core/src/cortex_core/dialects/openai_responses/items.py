@@ -20,6 +20,7 @@ from cortex_core.conversation import (
     ToolResultPart,
     Turn,
 )
+from cortex_core.dialects import limits
 from cortex_core.dialects.carried_thoughts import unwrap
 from cortex_core.dialects.json_body import Fields, encode_compact, missing, one_of, unsupported, wrong_type
 from cortex_core.dialects.openai_custom_tools import freeform_arguments
@@ -90,6 +91,8 @@ def read_input(fields: Fields) -> Input:
     if type(value) is not list:
         raise wrong_type("input", "a string or an array of items", value)
     reader = _Reader()
+    fields.array("input", limits.MAX_MESSAGES)
+    fields.check_parts("input", "content", "summary", "output")
     for item in fields.objects("input"):
         reader.read(item)
     reader.close()
@@ -123,7 +126,7 @@ class _Reader:
         elif kind in ("function_call_output", "custom_tool_call_output"):
             self._result(item)
         elif kind in ("additional_tools", "tool_search_output"):
-            self.added_tools.extend(item.objects("tools"))
+            self.added_tools.extend(item.objects("tools", limits.MAX_TOOLS))
         elif kind == "configuration_update":
             self.updates.append(item)
         elif kind in REFUSED_ITEMS:
@@ -156,7 +159,7 @@ class _Reader:
     def _call(self, item: Fields, arguments: str) -> None:
         own_id = item.string("id")
         call_id = item.string("call_id") or own_id or ""
-        name = flat_name(item.string("namespace"), item.required_string("name"))
+        name = flat_name(item.name("namespace"), item.required_name("name"))
         self._call_names[call_id] = name
         self._say((ToolCallPart(call_id, name, arguments),))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from cortex_core.conversation import Limits, Reasoning, Request, ResponseFormat, TextPart, Turn
-from cortex_core.dialects import openai_fields
+from cortex_core.dialects import limits, openai_fields
 from cortex_core.dialects.json_body import Fields, decode_object, missing, one_of, unsupported
 from cortex_core.dialects.openai_responses.items import read_input
 from cortex_core.dialects.openai_responses.tools import Tools, read_tool_choice, read_tools
@@ -70,7 +70,6 @@ is too long is an error."""
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
-MAX_TOP_LOGPROBS = 20
 
 
 def parse(body: bytes) -> Request:
@@ -87,14 +86,13 @@ def parse_input_tokens(body: bytes) -> Request:
 def _request(fields: Fields, model: str) -> Request:
     _refuse(fields)
     given = read_input(fields)
-    tools = read_tools((*fields.objects("tools"), *given.added_tools))
+    tools = read_tools((*fields.objects("tools", limits.MAX_TOOLS), *given.added_tools))
+    fields = Fields(dict(fields.values))
     for update in given.updates:  # an item in the input may change settings; the last word counts
         _reasoning(fields, None)  # what is overruled must be sound all the same
         _response_format(fields)
-        fields = Fields(
-            {**fields.values, **{name: update.get(name) for name in ("reasoning", "text") if update.has(name)}}
-        )
-    template_kwargs = fields.object("chat_template_kwargs")
+        fields.values.update({name: update.get(name) for name in ("reasoning", "text") if update.has(name)})
+    template_kwargs = openai_fields.template_kwargs(fields)
     include = _include(fields)
     instructions = fields.string("instructions")
     max_tokens = openai_fields.max_tokens(fields, "max_output_tokens")
@@ -140,7 +138,7 @@ def _include(fields: Fields) -> frozenset[str]:
 
 
 def _logprobs(fields: Fields, include: frozenset[str]) -> int | None:
-    top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    top = fields.integer("top_logprobs", 0, limits.MAX_TOP_LOGPROBS)
     return (top or 0) if top or LOGPROBS in include else None
 
 

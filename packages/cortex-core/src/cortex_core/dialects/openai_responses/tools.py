@@ -6,13 +6,14 @@ The model sees one flat list of functions. A member of a namespace gets both nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import msgspec
 
 from cortex_core.conversation import ToolChoice, ToolDefinition
-from cortex_core.dialects.json_body import Fields, missing, one_of, unsupported
+from cortex_core.dialects import limits
+from cortex_core.dialects.json_body import Fields, missing, one_of, show, unsupported
 from cortex_core.dialects.openai_custom_tools import freeform_tool
 from cortex_core.errors import invalid
 
@@ -57,27 +58,39 @@ class Tools(msgspec.Struct, frozen=True):
 def read_tools(declared: Iterable[Fields]) -> Tools:
     """All tools that a model can be offered. A name declared again (a tool search loads tools anew) replaces itself."""
     found: dict[str, tuple[ToolDefinition, str]] = {}
+    num_repeated = 0
     for tool in declared:
         kind = tool.required_string("type")
         if kind == "namespace":
-            namespace = tool.required_string("name")
+            namespace = tool.required_name("name")
             about = tool.string("description")
+            num_repeated += len(about or "") * len(tool.array("tools", limits.MAX_TOOLS) or ())
+            if num_repeated > limits.MAX_NAMESPACE_CHARACTERS:
+                most = f"at most {limits.MAX_NAMESPACE_CHARACTERS} characters, counted for each tool of a namespace"
+                raise invalid(f"{tool.at('description')}: {most}, got {num_repeated}", param=tool.at("description"))
             for member in tool.objects("tools"):
                 definition = _tool(member, member.required_string("type"), namespace, about)
                 if definition is not None:
                     found[definition.name] = definition, member.path
+                    _check_number(found, member)
         else:
             definition = _tool(tool, kind, None, None)
             if definition is not None:
                 found[definition.name] = definition, tool.path
+                _check_number(found, tool)
     return Tools(tuple(tool for tool, _ in found.values()), tuple(path for _, path in found.values()))
+
+
+def _check_number(found: dict[str, tuple[ToolDefinition, str]], last: Fields) -> None:
+    if len(found) > limits.MAX_TOOLS:
+        raise invalid(f"{last.path}: at most {limits.MAX_TOOLS} tools, got more", param=last.path)
 
 
 def _tool(tool: Fields, kind: str, namespace: str | None, about: str | None) -> ToolDefinition | None:
     if kind == "function":
         # Clients of several servers declare functions in the nested form of chat here, too.
         function = tool if tool.has("name") else tool.object("function") or tool
-        member = function.required_string("name")
+        member = function.required_name("name")
         parameters = function.object("parameters")
         definition = ToolDefinition(
             name=flat_name(namespace, member),
@@ -88,7 +101,7 @@ def _tool(tool: Fields, kind: str, namespace: str | None, about: str | None) -> 
             member=None if namespace is None else member,
         )
     elif kind == "custom":
-        member = tool.required_string("name")
+        member = tool.required_name("name")
         definition = freeform_tool(
             tool, flat_name(namespace, member), namespace=namespace, member=None if namespace is None else member
         )
@@ -125,16 +138,19 @@ class ToolNames:
 
     def flat(self, reference: Fields) -> str:
         """The flat name of a reference `{name, namespace?}`. Raises `ApiError` where no tool has it."""
-        member = reference.required_string("name")
-        found = self.find(flat_name(reference.string("namespace"), member))
+        member = reference.required_name("name")
+        found = self.find(flat_name(reference.name("namespace"), member))
         if found is None:
             raise invalid(
-                f"{reference.at('name')}: no tool named '{member}' is declared in 'tools'", param=reference.at("name")
+                f"{reference.at('name')}: no tool named {show(member)} is declared in 'tools'",
+                param=reference.at("name"),
             )
         return found.name
 
-    def in_namespace(self, namespace: str) -> tuple[str, ...]:
-        return tuple(name for name, tool in self._by_name.items() if tool.namespace == namespace)
+    def in_namespaces(self, namespaces: Container[str]) -> list[str]:
+        return [
+            name for name, tool in self._by_name.items() if tool.namespace is not None and tool.namespace in namespaces
+        ]
 
 
 def read_tool_choice(fields: Fields, tools: tuple[ToolDefinition, ...]) -> ToolChoice:
@@ -168,12 +184,14 @@ def _allowed(choice: Fields, tools: tuple[ToolDefinition, ...]) -> ToolChoice:
         raise missing(choice.at("mode"))
     names = ToolNames(tools)
     listed: list[str] = []
-    for reference in choice.objects("tools"):
+    namespaces: dict[str, None] = {}
+    for reference in choice.objects("tools", limits.MAX_TOOLS):
         kind = reference.string("type", "function")
         if kind in ("function", "custom"):
             listed.append(names.flat(reference))
         elif kind == "namespace":
-            listed.extend(names.in_namespace(reference.required_string("name")))
+            namespaces[reference.required_name("name")] = None
+    listed += names.in_namespaces(namespaces)
     if not listed:
         if mode == "auto":
             return ToolChoice("none")
