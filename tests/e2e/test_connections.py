@@ -81,6 +81,57 @@ def serving(kind: str, folder: Path, *, soft: int, hard: int, loop: str = "uvloo
         process.wait(60)
 
 
+FLOOD = 4000
+FORGED = "/nowhere/%1b%5b2J%0a2026-01-01%2000:00:00,000%20INFO%20cortex:%20forged%c2%9b31m"
+
+
+@pytest.mark.parametrize("kind", ["gateway", "neuron"])
+def test_O2_a_flood_of_refused_requests_is_counted_and_not_poured_into_the_log(tmp_path: Path, kind: str) -> None:
+    """Each has a line or is counted in one; and no client's words begin a line."""
+    with serving(kind, tmp_path, soft=FEW, hard=HARD) as server:
+        before, parts = len(server.lines), urlsplit(server.url)
+        request = f"GET {FORGED} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+        with socket.create_connection((parts.hostname, parts.port), timeout=60) as connection:
+            for _ in range(FLOOD // 20):
+                connection.sendall(request * 20)
+                num_answers, got = 0, b""
+                while num_answers < 20:
+                    got += connection.recv(65536)
+                    num_answers = got.count(b"HTTP/1.1 404 ")
+        prefix = "cortex" if kind == "gateway" else "neuron"
+        left_out = server.metric(f'{prefix}_log_lines_left_out_total{{kind="requests"}}')
+        eventually(lambda: "more requests that no model worked on" in server.log.read_text(), within_s=30, what="told")
+        assert left_out > 0
+
+        def has_all() -> bool:
+            return sum("/nowhere" in line for line in server.lines[before:]) + left_out == FLOOD
+
+        eventually(has_all, within_s=30, what="each request has its line or is counted")
+        for line in server.lines[before:]:
+            assert line.isprintable() and not line.startswith("2026-01-01")
+
+
+@pytest.mark.parametrize("kind", ["gateway", "neuron"])
+def test_O2_what_is_no_http_leaves_no_lines(tmp_path: Path, kind: str) -> None:
+    noise = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\nx y: z\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(64),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 64,
+        b"\x00" * 100,
+        b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ]
+    with serving(kind, tmp_path, soft=FEW, hard=HARD) as server:
+        before, parts = len(server.lines), urlsplit(server.url)
+        for number in range(350):
+            with socket.create_connection((parts.hostname, parts.port), timeout=60) as connection:
+                connection.sendall(noise[number % len(noise)])
+        assert health(server.url) == 200
+        news = [line for line in server.lines[before:] if "request rejected" not in line and "access" not in line]
+        assert len(news) <= 5, news
+
+
 def health(url: str) -> int:
     status, _, _ = call(url, "GET", "/health", timeout=30)
     return status

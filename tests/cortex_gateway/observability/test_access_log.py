@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import pytest
+from cortex_core.log_lines import REQUESTS_BURST
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
@@ -117,3 +118,30 @@ async def test_the_log_can_be_read_and_followed_over_http(neuron: FakeNeuron, st
         assert json.loads(line)["path"] == "/v1/chat/completions"
     async with client.get("/admin/log?last=many") as response:
         assert response.status == 400
+
+
+def test_O2_a_clients_words_are_cut_and_move_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cortex_gateway.access")
+    log = AccessLog()
+    hostile = "\x1b[2J\x9b31m\u202e\n" + "x" * 1_000_000
+    log.write(
+        AccessRecord(id="r", method="GET", path=hostile, status=404, outcome="rejected", duration_ms=1, error=hostile)
+    )
+    short = "\x9b31m\u202eé"
+    log.write(AccessRecord(id="r", method="GET", path=short, status=404, outcome="rejected", duration_ms=1))
+    cut, whole = log.last(2)
+    assert len(cut) < 3000 and json.loads(cut)["path"].startswith("\x1b[2J\x9b31m\u202e\nxxx")
+    assert json.loads(whole)["path"] == short
+    for line in (cut.decode(), whole.decode(), *caplog.messages):
+        assert line.isprintable()
+
+
+def test_O2_a_flood_of_refusals_is_not_a_flood_of_lines_and_hides_no_work(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cortex_gateway.access")
+    log = AccessLog(kept_lines=10_000)
+    for _ in range(5000):
+        log.write(AccessRecord(id="r", method="GET", path="/x", status=404, outcome="rejected", duration_ms=1))
+        log.write(AccessRecord(id="w", method="POST", path="/x", status=200, outcome="ok", duration_ms=1, attempts=1))
+    written = ids(log.last(10_000))
+    assert written.count("w") == 5000
+    assert REQUESTS_BURST <= written.count("r") < 2 * REQUESTS_BURST

@@ -51,6 +51,7 @@ OWN = {
     "cortex_connections_limit": "gauge",
     "cortex_connections_accepted_total": "counter",
     "cortex_connections_ended_total": "counter",
+    "cortex_log_lines_left_out_total": "counter",
     "cortex_client_gone_total": "counter",
     "cortex_finished_requests_total": "counter",
     "cortex_retries_total": "counter",
@@ -70,7 +71,10 @@ OWN = {
     "cortex_config_valid": "gauge",
     "cortex_leaving_requests": "gauge",
 }
-MOVED_ELSEWHERE = {"cortex_leaving_requests", "cortex_config_reloads_total", "cortex_connections_ended_total"}
+MOVED_ELSEWHERE = {
+    *("cortex_leaving_requests", "cortex_config_reloads_total"),
+    *("cortex_connections_ended_total", "cortex_log_lines_left_out_total"),
+}
 """In tests of their own: `configuration/test_reload.py`, `e2e/test_connections.py`."""
 
 

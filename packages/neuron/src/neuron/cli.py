@@ -171,13 +171,16 @@ def _say_ready(url: str) -> None:
 
 def _set_up_logging() -> None:
     """To stderr; the level from `NEURON_LOG` or the reference's `RUST_LOG` (its first word), `info` by default."""
+    from cortex_core.log_lines import LineFormatter, LineLimit
+    from cortex_core.serving.later import later
+
     wanted = (os.environ.get("NEURON_LOG") or os.environ.get("RUST_LOG") or "info").split(",")[0].split("=")[-1]
     level = _LEVELS.get(wanted.lower(), wanted.upper())
-    logging.basicConfig(
-        level=level if level in logging.getLevelNamesMapping() else "INFO",
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # A request's line has a rule of its own, and what an engine says is no client's doing: its stacks are many lines.
+    handler.addFilter(LineLimit(exempt=("neuron.request", "neuron.engine"), later=later))
+    logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else "INFO", handlers=[handler])
     for name in ("httpx", "httpx2", "httpcore", "filelock", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

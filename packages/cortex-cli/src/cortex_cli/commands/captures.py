@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import click
+from cortex_core.log_lines import printable
 
 from cortex_cli.exits import CliError
 from cortex_cli.gateway import Gateway
@@ -34,7 +35,7 @@ def list_(endpoint: str, as_json: bool) -> None:
         click.echo(json.dumps(answer))
         return
     for entry in answer["captures"]:
-        click.echo(_line(entry))
+        click.echo(printable(_line(entry)))
     click.echo(_bounds(answer), err=True)
 
 
@@ -55,7 +56,7 @@ def show(request_id: str, curl: bool, endpoint: str, as_json: bool) -> None:
             click.echo("images were shortened: what is sent again is not what was sent", err=True)
         click.echo(curl_of(exchanged, gateway.endpoint))
     else:
-        click.echo(_shown(exchanged))
+        click.echo(printable(_shown(exchanged)))
 
 
 @captures.command(help="Forget what is kept.")

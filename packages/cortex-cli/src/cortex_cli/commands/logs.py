@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import click
+from cortex_core.log_lines import shown
 
 from cortex_cli.exits import EXIT_FAILED, EXIT_UNREACHABLE, CliError
 from cortex_cli.gateway import Gateway
@@ -67,6 +68,7 @@ def _followed(endpoint: str, last: int) -> Iterator[str]:
 
 def _shown(entry: dict[str, Any]) -> str:
     """Time, verdict and place in the order in which one looks for them; the id last, for `cortex captures show`."""
+    entry = {name: shown(value) if isinstance(value, str) else value for name, value in entry.items()}
     status = entry["status"]
     colour = "green" if status < 400 else "yellow" if status < 500 else "red"
     model = entry.get("model", "")
@@ -119,6 +121,6 @@ def _error(text: str) -> str:
     """What a neuron answered is kept as it came: of its document only code and message are of interest here."""
     try:
         error = json.loads(text)["error"]
-        return f"{error.get('code') or error.get('type')}: {error['message']}"
+        return shown(f"{error.get('code') or error.get('type')}: {error['message']}")
     except (ValueError, TypeError, KeyError, AttributeError):
-        return text
+        return shown(text)

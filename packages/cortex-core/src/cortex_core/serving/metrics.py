@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cortex_core.log_lines import left_out
 from cortex_core.serving.connection_table import REASONS, ConnectionTable
 
 
@@ -45,4 +46,11 @@ class ConnectionCollector(Collector):
             accepted.add_metric((name,), table.num_accepted)
             for reason in REASONS:
                 ended.add_metric((name, reason), table.ended[reason])
-        yield from (connections, limit, accepted, ended)
+        lines = CounterMetricFamily(
+            f"{prefix}_log_lines_left_out",
+            "Log lines that were counted instead of written, as there were too many of their kind.",
+            labels=("kind",),
+        )
+        for kind in ("lines", "requests"):
+            lines.add_metric((kind,), left_out[kind])
+        yield from (connections, limit, accepted, ended, lines)

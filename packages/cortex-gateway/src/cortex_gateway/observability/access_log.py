@@ -6,12 +6,20 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
+from cortex_core.log_lines import RequestLines, as_record, cut
+from cortex_core.serving.later import later
 
 log = logging.getLogger("cortex_gateway.access")
 
 KEPT_LINES = 1000
+MAX_WORDS, MAX_ERROR = 256, 1000
+"""Characters of a field that holds a client's words, and of what went wrong."""
+MAX_LISTED = 16
+MAX_LINE = 2000
+"""Bytes of a line that is not looked at more closely."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -54,17 +62,38 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     at: float | None = None
 
 
+def _cut(record: AccessRecord) -> AccessRecord:
+    """With no more of a client's words than help to find what it did."""
+    fields = msgspec.structs.asdict(record)
+    return AccessRecord(
+        **{name: _words(value, MAX_ERROR if name == "error" else MAX_WORDS) for name, value in fields.items()}
+    )
+
+
+def _words(value: Any, limit: int) -> Any:
+    if isinstance(value, str):
+        return cut(value, limit)
+    return tuple(cut(each, limit) for each in value[:MAX_LISTED]) if isinstance(value, tuple) else value
+
+
 class AccessLog:
     """Writes the lines to the log, and keeps the last ones for whoever asks (`cortex logs`)."""
 
     def __init__(self, *, kept_lines: int = KEPT_LINES) -> None:
+        self._own = RequestLines(later=later)
         self._lines: deque[bytes] = deque(maxlen=kept_lines)
         self.num_written = 0
         self._news: asyncio.Future[None] | None = None
 
     def write(self, record: AccessRecord, level: int = logging.INFO) -> None:
         """Levels below INFO are for the log alone: probes and polls would push everything else out."""
+        if record.attempts == 0 and not self._own.admits(str(record.status)):
+            return
         line = _encode(record)
+        if len(line) > MAX_LINE:
+            line = _encode(_cut(record))
+        if not line.isascii():  # what is not printable is escaped, here as in a log: the line remains JSON
+            line = as_record(line.decode()).encode()
         if log.isEnabledFor(level):
             # Not `log.log`: it walks the stack to find its caller, which costs as much as all the rest.
             log.handle(logging.LogRecord(log.name, level, "", 0, line.decode(), None, None))

@@ -9,6 +9,9 @@ import time
 from contextlib import suppress
 from typing import TextIO
 
+from cortex_core.log_lines import LineFormatter, LineLimit
+from cortex_core.serving.later import later
+
 FLUSH_AFTER_S = 0.02
 
 
@@ -66,7 +69,7 @@ class GatheredHandler(logging.StreamHandler[TextIO]):
                 self.handleError(logging.makeLogRecord({"msg": "log lines could not be written"}))
 
 
-class SecondFormatter(logging.Formatter):
+class SecondFormatter(LineFormatter):
     """Renders each second's time once."""
 
     _second = (-1, "")
@@ -82,4 +85,5 @@ def configure_logging(level: str = "INFO") -> None:
     """Everything to stdout, one record a line: time, level, logger, text. Access lines are JSON after that prefix."""
     handler = GatheredHandler(sys.stdout)
     handler.setFormatter(SecondFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(LineLimit(exempt=("cortex_gateway.access",), later=later))
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from cortex_core.dialects import openai_chat, openai_completions, openai_responses
 from cortex_core.dialects.anthropic_messages import MessagesDialect
 from cortex_core.errors import ApiError
+from cortex_core.log_lines import shown
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
@@ -19,10 +20,13 @@ from neuron.api.services import Services
 from neuron.api.tokens import Tokens
 
 logger = logging.getLogger(__name__)
+requests = logging.getLogger("neuron.request")
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
 _EXCHANGE = "neuron.exchange"
+MAX_PATH = 256
+"""Characters of a path in a log line."""
 
 
 class NeuronApp:
@@ -30,6 +34,7 @@ class NeuronApp:
 
     def __init__(self, services: Services) -> None:
         self._limits = services.config.server
+        self._lines = services.lines
         self.routes = tuple(_routes(services))
         self._router = Router(routes=self.routes, redirect_slashes=False, default=_not_found)
 
@@ -57,17 +62,17 @@ class NeuronApp:
             if not exchange.has_started:
                 await exchange.fail(ApiError("internal", "The neuron failed on this request.", code="internal_error"))
 
-    @staticmethod
-    async def _fail(exchange: Exchange, error: ApiError, headers: RawHeaders | None = None) -> None:
-        logger.warning(
-            "request rejected path=%s status=%d code=%s req_id=%s detail=%s extras=%s",
-            exchange.path,
-            error.status,
-            error.code,
-            exchange.request_id,
-            error.message,
-            error.extras,
-        )
+    async def _fail(self, exchange: Exchange, error: ApiError, headers: RawHeaders | None = None) -> None:
+        if self._lines.admits(error.code or error.kind):
+            requests.warning(
+                "request rejected path=%s status=%d code=%s req_id=%s detail=%s extras=%s",
+                shown(exchange.path, MAX_PATH),
+                error.status,
+                error.code,
+                exchange.request_id,
+                error.message,
+                str(error.extras),
+            )
         if not exchange.has_started:
             await exchange.fail(error, headers)
 

@@ -49,6 +49,7 @@ class Inference:
             route=self._route,
             path=exchange.path,
             request_id=exchange.request_id,
+            lines=self._services.lines,
             trace=read_trace_context(exchange.headers),
             spans=self._services.spans,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cortex_core.conversation import Request
 from cortex_core.events import Usage
+from cortex_core.log_lines import RequestLines, shown
 from cortex_core.trace_context import TraceContext
 from prometheus_client import Histogram
 
@@ -25,7 +26,7 @@ class RequestRecord:
     """outcome: `ok`, `client_gone`, or an error's code. Times are seconds since arrival.
 
     dropped: names of the filters that took something out of the prompt. trace: what the request belongs to, if it says
-    so. spans: set where telemetry is on.
+    so. spans: set where telemetry is on. lines: whether a request that no model worked on has a log line of its own.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class RequestRecord:
         route: str,
         path: str,
         request_id: str,
+        lines: RequestLines,
         trace: TraceContext | None = None,
         spans: RequestSpans | None = None,
     ) -> None:
         self._metrics = metrics
         self._spans = spans
+        self._lines = lines
         self._began = time.monotonic()
         self._last_token: float | None = None
         self._has_ended = False
@@ -109,6 +112,9 @@ class RequestRecord:
         trace_id = self.trace.trace_id if self.trace is not None else None
         if self._spans is not None:
             trace_id = self._spans.record(self, outcome, status=status, total_s=total_s)
+        is_unworked = usage is None and self.queue_s is None
+        if is_unworked and not self._lines.admits(outcome):
+            return
         is_fine = outcome in ("ok", "client_gone")
         logger.log(
             logging.INFO if is_fine else logging.WARNING,
@@ -118,7 +124,7 @@ class RequestRecord:
             "done" if is_fine else "request rejected" if usage is None else "failed",
             self.request_id,
             self.model or "-",
-            _shown(self.asked_model),
+            _words(self.asked_model),
             self.principal or "-",
             self.stream,
             self.num_choices,
@@ -133,7 +139,7 @@ class RequestRecord:
             f" dropped={','.join(self.dropped)}" if self.dropped else "",
             f" trace_id={trace_id}" if trace_id is not None else "",
             f" status={status}" if status is not None else "",
-            f" detail={_shown(detail, 300)}" if detail else "",
+            f" detail={_words(detail, 300)}" if detail else "",
         )
 
 
@@ -141,7 +147,5 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:.0f}"
 
 
-def _shown(text: str, limit: int = 128) -> str:
-    """A client's words in a log line: cut, and without line ends."""
-    flat = "".join(char if char.isprintable() else "?" for char in text[:limit])
-    return flat or "-"
+def _words(text: str, limit: int = 128) -> str:
+    return shown(text, limit) or "-"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cortex_core.fleet import BuildInfo
+from cortex_core.log_lines import RequestLines
+from cortex_core.serving.later import later
 
 from neuron.api.metrics import Metrics
 from neuron.config import NeuronConfig
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Services:
-    """port is set once the listener is bound, spans where telemetry is on."""
+    """port is set once the listener is bound, spans where telemetry is on. lines: which requests have a log line."""
 
     config: NeuronConfig
     manager: ModelManager
@@ -32,3 +34,4 @@ class Services:
     port: int = 0
     is_draining: bool = False
     began: float = field(default_factory=time.monotonic)
+    lines: RequestLines = field(default_factory=lambda: RequestLines(later=later))
