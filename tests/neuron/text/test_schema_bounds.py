@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,3 +384,14 @@ def test_what_is_kept_of_compiled_schemas_is_bounded_in_bytes() -> None:
     assert 0 < grammars._schemas.num_bytes <= limits.MAX_CACHED_GRAMMAR_BYTES
     assert len(grammars._schemas) < 50
     assert grammars._failures.num_bytes < limits.MAX_CACHED_GRAMMAR_BYTES
+
+
+def test_the_table_of_limits_is_true() -> None:
+    reference = (Path(__file__).parents[3] / "docs/reference/http-api.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([A-Z_]+)` \| ([\d,]+)\b", reference, re.MULTILINE)
+    table = {(name, int(value.replace(",", ""))) for name, value in rows}
+    of_checkpoints = {"MAX_VOCABULARY", "MAX_SENTENCEPIECE_BYTES", "MAX_MERGED_CHARACTERS"}
+    inner = {"MAX_TYPE_STEPS", "MAX_CACHED_GRAMMAR_BYTES"}
+    said = {name: value for name, value in vars(limits).items() if name.isupper()}
+    missing = [name for name, value in said.items() if (name, value) not in table]
+    assert set(missing) == of_checkpoints | inner

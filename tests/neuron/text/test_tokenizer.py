@@ -221,7 +221,7 @@ def test_F8_a_tokenizer_that_panics_fails_one_request(qwen: TextModel, monkeypat
             return backend.encode_batch_fast(texts, **options)
 
     monkeypatch.setattr(qwen.tokenizer, "_backend", Panicking())
-    with pytest.raises(ApiError, match="the tokenizer failed on this input") as caught:
-        qwen.tokenizer.encode("boom")
-    assert caught.value.status == 500
+    with pytest.raises(ApiError, match="cannot split this text") as caught:
+        qwen.encode("boom")
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
     assert qwen.tokenizer.encode("hello"), "the next one is served"

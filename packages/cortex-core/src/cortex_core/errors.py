@@ -85,13 +85,13 @@ def model_not_found(model: str) -> ApiError:
     )
 
 
-def prompt_too_long(num_tokens: int, limit: int) -> ApiError:
+def prompt_too_long(num_tokens: int, limit: int, *, param: str = "messages") -> ApiError:
     """The wording is an API: Claude Code parses both numbers out of `N tokens > M maximum`, others read the code."""
     return ApiError(
         "invalid_request",
         f"prompt is too long: {num_tokens} tokens > {limit} maximum. This model's maximum context length is "
         f"{limit} tokens. However, your messages resulted in {num_tokens} tokens. Please reduce their length.",
         code="context_length_exceeded",
-        param="messages",
+        param=param,
         extras={"prompt_len": num_tokens, "max": limit},
     )

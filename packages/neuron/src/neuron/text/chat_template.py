@@ -28,6 +28,7 @@ from neuron.text.messages import Message
 logger = logging.getLogger(__name__)
 
 _SWITCHED_OFF = frozenset({"false", "0", "no", "off"})
+_SHOWN_CHARACTERS = 300
 _RESERVED = frozenset({"messages", "tools", "documents"})
 
 
@@ -88,8 +89,10 @@ class ChatTemplate:
         for name, source in templates.items():
             try:
                 self._templates[name] = environment.from_string(source)
-            except jinja2.TemplateError as exc:
-                logger.warning("chat template %r does not compile and is ignored: %s", name, exc)
+            except MemoryError:
+                raise
+            except Exception as exc:  # also what Python says to what Jinja makes of it, and of nesting without end
+                logger.warning("chat template %r does not compile and is ignored: %s", name, _shown(exc))
         self._default = next(
             (name for name in ("default", "tool_use", *self._templates) if name in self._templates), None
         )
@@ -136,11 +139,11 @@ class ChatTemplate:
         try:
             return self._templates[name].render(context)
         except jinja2.TemplateError as exc:
-            raise TemplateRenderError(str(exc) or type(exc).__name__) from exc
+            raise TemplateRenderError(_shown(exc)) from exc
         except MemoryError:  # of this process and not of one template: who gave it its limit decides
             raise
         except Exception as exc:  # a template is a program; what it does wrong is its error, not ours
-            raise TemplateRenderError(f"{type(exc).__name__}: {exc}") from exc
+            raise TemplateRenderError(f"{type(exc).__name__}: {_shown(exc)}") from exc
 
     def _shows(self, marker: str, render: Callable[[], str]) -> bool:
         try:
@@ -167,18 +170,24 @@ class ChatTemplate:
         return self._shows("probe_system_content", lambda: self.render(messages))
 
 
+def _shown(exc: Exception) -> str:
+    """What a template says may quote all of a conversation."""
+    text = str(exc) or type(exc).__name__
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
 def chatml(messages: list[Message], *, add_generation_prompt: bool = True) -> str:
     """Plain ChatML, for models without a template. Calls and results of the past are written in the Qwen form."""
     lines = []
     for message in messages:
         content = str(message.get("content") or "")
+        pieces = [content] if content else []
         for call in message.get("tool_calls", ()):
             function = call["function"]
             arguments = function["arguments"]
             text = arguments if isinstance(arguments, str) else _to_json(arguments)
-            body = f'{{"name": {_to_json(function["name"])}, "arguments": {text}}}'
-            content += f"{chr(10) if content else ''}<tool_call>\n{body}\n</tool_call>"
-        lines.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
+            pieces.append(f'<tool_call>\n{{"name": {_to_json(function["name"])}, "arguments": {text}}}\n</tool_call>')
+        lines.append(f"<|im_start|>{message['role']}\n{chr(10).join(pieces)}<|im_end|>\n")
     if add_generation_prompt:
         lines.append("<|im_start|>assistant\n")
     return "".join(lines)

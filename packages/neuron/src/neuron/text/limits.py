@@ -43,6 +43,25 @@ MAX_FOLDED_CLASSES = 64
 MAX_TYPE_STEPS = 32_768
 """Schemas and values that are looked at, in one answer, to find out of which types arguments are."""
 
+# ---------------------------------------------------------------- texts
+
+MAX_BYTES_PER_TOKEN = 32
+"""A text with more bytes than this for each token of the window is too long for it, whatever its tokens are: those that
+are longer (runs of blanks, of dashes) are exceptions in any text. It is refused before it is rendered or tokenised."""
+COUNTED_WINDOWS = 4
+"""A text that is sure to have more tokens than so many windows is not tokenised to be counted."""
+ASSUMED_WINDOW = 131_072
+"""Tokens, where the window of a model is not known."""
+
+# ---------------------------------------------------------------- tokenizers
+
+MAX_VOCABULARY = 2**22
+"""One more than the largest id of a token: tables of that size are made. The largest of the field have 2^18."""
+MAX_SENTENCEPIECE_BYTES = 64 * 2**20
+"""Of a `tokenizer.model`."""
+MAX_MERGED_CHARACTERS = 128
+"""Of a piece that merges are sought for: every way to cut it in two is tried."""
+
 # ---------------------------------------------------------------- grammars
 
 MAX_CACHED_GRAMMAR_BYTES = 16 * 2**20

@@ -183,19 +183,21 @@ def _strictly_alternating(messages: list[Message]) -> list[Message]:
 
 def _merge_neighbours(messages: list[Message]) -> list[Message]:
     """Consecutive messages of one role become one, except tool results, of which each answers its own call."""
-    merged: list[Message] = []
+    runs: list[list[Message]] = []
     for message in messages:
-        last = merged[-1] if merged else None
-        if last is None or last["role"] != message["role"] or message["role"] == "tool":
-            merged.append(message)
-            continue
-        content = "\n\n".join(text for text in (last["content"], message["content"]) if text)
-        combined: Message = {**last, "content": content}
-        reasoning = "\n\n".join(m["reasoning_content"] for m in (last, message) if m.get("reasoning_content"))
-        if reasoning:
-            combined["reasoning_content"] = reasoning
-        calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
-        if calls:
-            combined["tool_calls"] = calls
-        merged[-1] = combined
-    return merged
+        if runs and message["role"] != "tool" and runs[-1][0]["role"] == message["role"]:
+            runs[-1].append(message)
+        else:
+            runs.append([message])
+    return [run[0] if len(run) == 1 else _merged(run) for run in runs]
+
+
+def _merged(run: list[Message]) -> Message:
+    combined: Message = {**run[0], "content": "\n\n".join(m["content"] for m in run if m["content"])}
+    reasoning = "\n\n".join(m["reasoning_content"] for m in run if m.get("reasoning_content"))
+    if reasoning:
+        combined["reasoning_content"] = reasoning
+    calls = [call for message in run for call in message.get("tool_calls", ())]
+    if calls:
+        combined["tool_calls"] = calls
+    return combined

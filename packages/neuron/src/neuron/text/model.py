@@ -13,6 +13,7 @@ from typing import Literal
 from cortex_core.conversation import Request
 
 from neuron.protocol import GrammarSpec
+from neuron.text import limits
 from neuron.text.chat_template import ChatTemplate
 from neuron.text.constraints import GrammarBuilder
 from neuron.text.event_stream import EventStream
@@ -72,21 +73,22 @@ class TextModel:
         pair = self.reasoning
         return pair is not None and (pair.open in self.template.all_sources or pair.close in self.template.all_sources)
 
-    def render(self, request: Request, *, max_model_len: int | None = None) -> list[Prompt]:
+    def render(self, request: Request, *, max_model_len: int | None = None, windows: int = 1) -> list[Prompt]:
         """One prompt for a conversation, one per raw prompt of a completion; the same for prefill and for counting.
 
-        max_model_len: if given, a text that is sure to be too long is refused without tokenising it. Raises
-        `ApiError`. Takes some milliseconds per 1,000 tokens: for a long body, call it in an executor.
+        max_model_len, windows: a text that is sure to be longer than so many windows is refused untokenised. Raises
+        `ApiError`. Takes some milliseconds per 1,000 tokens.
         """
-        return self._renderer.render(request, max_model_len)
+        return self._renderer.render(request, max_model_len, windows=windows)
 
-    def encode(self, text: str, *, max_model_len: int | None = None) -> list[int]:
-        """Ids of a text alone; max_model_len: as for `render`. Raises `ApiError`."""
-        return self._renderer.encode(text, max_model_len)
+    def encode(self, text: str, *, max_model_len: int | None = None, windows: int = 1) -> list[int]:
+        """Ids of a text alone; max_model_len, windows: as for `render`. Raises `ApiError`."""
+        return self._renderer.encode(text, max_model_len, windows=windows)
 
     def count_tokens(self, request: Request, *, max_model_len: int | None = None) -> int:
-        """Prompt tokens as they will be billed; max_model_len: as for `render`. Raises `ApiError`."""
-        return sum(prompt.num_tokens for prompt in self.render(request, max_model_len=max_model_len))
+        """Prompt tokens as they will be billed; of several windows' worth of text at most. Raises `ApiError`."""
+        prompts = self.render(request, max_model_len=max_model_len, windows=limits.COUNTED_WINDOWS)
+        return sum(prompt.num_tokens for prompt in prompts)
 
     def resolve(self, request: Request, prompts: list[Prompt], *, max_model_len: int) -> list[Generation]:
         """One `Generation` per choice, prompt-major (`choice = prompt_index * num_choices + i`).

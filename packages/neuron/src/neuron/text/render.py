@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from cortex_core.conversation import RawPrompt, Request
+from cortex_core.conversation import RawPrompt, Request, TextPart, ToolCallPart, ToolResultPart, Turn
 from cortex_core.errors import ApiError, invalid, prompt_too_long
 
+from neuron.text import limits
 from neuron.text.chat_template import ChatTemplate, TemplateRenderError, chatml
 from neuron.text.markers import MarkerPair
 from neuron.text.messages import Message, messages_of, tools_of, variants
 from neuron.text.prompt import Prompt, ReasoningState, offered_tools
-from neuron.text.tokenizer import Tokenizer
+from neuron.text.tokenizer import Tokenizer, UntokenizableText
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,30 @@ _FIM_MARKERS: tuple[tuple[str, str, str, bool], ...] = (
 )
 
 
+class _Window:
+    """What a text may have to be looked at. max_model_len: None where it is not known."""
+
+    def __init__(self, max_model_len: int | None, windows: int, longest_token_bytes: int) -> None:
+        self._max_tokens = max_model_len or limits.ASSUMED_WINDOW
+        self._most = self._max_tokens * windows
+        self._longest_token_bytes = longest_token_bytes
+        self._max_bytes = min(self._most * longest_token_bytes, self._max_tokens * limits.MAX_BYTES_PER_TOKEN)
+
+    def check_text(self, text: str, param: str) -> None:
+        """Megabytes take seconds to tokenise: what cannot fit is known from its size alone."""
+        if 4 * len(text) > self._max_bytes:
+            self.check_bytes(len(text.encode("utf-8", "replace")), param)
+
+    def check_bytes(self, num_bytes: int, param: str) -> None:
+        if num_bytes > self._max_bytes:
+            at_least = num_bytes // min(self._longest_token_bytes, limits.MAX_BYTES_PER_TOKEN)
+            raise prompt_too_long(max(at_least, self._max_tokens + 1), self._max_tokens, param=param)
+
+    def check_ids(self, count: int, param: str) -> None:
+        if count > self._most:
+            raise prompt_too_long(count, self._max_tokens, param=param)
+
+
 class Renderer:
     """Renders requests for one model. Thread-safe: it only reads what it was built with."""
 
@@ -37,33 +62,39 @@ class Renderer:
         self._reasoning = reasoning
         self._fim = _find_fim(tokenizer)
 
-    def render(self, request: Request, max_model_len: int | None = None) -> list[Prompt]:
+    def render(self, request: Request, max_model_len: int | None = None, *, windows: int = 1) -> list[Prompt]:
         """One prompt for a conversation, one per raw prompt of a completion.
 
-        max_model_len: a text that is sure to be longer, in tokens, is refused before it is tokenised. Raises
-        `ApiError`: `vision_unsupported`, `template_render_failed`, `context_length_exceeded`, a raw prompt with ids
-        that do not exist, a suffix on a model that cannot fill in the middle.
+        max_model_len, windows: a text that is sure to be longer than so many windows, in tokens, is refused before it
+        is rendered or tokenised. Raises `ApiError`: `vision_unsupported`, `template_render_failed`,
+        `context_length_exceeded`, a raw prompt with ids that do not exist, a suffix on a model that cannot fill in the
+        middle.
         """
+        window = _Window(max_model_len, windows, self._tokenizer.longest_token_bytes)
         if request.prompts:
             count = len(request.prompts)
-            return [self._raw(prompt, index, count, max_model_len) for index, prompt in enumerate(request.prompts)]
-        return [self._chat(request, max_model_len)]
+            return [self._raw(prompt, index, count, window) for index, prompt in enumerate(request.prompts)]
+        return [self._chat(request, window)]
 
-    def encode(self, text: str, max_model_len: int | None) -> list[int]:
-        """Ids of `text`, or an `ApiError` where they are sure to be more than `max_model_len`.
+    def encode(self, text: str, max_model_len: int | None, *, windows: int = 1, param: str = "prompt") -> list[int]:
+        """Ids of a text alone. Raises `ApiError` as `render` does; param: the field that it names."""
+        return self._encode(text, _Window(max_model_len, windows, self._tokenizer.longest_token_bytes), param)
 
-        Megabytes of text take seconds to tokenise: what cannot fit is known from its size alone.
-        """
-        if max_model_len is not None and len(text) > max_model_len:
-            at_least = len(text.encode("utf-8", "replace")) // self._tokenizer.longest_token_bytes
-            if at_least > max_model_len:
-                raise prompt_too_long(at_least, max_model_len)
-        return self._tokenizer.encode(text)
+    def _encode(self, text: str, window: _Window, param: str) -> list[int]:
+        window.check_text(text, param)
+        try:
+            return self._tokenizer.encode(text)
+        except UntokenizableText as exc:
+            logger.warning("the tokenizer gave up on a text of %d characters: %s", len(text), exc)
+            raise invalid(
+                f"{param}: the model's tokenizer cannot split this text of {len(text)} characters ({exc})", param=param
+            ) from exc
 
     # ------------------------------------------------------------ chat
 
-    def _chat(self, request: Request, max_model_len: int | None) -> Prompt:
+    def _chat(self, request: Request, window: _Window) -> Prompt:
         turns = request.turns
+        window.check_bytes(_bytes_said(turns), "messages")
         if request.continue_final_turn and turns and turns[-1].role == "assistant" and not turns[-1].parts:
             turns = turns[:-1]  # an empty beginning is no beginning
         messages = messages_of(turns, request.model)
@@ -75,7 +106,7 @@ class Renderer:
         state: ReasoningState = "none"
         if self._reasoning is not None:
             text, state = self._reasoning_state(request, self._reasoning, text, prefix)
-        ids = self.encode(text, max_model_len)
+        ids = self._encode(text, window, "messages")
         bos = list(self._tokenizer.bos_ids)
         if not self._template.has_template and bos and ids[: len(bos)] != bos:
             ids = bos + ids  # a template writes its own beginning; plain ChatML does not
@@ -156,10 +187,11 @@ class Renderer:
 
     # ------------------------------------------------------------ raw prompts
 
-    def _raw(self, prompt: RawPrompt, index: int, count: int, max_model_len: int | None) -> Prompt:
+    def _raw(self, prompt: RawPrompt, index: int, count: int, window: _Window) -> Prompt:
         param = "prompt" if count == 1 else f"prompt[{index}]"
         tokenizer = self._tokenizer
         if prompt.token_ids is not None:
+            window.check_ids(len(prompt.token_ids), param)
             ids = list(prompt.token_ids)
             wrong = next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None)
             if wrong is not None:
@@ -168,9 +200,9 @@ class Renderer:
             text = tokenizer.decode(ids)
         else:
             text = prompt.text or ""
-            ids = self.encode(text, max_model_len)
+            ids = self._encode(text, window, param)
         if prompt.suffix:
-            ids = self._fill_in_the_middle(ids, prompt.suffix, max_model_len)
+            ids = self._fill_in_the_middle(ids, prompt.suffix, window)
         bos = list(tokenizer.bos_ids)
         if prompt.token_ids is None and bos and ids[: len(bos)] != bos:
             ids = bos + ids
@@ -185,7 +217,7 @@ class Renderer:
                 return [token_id]
         raise invalid("the prompt is empty", param=param)
 
-    def _fill_in_the_middle(self, ids: list[int], suffix: str, max_model_len: int | None) -> list[int]:
+    def _fill_in_the_middle(self, ids: list[int], suffix: str, window: _Window) -> list[int]:
         if self._fim is None:
             raise invalid(
                 "this model cannot fill in the middle: `suffix` is not supported",
@@ -193,10 +225,22 @@ class Renderer:
                 code="unsupported_parameter",
             )
         before, between, after, suffix_first = self._fim
-        suffix_ids = self.encode(suffix, max_model_len)
+        suffix_ids = self._encode(suffix, window, "suffix")
         if suffix_first:
             return [between, *suffix_ids, before, *ids]
         return [before, *ids, between, *suffix_ids, after]
+
+
+def _bytes_said(turns: tuple[Turn, ...]) -> int:
+    """Of all that a template writes; thoughts are not counted, which many leave out. At least: characters stand for
+    bytes."""
+    return sum(
+        len(part.text) if isinstance(part, TextPart) else len(part.arguments)
+        for turn in turns
+        for whole in turn.parts
+        for part in (whole.content if isinstance(whole, ToolResultPart) else (whole,))
+        if isinstance(part, TextPart | ToolCallPart)
+    )
 
 
 def _find_fim(tokenizer: Tokenizer) -> tuple[int, int, int, bool] | None:

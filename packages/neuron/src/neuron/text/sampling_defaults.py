@@ -122,7 +122,8 @@ def resolve_max_tokens(request: Request, prompt_len: int, max_model_len: int, de
         return 0
     if room < 1:
         # a prompt of exactly the window is one too long: say so with numbers that compare
-        raise prompt_too_long(prompt_len, max_model_len if room < 0 else max_model_len - 1)
+        param = "prompt" if request.prompts else "messages"
+        raise prompt_too_long(prompt_len, max_model_len if room < 0 else max_model_len - 1, param=param)
     return min(defaults.max_tokens if asked is None else asked, room)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from neuron.text import limits
+
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -68,6 +70,9 @@ def read_model(data: bytes) -> SentencePieceModel:
 
 def tokenizer_from_sentencepiece(path: Path) -> Tokenizer:
     """Build the equivalent fast tokenizer. Raises `SentencePieceError`."""
+    num_bytes = path.stat().st_size
+    if num_bytes > limits.MAX_SENTENCEPIECE_BYTES:
+        raise SentencePieceError(f"the model has {num_bytes} bytes, at most {limits.MAX_SENTENCEPIECE_BYTES}")
     model = read_model(path.read_bytes())
     vocab = {text: token_id for token_id, (text, _, _) in enumerate(model.pieces)}
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == _UNKNOWN), None)
@@ -114,13 +119,14 @@ def tokenizer_from_sentencepiece(path: Path) -> Tokenizer:
 def _merges(model: SentencePieceModel, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Every way to make a piece from two others, best-scored piece first.
 
-    sentencepiece merges the adjacent pair whose union has the highest score, so a pair ranks as its union does.
+    sentencepiece merges the adjacent pair whose union has the highest score, so a pair ranks as its union does. Pieces
+    beyond `limits.MAX_MERGED_CHARACTERS` are no unions (those of models are cut at 16 characters, seldom at more).
     """
     mergeable = [(score, text) for text, score, kind in model.pieces if kind in (_NORMAL, _USER_DEFINED, _UNUSED)]
     usable = {text for _, text in mergeable}
     ranked: list[tuple[float, int, int, str, str]] = []
     for score, text in mergeable:
-        for cut in range(1, len(text)):
+        for cut in range(1, len(text)) if len(text) <= limits.MAX_MERGED_CHARACTERS else ():
             left, right = text[:cut], text[cut:]
             if left in usable and right in usable:
                 ranked.append((-score, vocab[left], vocab[right], left, right))

@@ -8,23 +8,33 @@ may be used from several threads.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import tokenizers
-from cortex_core.errors import ApiError
 
+from neuron.text import limits
 from neuron.text.token_table import TokenTable
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_CHARACTERS = 200
+_TOKEN_ID = re.compile("[0-9]{1,9}")
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 SPECIAL_TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenizerError(Exception):
     """The checkpoint has no tokenizer that can be read."""
+
+
+class UntokenizableText(Exception):
+    """The tokenizer gave up on a text: its regular expressions have limits of their own."""
 
 
 class _AddedToken(msgspec.Struct):
@@ -68,7 +78,10 @@ class Tokenizer:
         layout = msgspec.json.decode(self.tokenizer_json, type=_SerializedTokenizer)
         self._special_ids = frozenset(token.id for token in layout.added_tokens if token.special)
         vocab = _vocabulary(backend)
-        self.vocab_size: int = max(vocab.values(), default=-1) + 1
+        largest = max(vocab.values(), default=-1)
+        if largest >= limits.MAX_VOCABULARY:
+            raise TokenizerError(f"a token has the id {largest}, at most {limits.MAX_VOCABULARY - 1}")
+        self.vocab_size: int = largest + 1
         decoders = _decoder_types(layout.decoder)
         self.table = TokenTable(
             _byte_table(vocab, {t.id: t.content for t in layout.added_tokens}, decoders, self.vocab_size),
@@ -78,7 +91,7 @@ class Tokenizer:
         self.strips_leading_space = self.table.strips_leading_space
         self.output_bytes = self.table.output_bytes
         """Bytes each id adds to visible output: `token_bytes`, except that special tokens are silent."""
-        self.longest_token_bytes = max(map(len, self.table.all_bytes()), default=1)
+        self.longest_token_bytes = max(1, max(map(len, self.table.all_bytes()), default=1))
         """No token covers more: a text has at least its bytes divided by this many tokens."""
         self.bos_ids = self._probe_bos(add_bos_token)
 
@@ -102,7 +115,9 @@ class Tokenizer:
                 raise TokenizerError(f"{path}: neither tokenizer.json nor tokenizer.model")
         except TokenizerError:
             raise
-        except Exception as exc:  # the Rust side raises bare Exception
+        except BaseException as exc:  # the Rust side raises bare Exception
+            if isinstance(exc, MemoryError) or not (isinstance(exc, Exception) or _is_panic(exc)):
+                raise
             raise TokenizerError(f"{path}: the tokenizer cannot be read: {exc}") from exc
         if _add_missing_tokens(backend, path, config):
             serialized = None
@@ -117,7 +132,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; added and special tokens written in it are recognised, nothing is put around it.
 
-        Raises `ApiError` (internal) when the tokenizer itself fails: one request is lost, not the model.
+        Raises `UntokenizableText`: one request is lost, not the model.
         """
         try:
             return self._encode(text)
@@ -129,8 +144,8 @@ class Tokenizer:
             # the batch call releases the GIL, so a long prompt in an executor does not stall the event loop
             ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except BaseException as exc:
-            if type(exc).__name__ == "PanicException":  # a Rust panic derives from BaseException
-                raise ApiError("internal", f"the tokenizer failed on this input: {exc}") from exc
+            if _is_panic(exc):
+                raise UntokenizableText(str(exc)[:_SHOWN_CHARACTERS]) from exc
             raise
         return ids
 
@@ -172,6 +187,11 @@ class Tokenizer:
             bos = self.token_id(self.special_tokens.get("bos_token", ""))
             prefix = () if bos is None else (bos,)
         return prefix
+
+
+def _is_panic(exc: BaseException) -> bool:
+    """A panic of the Rust side derives from `BaseException`."""
+    return type(exc).__name__ == "PanicException"
 
 
 # ---------------------------------------------------------------- ids to bytes
@@ -230,7 +250,7 @@ def _byte_table(vocab: dict[str, int], added: dict[int, str], decoders: set[str]
                 table[token_id] = piece.encode("utf-8", "replace")
     elif decoders & {"ByteFallback", "Metaspace"}:
         for piece, token_id in vocab.items():
-            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            if _BYTE_PIECE.fullmatch(piece):
                 table[token_id] = bytes([int(piece[3:5], 16)])
             else:
                 table[token_id] = piece.replace("\u2581", " ").encode("utf-8", "replace")
@@ -241,7 +261,8 @@ def _byte_table(vocab: dict[str, int], added: dict[int, str], decoders: set[str]
         for piece, token_id in vocab.items():
             table[token_id] = piece.encode("utf-8", "replace")
     for token_id, content in added.items():
-        table[token_id] = content.encode("utf-8", "replace")
+        if token_id < size:  # what the file says; the tokenizer may have given it another
+            table[token_id] = content.encode("utf-8", "replace")
     return table
 
 
@@ -279,32 +300,50 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, path: Path, config: dict[
 
     Returns whether there were any.
     """
-    is_changed = False
     declared: dict[int, dict[str, Any]] = {}
     for content, token_id in _read_json(path / "added_tokens.json").items():
         if isinstance(token_id, int):
             declared[token_id] = {"content": content, "special": False}
     decoder = config.get("added_tokens_decoder")
     for key, entry in decoder.items() if isinstance(decoder, dict) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(key).isdigit():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and _TOKEN_ID.fullmatch(str(key)):
             declared[int(key)] = entry
+    next_id: int = backend.get_vocab_size(with_added_tokens=True)
+    missing: dict[str, dict[str, Any]] = {}
+    left_out: list[tuple[int, str]] = []
     for token_id, entry in sorted(declared.items()):
-        if backend.token_to_id(entry["content"]) is not None:
+        content = entry["content"]
+        if content in missing or backend.token_to_id(content) is not None:
             continue
-        if backend.get_vocab_size(with_added_tokens=True) != token_id:
-            logger.warning("%s: added token %r cannot have id %d and is left out", path, entry["content"], token_id)
+        if token_id != next_id or not content:
+            left_out.append((token_id, content))
             continue
-        token = tokenizers.AddedToken(
-            entry["content"],
-            single_word=bool(entry.get("single_word", False)),
-            lstrip=bool(entry.get("lstrip", False)),
-            rstrip=bool(entry.get("rstrip", False)),
-            normalized=bool(entry.get("normalized", False)),
-            special=bool(entry.get("special", False)),
+        missing[content] = entry
+        next_id += 1
+    if left_out:
+        logger.warning(
+            "%s: %d added tokens cannot have the ids they want and are left out, the first of them %r with id %d",
+            path,
+            len(left_out),
+            left_out[0][1][:_SHOWN_CHARACTERS],
+            left_out[0][0],
         )
-        is_changed = True
-        if entry.get("special"):
-            backend.add_special_tokens([token])
+    # runs of one kind at once: each call goes through all added tokens anew
+    for is_special, run in itertools.groupby(missing.values(), lambda entry: bool(entry.get("special"))):
+        tokens = [_added_token(entry) for entry in run]
+        if is_special:
+            backend.add_special_tokens(tokens)
         else:
-            backend.add_tokens([token])
-    return is_changed
+            backend.add_tokens(tokens)
+    return bool(missing)
+
+
+def _added_token(entry: dict[str, Any]) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        entry["content"],
+        single_word=bool(entry.get("single_word", False)),
+        lstrip=bool(entry.get("lstrip", False)),
+        rstrip=bool(entry.get("rstrip", False)),
+        normalized=bool(entry.get("normalized", False)),
+        special=bool(entry.get("special", False)),
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -11,8 +10,9 @@ from cortex_core.conversation import RawPrompt, Request
 from cortex_core.dialects import openai_chat, openai_completions, openai_responses
 from cortex_core.dialects.anthropic_messages import MessagesDialect
 from cortex_core.dialects.json_body import Fields, decode_object, missing, wrong_type
-from cortex_core.errors import ApiError, invalid, prompt_too_long
+from cortex_core.errors import ApiError, invalid
 
+from neuron.text import limits
 from neuron.text.model import TextModel
 from neuron.text.prompt import Generation
 from neuron.text_workers.messages import (
@@ -28,9 +28,6 @@ from neuron.text_workers.messages import (
     Tokenize,
     Work,
 )
-
-COUNTED_WINDOWS = 4
-"""A text that is sure to be longer than so many context windows is not tokenised to be counted."""
 
 _encode = msgspec.json.Encoder().encode
 Parse = Callable[[bytes], Request]
@@ -76,8 +73,8 @@ class Jobs:
     def _count(self, work: Count, body: bytes) -> Counted:
         request = self._parse_count[work.dialect](body)
         self._at("messages")
-        with request.own_words(), _several_windows(work.max_model_len) as most:
-            return Counted(self._model.count_tokens(request, max_model_len=most))
+        with request.own_words():
+            return Counted(self._model.count_tokens(request, max_model_len=work.max_model_len))
 
     def _tokenize(self, work: Tokenize, body: bytes) -> Answer:
         """`{model, prompt, add_special_tokens?}` or a chat request: `{count, max_model_len, tokens, token_strs?}`."""
@@ -94,18 +91,21 @@ class Jobs:
         if fields.has("messages"):
             request = openai_chat.parse(body)
             self._at("messages")
-            with request.own_words(), _several_windows(work.max_model_len) as most:
-                (prompt,) = self._model.render(request, max_model_len=most)
+            with request.own_words():
+                (prompt,) = self._model.render(
+                    request, max_model_len=work.max_model_len, windows=limits.COUNTED_WINDOWS
+                )
             return prompt.token_ids
         if not fields.has("prompt"):
             raise missing("prompt")
         raw = fields.required_string("prompt", may_be_empty=True)
         self._at("prompt")
         adds_special = fields.boolean("add_special_tokens", True)
-        with _several_windows(work.max_model_len) as most:
-            if not adds_special or not raw:
-                return self._model.encode(raw, max_model_len=most)
-            (prompt,) = self._model.render(Request(model="", prompts=(RawPrompt(text=raw),)), max_model_len=most)
+        most, windows = work.max_model_len, limits.COUNTED_WINDOWS
+        if not adds_special or not raw:
+            return self._model.encode(raw, max_model_len=most, windows=windows)
+        alone = Request(model="", prompts=(RawPrompt(text=raw),))
+        (prompt,) = self._model.render(alone, max_model_len=most, windows=windows)
         return prompt.token_ids
 
     def _detokenize(self, body: bytes) -> Answer:
@@ -114,17 +114,6 @@ class Jobs:
         ids = _token_ids(fields, self._model.tokenizer.vocab_size)
         self._at("prompt")
         return Answer(_encode({"prompt": self._model.tokenizer.decode(ids)}))
-
-
-@contextmanager
-def _several_windows(max_model_len: int) -> Iterator[int | None]:
-    """The length from which on a text is not even counted; the refusal names the model's own."""
-    try:
-        yield max_model_len * COUNTED_WINDOWS or None
-    except ApiError as error:
-        if error.code == "context_length_exceeded":
-            raise prompt_too_long(error.extras["prompt_len"], max_model_len) from error
-        raise
 
 
 def packed(request: Request, choices: list[Generation]) -> Prepared:
