@@ -178,7 +178,7 @@ def test_logprobs_ride_with_their_text(qwen: TextModel) -> None:
             assert event.text
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(WORDS, st.integers(1, 7), st.booleans(), st.booleans())
 def test_logprobs_cover_exactly_the_text(
     qwen: TextModel, text: str, step: int, has_tools: bool, is_length: bool
@@ -234,7 +234,7 @@ def test_echo_begins_with_the_prompt(qwen: TextModel) -> None:
 # ---------------------------------------------------------------- any chunking, other tokenizers
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(WORDS, st.integers(2, 9), st.booleans(), st.booleans())
 def test_deltas_merge_to_the_same_under_any_chunking(
     qwen: TextModel, text: str, step: int, has_stop: bool, has_logprobs: bool

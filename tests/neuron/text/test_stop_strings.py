@@ -25,7 +25,7 @@ def cut(text: str, borders: list[int]) -> list[str]:
     return [text[start:end] for start, end in pairwise(edges)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(LETTERS, STOPS, st.lists(st.integers(0, 100), max_size=12))
 def test_any_chunking_equals_the_reference(text: str, stops: tuple[str, ...], borders: list[int]) -> None:
     stream = StopStringFilter(StopStrings(stops))

@@ -363,7 +363,7 @@ PIECES = st.one_of(
 )
 
 
-@settings(max_examples=250)
+@settings(max_examples=250, deadline=None)
 @given(
     st.lists(PIECES, max_size=12).map("".join),
     st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple),
@@ -389,13 +389,13 @@ def test_events_do_not_depend_on_the_chunking(
     assert stream(model, text, request, kind=kind, sizes=(10_000,)).key() == one_by_one.key()
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(PIECES, max_size=10).map("".join))
 def test_markers_as_text_and_as_tokens_agree(qwen: TextModel, spelled: TextModel, text: str) -> None:
     assert stream(qwen, text).key() == stream(spelled, text).key()
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(
         st.text(max_size=5),
