@@ -15,6 +15,9 @@ When a neuron dies in the middle, the gateway sends the client's request to anot
 first N bytes of the body are a `ResumeState`, the rest is the request as it came. That neuron renders the prompt,
 takes the ids as generated, rebuilds from the batches what the client has seen, and goes on behind it. Noise is a
 function of (seed, position), so the answer is the one that the first neuron would have given.
+
+What a gateway says beside a client's request is a claim. A neuron that was given the secret of its fleet believes it
+(`CLAIMS`) of those who know the secret and of nobody else; one that was given none trusts its network.
 """
 
 from __future__ import annotations
@@ -27,6 +30,18 @@ import msgspec
 RESOLVED_MODEL_HEADER = "x-cortex-resolved-model"
 HOP_HEADER = "x-cortex-hop"
 RESUME_HEADER = "x-cortex-resume"
+SECRET_HEADER = "x-cortex-secret"  # noqa: S105  (its name)
+
+CLAIMS = frozenset(
+    (
+        b"x-cortex-principal",
+        b"x-helexa-account-id",
+        b"x-helexa-key-id",
+        HOP_HEADER.encode(),
+        RESUME_HEADER.encode(),
+    )
+)
+"""Who asks, and what only a gateway has a use for. Not the resolved model: a body may name any model as well."""
 
 STREAM_MARK = b": cortex-stream "
 # The line feed before it cannot stand in an event's data, so a model that writes the mark is not mistaken for it.

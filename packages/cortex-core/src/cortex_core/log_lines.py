@@ -220,3 +220,26 @@ class RequestLines:
             kinds = ", ".join(f"{kind} x{num}" for kind, num in sorted(told.items(), key=lambda pair: -pair[1]))
             num = sum(told.values())
             logging.getLogger(__name__).warning("%d more requests that no model worked on: %s", num, kinds)
+
+
+class Sparing:
+    """Which of many lines of the same kind are written: each once a minute, and so many different ones at most."""
+
+    def __init__(self, *, window_s: float = 60.0, max_lines: int = 10) -> None:
+        self._window_s = window_s
+        self._max_lines = max_lines
+        self._lines: set[str] = set()
+        self._began = float("-inf")
+        self._num_held_back = 0
+
+    def line(self, text: str, now: float) -> str | None:
+        """The line to write, None for none. now: monotonic seconds."""
+        if now - self._began >= self._window_s:
+            self._began = now
+            self._lines.clear()
+        if text in self._lines or len(self._lines) >= self._max_lines:
+            self._num_held_back += 1
+            return None
+        self._lines.add(text)
+        held_back, self._num_held_back = self._num_held_back, 0
+        return f"{text} ({held_back} more were not written)" if held_back else text

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import msgspec
 
-SecretReference = Annotated[str, msgspec.Meta(pattern="^(env|file):.+$")]
+REFERENCE = "^(env|file):.+$"
+SecretReference = Annotated[str, msgspec.Meta(pattern=REFERENCE)]
 
 
 def absolute(reference: str, folder: Path) -> str:
