@@ -81,3 +81,21 @@ def test_secrets_are_looked_at_when_asked_for(tmp_path: Path, monkeypatch: pytes
     done = CliRunner().invoke(config, ["check", "--secrets", str(path)])
     assert done.exit_code == 0, done.output
     assert "sesame" not in done.output
+
+
+def test_O13_secrets_of_a_fleet_are_looked_at_in_either_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLEET", raising=False)
+    gateway, neuron = tmp_path / "cortex.toml", tmp_path / "neuron.toml"
+    entry = '[[neurons]]\nname = "one"\nendpoint = "http://127.0.0.1:9"\n'
+    gateway.write_text(f'[gateway]\nsecret = ["env:FLEET", "file:next"]\n{entry}')
+    neuron.write_text('[server]\nsecret = ["env:FLEET", "file:next"]\n')
+    for path, key in ((gateway, "gateway.secret"), (neuron, "server.secret")):
+        assert CliRunner().invoke(config, ["check", str(path)]).exit_code == 0
+        done = CliRunner().invoke(config, ["check", "--secrets", "--json", str(path)])
+        faults = json.loads(done.output)["faults"]
+        assert len(faults) == 2 and all(f"{path}: {key}: " in fault for fault in faults)
+    monkeypatch.setenv("FLEET", "open-sesame")
+    (tmp_path / "next").write_text("open-barley\n", encoding="utf-8")
+    done = CliRunner().invoke(config, ["check", "--secrets", str(gateway), str(neuron)])
+    assert done.exit_code == 0, done.output
+    assert "open-" not in done.output

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import pytest
 from cortex_core.catalogue import Catalogue, ModelProfile
 from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry, Window
 from cortex_core.fleet import ModelCost
@@ -429,3 +430,26 @@ def test_H3_half_a_number_is_no_smaller_one_and_half_an_entry_no_other_one() -> 
     assert weaker(whole, with_limit("key a\nkey b\nmax = 60\n", 60)) == []
     revoked = changed(whole, keys=whole.config.entitlements.keys[:1])
     assert weaker(whole, Configuration(revoked.config, Catalogue(), texts=Texts("key a\n"))) == []
+
+
+@pytest.mark.parametrize("field", ["allowed_hosts", "allow_origins"])
+@pytest.mark.parametrize(
+    ("old", "new", "is_weaker"),
+    [
+        ((), ("a.example",), True),
+        (("a.example",), (), False),
+        (("a.example", "b.example"), ("b.example",), False),
+        (("a.example",), ("*.example",), True),
+        (("a.example",), ("*",), True),
+        (("*",), ("a.example",), False),
+        (("a.example",), ("a.example",), False),
+    ],
+)
+def test_H3_H6_more_names_and_pages_are_weaker(
+    field: str, old: tuple[str, ...], new: tuple[str, ...], is_weaker: bool
+) -> None:
+    was, now = (
+        Configuration(GatewayConfig(gateway=GatewaySection(load_wait_s=7, **{field: value})), Catalogue())
+        for value in (old, new)
+    )
+    assert bool(weaker(was, now)) == is_weaker

@@ -504,7 +504,8 @@ async def test_admin_routes_answer_admin_keys_and_the_loopback(neuron: FakeNeuro
             (proxied, False),
             ({**bearer(), **proxied}, False),
             ({**bearer("boss"), **proxied}, True),
-            ({"x-api-key": "boss", "origin": "https://page.example"}, True),
+            ({"x-api-key": "boss", "origin": "https://page.example"}, False),
+            ({"x-api-key": "boss", "origin": client.url}, True),
             ({"origin": "https://page.example"}, False),
         ):
             async with client.get("/admin/fleet", headers=headers) as response:

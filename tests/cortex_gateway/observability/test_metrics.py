@@ -70,12 +70,14 @@ OWN = {
     "cortex_config_reloads_total": "counter",
     "cortex_config_valid": "gauge",
     "cortex_leaving_requests": "gauge",
+    "cortex_access_refused_total": "counter",
+    "cortex_node_refusing": "gauge",
 }
 MOVED_ELSEWHERE = {
-    *("cortex_leaving_requests", "cortex_config_reloads_total"),
+    *("cortex_leaving_requests", "cortex_config_reloads_total", "cortex_node_refusing"),
     *("cortex_connections_ended_total", "cortex_log_lines_left_out_total"),
 }
-"""In tests of their own: `configuration/test_reload.py`, `e2e/test_connections.py`."""
+"""In tests of their own: `configuration/test_reload.py`, `e2e/test_connections.py`, `access/test_fleet_secret.py`."""
 
 
 async def scrape(client: Client) -> str:
@@ -158,6 +160,8 @@ async def test_after_a_bit_of_everything_each_described_metric_has_moved(
         async with client.post("/v1/chat/completions", body, headers={"x-api-key": "secret"}) as response:
             assert response.status == status
     assert (await client.chat(model="nobody"))[0] == 404
+    async with client.get("/health", headers={"origin": "https://page.example"}) as response:
+        assert response.status == 403
     assert (await client.chat(model="other"))[0] == 200
     for _ in range(2):
         assert (await client.chat(model="twice", prompt_cache_key="conversation"))[0] == 200

@@ -49,6 +49,8 @@ SECRETS = {
     "x-http-method-override": "hostile-30",
     "x-client-cert": "hostile-31",
 }
+OPEN = {"allow_origins": [SECRETS["origin"]]}
+"""The page that asks may: only then is there something that could go on."""
 MESSAGES = [{"role": "user", "content": "hi"}]
 PATHS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES},
@@ -79,7 +81,7 @@ async def test_H12_of_a_clients_headers_only_listed_ones_reach_another_server(
     openai_server: FakeOpenAI, start: Start, path: str, parser: str, stream: bool
 ) -> None:
     openai_server.count = 7
-    client = await start(openai_server, gateway={"http1_parser": parser})
+    client = await start(openai_server, gateway={"http1_parser": parser, **OPEN})
     assert (await ask(client, path, stream=stream))[0] == 200
     headers = {name.lower(): value for name, value in openai_server.requests[-1][1].items()}
     assert leaked(headers) == []
@@ -100,7 +102,7 @@ async def test_H12_of_a_clients_headers_only_listed_ones_reach_a_neuron(
 
     neuron.have(MODEL)
     neuron.answer = answer
-    client = await start(neuron)
+    client = await start(neuron, gateway=OPEN)
     assert (await ask(client, path))[0] == 200
     headers = neuron.requests[-1][1]
     assert leaked(headers) == []
@@ -113,7 +115,7 @@ async def test_H12_more_headers_go_on_where_the_configuration_names_them(
 ) -> None:
     openai_server.forward_headers = ("OpenAI-Organization", "X-Goog-Api-Key")
     openai_server.count = 7
-    client = await start(openai_server)
+    client = await start(openai_server, gateway=OPEN)
     for path in PATHS:
         assert (await ask(client, path))[0] == 200
         headers = {name.lower(): value for name, value in openai_server.requests[-1][1].items()}
@@ -122,7 +124,7 @@ async def test_H12_more_headers_go_on_where_the_configuration_names_them(
 
 async def test_H12_the_trace_goes_along_and_baggage_stays(openai_server: FakeOpenAI, start: Start) -> None:
     openai_server.count = 7
-    client = await start(openai_server)
+    client = await start(openai_server, gateway=OPEN)
     trace = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "vendor=1", "baggage": "user=ann"}
     for path, fields in PATHS.items():
         async with client.post(path, {"model": MODEL, **fields}, headers=trace) as response:
@@ -211,19 +213,20 @@ async def test_H12_of_a_servers_headers_only_listed_ones_come_back(
     server.answer = answer
     neuron.have(MODEL)
     openai_server.count = 7
-    client = await start(server)
+    client = await start(server, gateway=OPEN)
     found, headers, _ = await ask(client, path)
     if status == 200 and (kind, path) != ("neuron", "/v1/responses"):
         assert found == 200
+    assert headers.pop("access-control-allow-origin") == SECRETS["origin"]
     assert not [name for name, value in headers.items() if "hostile" in value]
-    cors = {"access-control-allow-origin", "access-control-expose-headers", "vary"}
+    cors = {"access-control-expose-headers", "vary"}
     assert set(headers) <= OWN | cors | {"retry-after", "x-should-retry"}
 
 
 @EVERY_PARSER
 async def test_H12_trailers_of_either_side_go_nowhere(openai_server: FakeOpenAI, start: Start, parser: str) -> None:
     """Trailers of a request and of an answer, and headers that the `connection` header claims for the hop."""
-    client = await start(openai_server, gateway={"http1_parser": parser})
+    client = await start(openai_server, gateway={"http1_parser": parser, **OPEN})
     host, port = client.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps({"model": MODEL, "messages": []}).encode()

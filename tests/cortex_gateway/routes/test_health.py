@@ -85,9 +85,9 @@ async def test_a_large_body_on_a_control_route_is_a_413_that_can_be_read(start: 
 
 
 async def test_preflight_of_a_page_is_answered(start: Start) -> None:
-    client = await start()
+    client = await start(gateway={"allow_origins": ["https://page.example"]})
     headers = {"origin": "https://page.example", "access-control-request-headers": "authorization,content-type"}
     async with client.session.options(client.url + "/v1/chat/completions", headers=headers) as response:
         assert response.status == 204
-        assert response.headers["access-control-allow-origin"] == "*"
-        assert response.headers["access-control-allow-headers"] == "authorization,content-type"
+        assert response.headers["access-control-allow-origin"] == "https://page.example"
+        assert response.headers["access-control-allow-headers"] == "authorization, content-type"

@@ -12,7 +12,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -124,23 +124,34 @@ def _apply_environment(data: dict[str, Any], type_: Any, prefix: str, environ: M
 
 
 def _coerce(text: str, leaf: Any) -> Any:
-    if _accepts_text(leaf):
+    is_list = text.startswith("[") and _accepts(leaf, _is_list)
+    if _accepts(leaf, _is_text) and not is_list:
         return msgspec.to_builtins(msgspec.convert(text, leaf, strict=False))
     try:
-        return msgspec.to_builtins(msgspec.convert(text, leaf, strict=False))
+        if not is_list:
+            return msgspec.to_builtins(msgspec.convert(text, leaf, strict=False))
     except msgspec.ValidationError:
-        try:
-            parsed = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            # Not the text itself: it may hold a key or a password.
-            raise ValueError("not a value of the expected type") from None
-        return msgspec.to_builtins(msgspec.convert(parsed, leaf, strict=False))
+        pass
+    try:
+        parsed = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        # Not the text itself: it may hold a key or a password.
+        raise ValueError("not a value of the expected type") from None
+    return msgspec.to_builtins(msgspec.convert(parsed, leaf, strict=False))
 
 
-def _accepts_text(leaf: Any) -> bool:
+def _accepts(leaf: Any, is_kind: Callable[[Any], bool]) -> bool:
     if get_origin(leaf) in (Union, types.UnionType, typing.Annotated):
-        return any(_accepts_text(arg) for arg in get_args(leaf))
+        return any(_accepts(arg, is_kind) for arg in get_args(leaf))
+    return is_kind(leaf)
+
+
+def _is_text(leaf: Any) -> bool:
     return leaf is str
+
+
+def _is_list(leaf: Any) -> bool:
+    return get_origin(leaf) in (list, tuple)
 
 
 def _assign(data: dict[str, Any], segments: list[str], value: Any) -> None:

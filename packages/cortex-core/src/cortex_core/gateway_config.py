@@ -14,6 +14,8 @@ import msgspec
 
 from cortex_core.config import ConfigError, parse_config, read_text
 from cortex_core.entitlements import EntitlementsSection, entitlement_faults
+from cortex_core.fleet_secret import SecretReferences, absolute_places, secret_faults
+from cortex_core.http_access import pattern_faults
 from cortex_core.secret_references import SecretReference, absolute
 from cortex_core.telemetry import TelemetrySection
 
@@ -25,11 +27,18 @@ Http1Parser = Literal["auto", "h11", "httptools"]
 
 
 class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Listeners, limits and waits of the gateway. Times are seconds, sizes bytes."""
+    """Listeners, limits and waits of the gateway. Times are seconds, sizes bytes.
+
+    allowed_hosts: names it answers to beside addresses, `localhost`, `*.local` and those of its host. allow_origins:
+    web pages that may use the API. secret: where that of the fleet is, which goes to neurons and nowhere else.
+    """
 
     listen: str = "0.0.0.0:31313"
     metrics_listen: str = "0.0.0.0:31314"
     max_connections: Positive | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    secret: SecretReferences = ()
     max_body_bytes: Positive = 32 * 2**20
     max_body_memory_bytes: Positive = 2**30
     body_timeout_s: Seconds = 60.0
@@ -115,6 +124,7 @@ class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name is what metrics, pins and logs call it. api_key goes out as a bearer token, headers beside it; both say where
     the values are, `env:NAME` or `file:PATH`. extensions: translated requests may hold what local servers have added to
     the official API. forward_headers: those of its clients' headers that the server gets, beside the usual ones.
+    secret: of a neuron, in place of the gateway's own; None is that one.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
@@ -124,6 +134,7 @@ class NeuronEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     headers: dict[HeaderName, SecretReference] = {}
     extensions: bool = True
     forward_headers: tuple[HeaderName, ...] = ()
+    secret: SecretReferences | None = None
 
 
 class PromptFiltersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -198,6 +209,17 @@ def parse_gateway_config(
         for name in neuron.forward_headers
         if name.lower() in NEVER_FORWARDED or name.lower().startswith(NEVER_FORWARDED_PREFIXES)
     )
+    faults.extend(
+        f"{path}: neurons: `{neuron.name}` is no neuron: the secret of the fleet does not go there"
+        for neuron in config.neurons
+        if neuron.kind != "neuron" and neuron.secret is not None
+    )
+    patterns = pattern_faults(config.gateway.allowed_hosts, config.gateway.allow_origins, where="gateway")
+    faults.extend(f"{path}: {fault}" for fault in patterns)
+    faults.extend(f"{path}: {fault}" for fault in secret_faults(config.gateway.secret, where="gateway.secret"))
+    for neuron in config.neurons:
+        places = secret_faults(neuron.secret or (), where=f"neurons: `{neuron.name}`: secret")
+        faults.extend(f"{path}: {fault}" for fault in places)
     faults.extend(f"{path}: {fault}" for fault in entitlement_faults(config.entitlements))
     if faults:
         raise ConfigError(faults)
@@ -206,8 +228,12 @@ def parse_gateway_config(
         store = f"sqlite:{Path(path).resolve().parent / store}"
         config = msgspec.structs.replace(config, entitlements=msgspec.structs.replace(config.entitlements, store=store))
     if path is not None:
-        neurons = tuple(_with_absolute_files(neuron, Path(path).resolve().parent) for neuron in config.neurons)
-        config = msgspec.structs.replace(config, neurons=neurons)
+        folder = Path(path).resolve().parent
+        config = msgspec.structs.replace(
+            config,
+            neurons=tuple(_with_absolute_files(neuron, folder) for neuron in config.neurons),
+            gateway=msgspec.structs.replace(config.gateway, secret=absolute_places(config.gateway.secret, folder)),
+        )
     models = Path(config.models_config)
     if not models.is_absolute() and path is not None:
         config = msgspec.structs.replace(config, models_config=str(Path(path).resolve().parent / models))
@@ -219,4 +245,5 @@ def _with_absolute_files(neuron: NeuronEntry, folder: Path) -> NeuronEntry:
         neuron,
         api_key=None if neuron.api_key is None else absolute(neuron.api_key, folder),
         headers={name: absolute(reference, folder) for name, reference in neuron.headers.items()},
+        secret=None if neuron.secret is None else absolute_places(neuron.secret, folder),
     )

@@ -19,6 +19,7 @@ from cortex_core.catalogue import Catalogue
 from cortex_core.dialects.errors import dialect_of_path, error_body, headers_of, status_of
 from cortex_core.errors import ApiError
 from cortex_core.gateway_config import GatewayConfig
+from cortex_core.http_access import Refused
 from cortex_core.trace_context import read_trace_context
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,13 +27,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from cortex_gateway.access import Access, answer_options, close_websocket
+from cortex_gateway.admission import admission_of, admit
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
 from cortex_gateway.configuration.reload import Reloader
 from cortex_gateway.configuration.value import NO_TEXTS, Configuration, Current, texts_now, with_secrets
 from cortex_gateway.fleet.activity import Activity
+from cortex_gateway.fleet.clients import client_of
 from cortex_gateway.fleet.merge import dead_aliases
 from cortex_gateway.fleet.neuron import NeuronClient, open_session
-from cortex_gateway.fleet.openai_server import client_of
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.facts import price, widest_limit
@@ -48,7 +51,7 @@ from cortex_gateway.placement.upkeep import Upkeep
 from cortex_gateway.placement.waiting import Waiting
 from cortex_gateway.relay.body import ClientGone, RequestBody
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, new_request_id
-from cortex_gateway.relay.headers import CORS_HEADERS, identity_headers
+from cortex_gateway.relay.headers import identity_headers
 from cortex_gateway.relay.relay import Relay
 from cortex_gateway.routes import anthropic, openai
 from cortex_gateway.routes.admin import AdminRoutes, require_operator
@@ -68,6 +71,7 @@ QUIET_PATHS = frozenset(("/", "/health", "/api/hello"))
 """Probes: they need no key, and their access lines are written at DEBUG."""
 WATCHING_PATHS = QUIET_PATHS | {"/admin/fleet", "/admin/log"}
 """Looks at the gateway itself (`cortex top`, `cortex logs`): lines of them would push out what is looked for."""
+ADMIN_PREFIX = "/admin/"
 OPEN_PATHS = QUIET_PATHS | {"/openapi.json"}
 """What needs no key. The document tells of the API and nothing of the fleet."""
 
@@ -106,6 +110,7 @@ class Gateway:
             cost_of=lambda model: price(model, self.current.catalogue),
             on_refusal=self.metrics.key_refused,
         )
+        self.access = Access(self.current, self.access_log, on_refusal=self.metrics.access_refused)
         self.reloader: Reloader | None = None
         if config_path is not None:
             self.reloader = Reloader(
@@ -192,6 +197,7 @@ class Gateway:
         before, clients = self.current.value, self._clients(self._session, value)
         replaced = {name for name, client in self._neurons.items() if clients.get(name) is not client}
         self.current.value = value
+        self.access.adopt()
         self._neurons.clear()
         self._neurons.update(clients)
         self.identity.adopt(value.config.entitlements)
@@ -244,17 +250,23 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
+        if kind == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        path: str = scope["path"]
+        try:
+            admit(scope, self.access.admit(scope, "admin" if path.startswith(ADMIN_PREFIX) else "api"))
+        except Refused as refused:
+            await self.access.refuse(refused, scope, receive, send)
+            return
         if kind == "http":
-            surface = self._inference.get(scope["path"])
+            surface = self._inference.get(path)
             if surface is not None and scope["method"] == "POST":
                 await self.relay.handle(surface, scope, receive, send)
             else:
                 await self._handle_control(scope, receive, send)
-        elif kind == "lifespan":
-            await self._lifespan(receive, send)
         else:
-            await receive()
-            await send({"type": "websocket.close", "code": 1000})
+            await close_websocket(receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -273,9 +285,8 @@ class Gateway:
         started_at = loop.time()
         request_id = new_request_id()
         headers: RawHeaders = scope["headers"]
-        own_headers = identity_headers(request_id)
-        if header(headers, b"origin") is not None:
-            own_headers += CORS_HEADERS
+        admission = admission_of(scope)
+        own_headers = identity_headers(request_id) + admission.cors
         status = 0
         context = read_trace_context(headers)
         trace_id = context.trace_id if context is not None else None
@@ -298,12 +309,12 @@ class Gateway:
         body = RequestBody(receive, max_bytes=MAX_CONTROL_BODY, timeout_s=CONTROL_BODY_TIMEOUT_S)
         try:
             if scope["method"] == "OPTIONS":
-                await preflight(send_with_ids, headers)
+                await answer_options(scope, send_with_ids)
                 return
             principal = None
-            if scope["path"] not in OPEN_PATHS and not self.identity.is_off:
+            if admission.needs_key or (scope["path"] not in OPEN_PATHS and not self.identity.is_off):
                 # Admin routes have their own rule: `require_operator`.
-                is_required = not scope["path"].startswith("/admin/")
+                is_required = not scope["path"].startswith(ADMIN_PREFIX)
                 principal = await self.identity.authenticate(headers, is_required=is_required)
             payload = await body.read(headers)
             pending: list[Message] = [{"type": "http.request", "body": payload, "more_body": False}]
@@ -400,8 +411,9 @@ class Gateway:
 class MetricsApp:
     """`GET /metrics`, on a listener of its own."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, access: Access) -> None:
         self._metrics = metrics
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -409,7 +421,13 @@ class MetricsApp:
                 await send({"type": "lifespan.startup.complete"})
             await send({"type": "lifespan.shutdown.complete"})
             return
+        try:
+            self._access.admit(scope, "metrics")
+        except Refused as refused:
+            await self._access.refuse(refused, scope, receive, send)
+            return
         if scope["type"] != "http":
+            await close_websocket(receive, send)
             return
         body = RequestBody(receive, max_bytes=MAX_CONTROL_BODY, timeout_s=CONTROL_BODY_TIMEOUT_S)
         if scope["path"] != "/metrics":
@@ -429,19 +447,6 @@ async def openapi(request: Request) -> Response:
 
 async def refuse_method(request: Request) -> Response:
     raise HTTPException(405)
-
-
-async def preflight(send: Send, headers: RawHeaders) -> None:
-    """CORS preflight: anything goes, as no cookie or other ambient credential is ever honoured."""
-    asked = header(headers, b"access-control-request-headers") or b"*"
-    answer: RawHeaders = [
-        (b"access-control-allow-methods", b"GET, HEAD, POST, OPTIONS"),
-        (b"access-control-allow-headers", asked),
-        (b"access-control-max-age", b"86400"),
-        (b"allow", b"GET, HEAD, POST, OPTIONS"),
-    ]
-    await send({"type": "http.response.start", "status": 204, "headers": answer})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:

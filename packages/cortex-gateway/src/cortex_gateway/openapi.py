@@ -192,7 +192,9 @@ def _order(
 def describe() -> dict[str, Any]:
     """The document."""
     schemas = component_schemas(FleetHealth, ModelRequest, CaptureSwitch)
-    return document("cortex", version_of("helexa-cortex-gateway"), ABOUT, operations(), schemas)
+    return document(
+        "cortex", version_of("helexa-cortex-gateway"), ABOUT, operations(), schemas, everywhere=(401, 403, 421)
+    )
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from cortex_core.serving.http_connections import serve_http
 from prometheus_client import disable_created_metrics
 
 from cortex_gateway import connections
+from cortex_gateway.access import exposures
 from cortex_gateway.app import Gateway, MetricsApp
 from cortex_gateway.asgi import ASGIApp
 from cortex_gateway.identity.store import StoreError
@@ -91,9 +92,11 @@ async def running(
         server = _start(gateway, listener, stop, "listener", http1, table)
         metrics_table = _table(METRICS_CONNECTIONS)
         gateway.metrics.observe_connections({"api": table, "metrics": metrics_table})
-        metrics_app = MetricsApp(gateway.metrics)
+        metrics_app = MetricsApp(gateway.metrics, gateway.access)
         metrics_server = _start(metrics_app, metrics_listener, stop_metrics, "metrics listener", http1, metrics_table)
         started = RunningGateway(gateway, url_of(listener), url_of(metrics_listener))
+        for exposure in exposures(config, address_of(listener), address_of(metrics_listener)):
+            log.warning("open: %s", exposure)
         for task in (server, metrics_server):
             task.add_done_callback(started._listener_ended)
         try:
@@ -235,6 +238,11 @@ def _cut_after(listener: socket.socket, write_timeout_s: float) -> socket.socket
     if write_timeout_s > 0 and user_timeout is not None and listener.family in (socket.AF_INET, socket.AF_INET6):
         listener.setsockopt(socket.IPPROTO_TCP, user_timeout, int(write_timeout_s * 1000))
     return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """That is listened on; a socket in the file system is as close as the loopback."""
+    return str(listener.getsockname()[0]) if listener.family != socket.AF_UNIX else "127.0.0.1"
 
 
 def url_of(listener: socket.socket) -> str:

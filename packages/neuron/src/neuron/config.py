@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 import msgspec
 from cortex_core.config import ConfigError, load_config
 from cortex_core.fleet import ModelSpec
+from cortex_core.fleet_secret import SecretMode, SecretReferences, absolute_places, secret_faults
+from cortex_core.http_access import pattern_faults
 from cortex_core.telemetry import TelemetrySection
 
 HARNESS = "candle"
@@ -131,8 +133,11 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits and waits of the HTTP side. Times are seconds, sizes bytes.
+    """Access, limits and waits of the HTTP side. Times are seconds, sizes bytes.
 
+    allowed_hosts: names it answers to beside addresses, `localhost`, `*.local`, names without a dot and those of its
+    host. allow_origins: web pages that may use the API under `/v1`. secret: where that of the fleet is; secret_mode:
+    what becomes of requests without it.
     write_timeout_s: how long a client may leave an answer unread before it counts as gone.
     stream_hold_s: how long a stream waits for its first token before its headers go out, so that what fails by
     then is still an HTTP error. unload_wait_s: how long an unload waits for requests in flight before it refuses.
@@ -140,6 +145,10 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     max_connections: Positive | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    secret: SecretReferences = ()
+    secret_mode: SecretMode = "require"  # noqa: S105  (a mode)
     max_body_bytes: Positive = 32 * 2**20
     body_timeout_s: Seconds = 60.0
     write_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
@@ -201,6 +210,13 @@ def load_neuron_config(
 ) -> NeuronConfig:
     """Read `neuron.toml` and the `NEURON_` environment. Raises `ConfigError`."""
     config = load_config(NeuronConfig, path, env_prefix="NEURON_", environ=environ, required=required)
+    server = config.server
+    faults = pattern_faults(server.allowed_hosts, server.allow_origins, where="server")
+    if faults := [*faults, *secret_faults(server.secret, where="server.secret")]:
+        raise ConfigError([f"{path or '<environment>'}: {fault}" for fault in faults])
+    if path is not None:
+        secret = absolute_places(server.secret, Path(path).resolve().parent)
+        config = msgspec.structs.replace(config, server=msgspec.structs.replace(server, secret=secret))
     candle = config.harness.candle
     if candle.default_source != "huggingface" and candle.default_source not in candle.sources:
         known = ", ".join(["huggingface", *sorted(candle.sources)])

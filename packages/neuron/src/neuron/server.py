@@ -29,6 +29,7 @@ from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
 from cortex_core.telemetry import open_span_export
 
+from neuron.api.access import Access, exposures
 from neuron.api.app import NeuronApp
 from neuron.api.metrics import Metrics
 from neuron.api.services import Services
@@ -79,6 +80,11 @@ class Daemon:
             package="helexa-neuron",
             environ=os.environ,
         )
+        access = Access(
+            config,
+            on_refusal=lambda reason: self.services.metrics.access_refused.labels(reason).inc(),
+            on_warning=lambda reason: self.services.metrics.access_unproven.labels(reason).inc(),
+        )
         self._runtime_dir, self._runtime_lock = _make_runtime_dir()
         hardware = HardwareMonitor(harnesses=(HARNESS,) if config.has_engine else ())
         discovery = hardware.discovery
@@ -127,6 +133,7 @@ class Daemon:
             activator=Activator(specs, lambda spec: self._served.load(spec, manager.load)),
             metrics=metrics,
             build=build,
+            access=access,
         )
         if self._span_export is not None:
             from neuron.api.spans import RequestSpans
@@ -154,6 +161,8 @@ class Daemon:
         assert listener is not None, "bind first"
         for key in without_effect(self._config):
             logger.warning("configuration key without effect here: %s", key)
+        for exposure in exposures(self._config, str(listener.getsockname()[0])):
+            logger.warning("open: %s", exposure)
         services.hardware.start()
         restored = self._served.open()
         if restored:

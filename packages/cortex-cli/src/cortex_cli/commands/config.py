@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def config() -> None:
     type=click.Choice(["cortex", "models", "neuron"]),
     help="What the files are, when their names do not say it.",
 )
-@click.option("--secrets", is_flag=True, help="Read the secrets that cortex.toml refers to as well, as a start does.")
+@click.option("--secrets", is_flag=True, help="Read the secrets that the files refer to as well, as a start does.")
 @json_option
 def check(files: tuple[Path, ...], kind: str | None, secrets: bool, as_json: bool) -> None:
     faults: list[str] = []
@@ -59,6 +60,7 @@ def _kind_of(path: Path) -> str:
 def _check_file(path: Path, kind: str, secrets: bool, checked: list[str], faults: list[str]) -> None:
     from cortex_core.catalogue import load_catalogue
     from cortex_core.config import ConfigError
+    from cortex_core.fleet_secret import resolve_secrets
     from cortex_core.gateway_config import load_gateway_config
 
     checked.append(str(path))
@@ -79,7 +81,9 @@ def _check_file(path: Path, kind: str, secrets: bool, checked: list[str], faults
                 from neuron.config import load_neuron_config
             except ImportError:
                 raise ConfigError([f"{path}: helexa-neuron is not installed here, so it cannot be checked"]) from None
-            load_neuron_config(path)
+            neuron = load_neuron_config(path)
+            if secrets:
+                resolve_secrets(neuron.server.secret, os.environ, where=f"{path}: server.secret")
     except ConfigError as exc:
         faults.extend(exc.faults)
 

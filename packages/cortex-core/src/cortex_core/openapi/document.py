@@ -19,13 +19,14 @@ RETRYABLE = (408, 429, 502, 503, 529)
 
 MEANINGS = {
     400: "The request is not understood, or asks for what cannot be done.",
-    401: "No valid key, where one is required.",
-    403: "The key may not do this.",
+    401: "No valid key, or not the secret of the fleet, where one is required.",
+    403: "The key may not do this, or a web page of another origin asks.",
     404: "No such model, node or route.",
     408: "The body did not arrive in time.",
     409: "Something that is under way stands against it.",
     413: "The body, or the prompt, is too large.",
     415: "A `content-encoding` that is not supported.",
+    421: "The name that was asked for is none of this server's.",
     422: "A model that cannot be loaded; `kind` and more fields say why.",
     429: "A limit of the key, or the queue is full.",
     500: "A fault of ours.",
@@ -82,13 +83,23 @@ class Operation(msgspec.Struct, frozen=True):
 
 
 def document(
-    title: str, version: str, about: str, operations: Iterable[Operation], schemas: dict[str, Schema]
+    title: str,
+    version: str,
+    about: str,
+    operations: Iterable[Operation],
+    schemas: dict[str, Schema],
+    *,
+    everywhere: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """The document. Raises `ValueError` where two operations share a place or a name."""
+    """The document. everywhere: statuses with which any request may be refused, whatever it asks for.
+
+    Raises `ValueError` where two operations share a place or a name.
+    """
     paths: dict[str, dict[str, Any]] = {}
     names: set[str] = set()
     errors: dict[str, Any] = {}
-    for operation in operations:
+    for described in operations:
+        operation = msgspec.structs.replace(described, errors=(*described.errors, *everywhere))
         methods = paths.setdefault(operation.path, {})
         if operation.method in methods or operation.name in names:
             raise ValueError(f"described twice: {operation.method} {operation.path} ({operation.name})")

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 from cortex_core.config import ConfigError
+from cortex_core.fleet_secret import places_of
 from cortex_core.gateway_config import GatewayConfig
 
 from cortex_gateway.configuration.difference import NO_DIFFERENCE, Difference, difference, restart_needed
@@ -174,11 +175,9 @@ class Reloader:
 
 def files_named_in(config: GatewayConfig) -> set[str]:
     """The catalogue, and files with secrets."""
-    references = [
-        reference
-        for entry in config.neurons
-        for reference in (entry.api_key, *entry.headers.values())
-        if reference is not None
-    ]
+    references = list(places_of(config.gateway.secret))
+    for entry in config.neurons:
+        references += [*entry.headers.values(), *places_of(entry.secret or ())]
+        references += [] if entry.api_key is None else [entry.api_key]
     secrets = {reference.removeprefix("file:") for reference in references if reference.startswith("file:")}
     return {config.models_config, *secrets}

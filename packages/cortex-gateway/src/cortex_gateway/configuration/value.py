@@ -13,7 +13,7 @@ from cortex_core.catalogue import Catalogue, parse_catalogue
 from cortex_core.config import ConfigError, read_text
 from cortex_core.gateway_config import GatewayConfig, parse_gateway_config
 
-from cortex_gateway.fleet.openai_server import secret_headers
+from cortex_gateway.fleet.clients import secret_headers
 from cortex_gateway.placement.situation import Policy, policy_of
 
 
@@ -77,9 +77,9 @@ def with_secrets(
     faults: list[str] = []
     for entry in config.neurons:
         try:
-            found[entry.name] = secret_headers(entry, environ)
+            found[entry.name] = secret_headers(entry, environ, shared=config.gateway.secret)
         except ConfigError as error:
-            faults.extend(error.faults)
+            faults.extend(fault for fault in error.faults if fault not in faults)
     if faults:
         raise ConfigError(faults)
     return Configuration(config, catalogue, found, has_catalogue_file, texts)

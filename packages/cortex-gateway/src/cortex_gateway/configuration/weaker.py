@@ -67,12 +67,20 @@ def _leaves_the_loopback(old: str, new: str) -> bool:
     return old.startswith(_LOOPBACK) and not new.startswith(_LOOPBACK)
 
 
+def _widened(old: tuple[str, ...], new: tuple[str, ...]) -> bool:
+    """More names, or more pages, get in."""
+    return "*" not in old and not set(new) <= set(old)
+
+
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 SETTINGS: Mapping[str, IsWeaker] = {
     "gateway.listen": _leaves_the_loopback,
     "gateway.metrics_listen": _leaves_the_loopback,
     "gateway.max_connections": more_or_none,
+    "gateway.allowed_hosts": _widened,
+    "gateway.allow_origins": _widened,
+    "gateway.secret": never,
     "gateway.max_body_bytes": more,
     "gateway.max_body_memory_bytes": more,
     "gateway.body_timeout_s": more,

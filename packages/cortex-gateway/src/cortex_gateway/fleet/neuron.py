@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import aiohttp
 import msgspec
 from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, PinRequest, UnloadRequest
+from cortex_core.http_access import HOST_NOT_ALLOWED, ORIGIN_NOT_ALLOWED, SECRET_MISSING, SECRET_WRONG
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -16,6 +19,10 @@ T = TypeVar("T")
 MAX_CONTROL_BYTES = 8 * 2**20
 CONNECTION_KEEPALIVE_S = 4.0
 """Idle connections are given up before a server's usual five seconds, or a request would race with its close."""
+
+
+GATEWAY_REFUSALS = frozenset((HOST_NOT_ALLOWED, ORIGIN_NOT_ALLOWED, SECRET_MISSING, SECRET_WRONG))
+"""Codes of a neuron's errors that are about who asks."""
 
 
 class NeuronError(Exception):
@@ -32,6 +39,11 @@ class NeuronError(Exception):
         self.status = status
         self.kind = kind
         self.retry_after = retry_after
+
+    @property
+    def refuses_gateway(self) -> bool:
+        """Whether it was this gateway that was refused, whatever it asked for."""
+        return self.kind in GATEWAY_REFUSALS
 
     @property
     def lacks_memory(self) -> bool:
@@ -57,12 +69,21 @@ def open_session(*, connect_timeout_s: float) -> aiohttp.ClientSession:
 class NeuronClient:
     """One neuron. `endpoint` is its configured base URL; what it says of its own address is not asked.
 
+    secret_headers go out with every request, and nowhere else: no redirect is ever followed.
+
     num_requests are those of this gateway under way there; answered_at is when the neuron last began to answer a poll,
     on the loop's clock.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, name: str, endpoint: str) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        name: str,
+        endpoint: str,
+        secret_headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.name = name
+        self.secret_headers = secret_headers
         self._session = session
         self._base = endpoint.rstrip("/")
         self._urls: dict[str, URL] = {}
@@ -114,8 +135,12 @@ class NeuronClient:
         body = msgspec.json.encode(PinRequest(model_id=model, pinned=pinned))
         await self._call("POST", "/models/pin", body, timeout_s)
 
-    def _control_headers(self) -> dict[str, str]:
-        return {}
+    def without_secrets(self, answer: bytes) -> bytes:
+        """An error answer as it may be logged and passed on: some servers repeat the key that they refuse."""
+        for value in self.secret_headers.values():
+            for secret in filter(None, value.removeprefix("Bearer ").split(", ")):
+                answer = answer.replace(secret.encode("ascii"), b"***")
+        return answer
 
     async def _get(self, path: str, type_: type[T], timeout_s: float) -> T:
         answer = await self._call("GET", path, None, timeout_s)
@@ -125,7 +150,7 @@ class NeuronClient:
             raise NeuronError(f"GET {path} of {self.name}: unexpected answer: {exc}", status=200) from exc
 
     async def _call(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
-        headers = self._control_headers()
+        headers = dict(self.secret_headers)
         if body is not None:
             headers["content-type"] = "application/json"
         try:
@@ -145,6 +170,7 @@ class NeuronClient:
         except (aiohttp.ClientError, OSError) as exc:
             raise NeuronError(f"{method} {path} of {self.name}: {describe(exc)}") from exc
         if response.status >= 400:
+            answer = self.without_secrets(answer)
             raise refusal(response.status, answer, retry_after=response.headers.get("retry-after"))
         return answer
 

@@ -7,10 +7,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
-from cortex_core.config import ConfigError
 from cortex_core.fleet import ContextLimit, DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec
-from cortex_core.gateway_config import NeuronEntry
-from cortex_core.secret_references import resolve_secret
 
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 
@@ -43,9 +40,8 @@ class _Health(msgspec.Struct):
 class OpenAIServer(NeuronClient):
     """Any OpenAI-compatible server. What it lists is loaded there; nothing can be loaded or unloaded.
 
-    secret_headers go out with every request, and nowhere else. extensions: whether it knows what local servers have
-    added to the official API. forward_headers: those of a client's headers that it gets beside the usual ones, in lower
-    case.
+    extensions: whether it knows what local servers have added to the official API. forward_headers: those of a client's
+    headers that it gets beside the usual ones, in lower case.
     """
 
     def __init__(
@@ -59,8 +55,7 @@ class OpenAIServer(NeuronClient):
         forward_headers: Iterable[str] = (),
     ) -> None:
         # People copy the base URL that SDKs want, which ends in /v1.
-        super().__init__(session, name, endpoint.rstrip("/").removesuffix("/v1"))
-        self.secret_headers = secret_headers
+        super().__init__(session, name, endpoint.rstrip("/").removesuffix("/v1"), secret_headers)
         self.extensions = extensions
         self.forward_headers = frozenset(name.lower().encode("ascii") for name in forward_headers)
 
@@ -93,17 +88,8 @@ class OpenAIServer(NeuronClient):
     async def pin(self, model: str, pinned: bool, timeout_s: float) -> None:
         raise self._unmanaged()
 
-    def without_secrets(self, answer: bytes) -> bytes:
-        """An error answer as it may be logged and passed on: some repeat the key that they refuse."""
-        for value in self.secret_headers.values():
-            answer = answer.replace(value.removeprefix("Bearer ").encode("ascii"), b"***")
-        return answer
-
     def _unmanaged(self) -> NeuronError:
         return NeuronError(f"{self.name} is no neuron: it has what it has", status=405)
-
-    def _control_headers(self) -> dict[str, str]:
-        return dict(self.secret_headers)
 
 
 def _model_info(listed: _Listed) -> ModelInfo:
@@ -121,36 +107,3 @@ def _model_info(listed: _Listed) -> ModelInfo:
         reasoning=listed.reasoning is True,
         created=listed.created if type(listed.created) is int else None,
     )
-
-
-def client_of(session: aiohttp.ClientSession, entry: NeuronEntry, secrets: Mapping[str, str]) -> NeuronClient:
-    """The client for a server of the configuration. secrets: its `secret_headers`."""
-    if entry.kind == "openai":
-        return OpenAIServer(
-            session,
-            entry.name,
-            entry.endpoint,
-            secrets,
-            extensions=entry.extensions,
-            forward_headers=entry.forward_headers,
-        )
-    return NeuronClient(session, entry.name, entry.endpoint)
-
-
-def secret_headers(entry: NeuronEntry, environ: Mapping[str, str]) -> dict[str, str]:
-    """The headers of a server's configuration with their values. Raises `ConfigError`, which names no value."""
-    references = dict(entry.headers)
-    found: dict[str, str] = {}
-    faults: list[str] = []
-    if entry.api_key is not None:
-        references["authorization"] = entry.api_key
-    for name, reference in references.items():
-        try:
-            value = resolve_secret(reference, environ)
-        except ValueError as error:
-            faults.append(f"neurons.{entry.name}: {'api_key' if reference is entry.api_key else name}: {error}")
-            continue
-        found[name] = f"Bearer {value}" if reference is entry.api_key else value
-    if faults:
-        raise ConfigError(faults)
-    return found

@@ -12,7 +12,7 @@ from cortex_core.fleet import DiscoveryResponse, HealthResponse
 from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.fleet.transitions import Polled, PollMissed
+from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,9 @@ class Poller:
             models, health = await asyncio.gather(neuron.models(settings.timeout_s), self._health(neuron))
         except NeuronError as error:
             if not self._is_configured(neuron):
+                return False
+            if error.refuses_gateway:
+                fleet.apply(PollRefused(node=neuron.name, error=error.message, code=error.kind or ""))
                 return False
             fleet.apply(
                 PollMissed(

@@ -16,8 +16,9 @@ from cortex_core.fleet import (
 )
 from cortex_core.gateway_config import NeuronKind
 
-NodeHealth = Literal["unknown", "healthy", "suspect", "unhealthy"]
-"""`unknown` until the first poll has been answered or missed; `suspect` is still routable."""
+NodeHealth = Literal["unknown", "healthy", "suspect", "unhealthy", "refusing"]
+"""`unknown` until the first poll has been answered or missed; `suspect` is still routable; `refusing`: the node is well
+and answers nothing that this gateway asks, until somebody changes a configuration."""
 
 OperationKind = Literal["load", "unload"]
 
@@ -57,6 +58,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     `unloaded` remembers what this gateway unloaded here, so that a model outside the catalogue can come back.
     `pins` are an operator's, on a neuron too old to keep them itself. lifecycle_cycles counts evictions;
     defrag_since is when so many of them had come together that every model older than that is to be recycled.
+    refusal: the code of the error with which it refuses this gateway.
     polled_at and operated_at are monotonic seconds: the start of the last answered poll, and the end of the last
     load or unload. A poll that began before an operation ended describes the past and is not applied.
     """
@@ -67,6 +69,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     health: NodeHealth = "unknown"
     misses: int = 0
     last_error: str | None = None
+    refusal: str | None = None
     models: dict[str, ModelInfo] = {}
     loads: dict[str, ModelLoad] = {}
     devices: tuple[DeviceHealth, ...] = ()

@@ -81,6 +81,8 @@ def _log_health(before: NodeSnapshot, after: NodeSnapshot) -> None:
         return
     if after.health == "healthy":
         log.info("node %s is healthy (was %s)", after.name, before.health)
+    elif after.health == "refusing":
+        log.warning("node %s refuses this gateway (%s): %s", after.name, after.refusal, after.last_error)
     else:
         log.warning("node %s is %s after %d missed polls: %s", after.name, after.health, after.misses, after.last_error)
 

@@ -45,6 +45,14 @@ class PollMissed(msgspec.Struct, frozen=True):
     is_alive: bool = False
 
 
+class PollRefused(msgspec.Struct, frozen=True):
+    """The node does not answer this gateway. code: why, in one word."""
+
+    node: str
+    error: str
+    code: str
+
+
 class OperationStarted(msgspec.Struct, frozen=True):
     node: str
     model: str
@@ -88,7 +96,7 @@ class DefragDone(msgspec.Struct, frozen=True):
     node: str
 
 
-FleetEvent = Polled | PollMissed | OperationStarted | OperationEnded | Pinned | DefragDue | DefragDone
+FleetEvent = Polled | PollMissed | PollRefused | OperationStarted | OperationEnded | Pinned | DefragDue | DefragDone
 
 
 def with_neurons(snapshot: FleetSnapshot, neurons: Iterable[NeuronEntry]) -> FleetSnapshot:
@@ -112,6 +120,10 @@ def reduce(snapshot: FleetSnapshot, event: FleetEvent) -> FleetSnapshot:
             after = _polled(node, event)
         case PollMissed():
             after = _missed(node, event)
+        case PollRefused():
+            after = msgspec.structs.replace(
+                node, health="refusing", misses=node.misses + 1, last_error=event.error, refusal=event.code
+            )
         case OperationStarted():
             operations = {**node.operations, event.model: Operation(kind=event.kind, since=event.at)}
             after = msgspec.structs.replace(node, operations=operations)
@@ -132,11 +144,11 @@ def _missed(node: NodeSnapshot, event: PollMissed) -> NodeSnapshot:
     """healthy → suspect, which is still routable → unhealthy. Tokens that flow count as life: they make a node that
     misses polls suspect and no more."""
     if event.is_alive and node.is_routable:
-        return msgspec.structs.replace(node, health="suspect", misses=0, last_error=event.error)
+        return msgspec.structs.replace(node, health="suspect", misses=0, last_error=event.error, refusal=None)
     misses = node.misses + 1
-    is_away = node.health in ("unknown", "unhealthy") or misses >= event.unhealthy_after
+    is_away = not node.is_routable or misses >= event.unhealthy_after
     return msgspec.structs.replace(
-        node, misses=misses, health="unhealthy" if is_away else "suspect", last_error=event.error
+        node, misses=misses, health="unhealthy" if is_away else "suspect", last_error=event.error, refusal=None
     )
 
 
@@ -148,6 +160,7 @@ def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
         health="healthy",
         misses=0,
         last_error=None,
+        refusal=None,
         models=event.models,
         unloaded={model: info for model, info in node.unloaded.items() if model not in event.models},
         residences=_residences(node, event),

@@ -293,9 +293,8 @@ class Http1Connection(asyncio.Protocol):
         self._is_in_head = False
         self._raw = None
         target, _, query = self._url.partition(b"?")
-        if not target.startswith(b"/") and target != b"*":
-            target = httptools.parse_url(target).path or b"/"  # the absolute form, as a proxy is asked
-        path = target.decode("ascii")
+        is_absolute = not target.startswith(b"/") and target != b"*"  # as a proxy is asked; whose, the door looks at
+        path = ((httptools.parse_url(target).path or b"/") if is_absolute else target).decode("ascii")
         scope = {
             **self._scope,
             "http_version": version,

@@ -169,6 +169,14 @@ class Metrics:
             (*_KEY, "reason"),
             registry=registry,
         )
+        self.access_refusals = Counter(
+            "cortex_access_refused",
+            "Requests refused before anything was looked at but where they come from: by the name asked for, by page.",
+            ("reason",),
+            registry=registry,
+        )
+        for reason in ("host", "origin"):
+            self.access_refusals.labels(reason)
         self.reloads = Counter(
             "cortex_config_reloads",
             "Times the configuration was read again, by what asked for it and what came of it.",
@@ -211,6 +219,9 @@ class Metrics:
     def key_refused(self, principal: Principal, reason: str) -> None:
         self.key_refusals.labels(principal.account_id, principal.key_id, reason).inc()
 
+    def access_refused(self, reason: str) -> None:
+        self.access_refusals.labels(reason).inc()
+
     def config_reloaded(self, trigger: str, outcome: str) -> None:
         self.reloads.labels(trigger, outcome).inc()
         self.config_valid.set(outcome != "refused")
@@ -237,6 +248,9 @@ class FleetCollector(Collector):
         yield from _model_gauges(snapshot)
         yield from _device_gauges(snapshot)
         healthy = GaugeMetricFamily("cortex_node_healthy", "1 if requests are routed to the node.", labels=["node"])
+        refusing = GaugeMetricFamily(
+            "cortex_node_refusing", "1 if the node is there and answers nothing this gateway asks.", labels=["node"]
+        )
         in_flight = GaugeMetricFamily(
             "cortex_in_flight", "Requests this gateway has running on a model.", labels=list(_RESIDENT)
         )
@@ -247,11 +261,13 @@ class FleetCollector(Collector):
         )
         for node in snapshot.nodes.values():
             healthy.add_metric([node.name], 1.0 if node.is_routable else 0.0)
+            refusing.add_metric([node.name], 1.0 if node.health == "refusing" else 0.0)
             for model in node.models:
                 in_flight.add_metric([node.name, model], self._fleet.activity.in_flight(node.name, model))
         for name, count in self._fleet.activity.leaving(snapshot.nodes).items():
             leaving.add_metric([name], count)
         yield healthy
+        yield refusing
         yield in_flight
         yield leaving
         breaker_state = GaugeMetricFamily(

@@ -19,7 +19,7 @@ from cortex_gateway.fleet.openai_server import OpenAIServer
 from cortex_gateway.relay.charge import generated_tokens
 from cortex_gateway.relay.events import EventRelay, ForeignStream, scan_usage
 from cortex_gateway.relay.exchange import Exchange
-from cortex_gateway.relay.failures import as_api_error, is_stale_route
+from cortex_gateway.relay.failures import as_api_error, gateway_refused, is_refusal_of_gateway, is_stale_route
 from cortex_gateway.relay.headers import EVENT_STREAM_HEADERS, response_headers
 from cortex_gateway.relay.silence import PingedSend
 from cortex_gateway.relay.translation import TranslatedStream, WholeAnswer
@@ -221,18 +221,20 @@ class AnswerRelay:
         data = await response.content.read(MAX_BUFFERED_ANSWER)
         while len(data) < MAX_BUFFERED_ANSWER and (more := await response.content.read(MAX_BUFFERED_ANSWER)):
             data += more
-        if is_stale_route(response.status, data):
+        is_refused = not isinstance(neuron, OpenAIServer) and is_refusal_of_gateway(response.status, data)
+        if is_refused or is_stale_route(response.status, data):
             if exchange.stream is not None and exchange.num_resumes < MAX_RESUMES:
                 raise BrokenStream
             if exchange.num_attempts < MAX_ATTEMPTS:
                 raise StaleRoute
         translation = exchange.translation
-        if isinstance(neuron, OpenAIServer):
-            data = neuron.without_secrets(data)
+        data = neuron.without_secrets(data)
         snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
         exchange.outcome = "upstream_error"
         exchange.error = snippet
         log.warning("request %s: node %s answered %d: %s", exchange.request_id, exchange.node, response.status, snippet)
+        if is_refused:
+            raise gateway_refused()
         if translation is not None:
             raise translation.refused(response.status, data, retry_advice(response.headers))
         is_json = response.headers.get("content-type", "").startswith("application/json")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from cortex_core.errors import ApiError
 from cortex_core.trace_context import read_trace_context
 
-from cortex_gateway.asgi import Scope
+from cortex_gateway.admission import admission_of
+from cortex_gateway.asgi import RawHeaders, Scope
 from cortex_gateway.identity.estimate import Usage as Charge
 from cortex_gateway.identity.identity import Grant
 from cortex_gateway.identity.principal import Principal
@@ -52,6 +53,7 @@ class Exchange:
         "capture",
         "charged",
         "client",
+        "cors",
         "error",
         "first_byte_at",
         "generated",
@@ -82,7 +84,6 @@ class Exchange:
         "trace_id",
         "translation",
         "usage",
-        "wants_cors",
     )
 
     def __init__(self, surface: Surface, scope: Scope, task: asyncio.Task[None], now: float) -> None:
@@ -107,14 +108,12 @@ class Exchange:
         self.num_resumes = 0
         self.is_stream = False
         self.is_sending = False
-        self.wants_cors = False
         self.trace_id: str | None = None
         self.trace: RequestTrace | None = None
         self.capture: Capture | None = None
+        self.cors: RawHeaders = admission_of(scope).cors
         for name, _ in scope["headers"]:
-            if name == b"origin":
-                self.wants_cors = True
-            elif name == b"traceparent":
+            if name == b"traceparent":
                 context = read_trace_context(scope["headers"])
                 self.trace_id = context.trace_id if context is not None else None
         self.status = 0

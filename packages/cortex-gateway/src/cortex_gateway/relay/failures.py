@@ -6,7 +6,7 @@ import aiohttp
 import msgspec
 from cortex_core.errors import ApiError
 
-from cortex_gateway.fleet.neuron import refusal
+from cortex_gateway.fleet.neuron import GATEWAY_REFUSALS, refusal
 
 
 def shutting_down() -> ApiError:
@@ -36,6 +36,23 @@ _STALE_CODES = (b"model_not_found", b"engine_restarting", b"model_loading", b"mo
 def is_stale_route(status: int, body: bytes) -> bool:
     """Whether a neuron refused because the model is not (or not yet) where our last poll saw it."""
     return status in (404, 503, 529) and any(b'"%s"' % code in body for code in _STALE_CODES)
+
+
+_GATEWAY_REFUSALS = tuple(b'"%s"' % code.encode() for code in sorted(GATEWAY_REFUSALS))
+
+
+def is_refusal_of_gateway(status: int, body: bytes) -> bool:
+    """Whether a neuron refused the gateway, and not what its client asks."""
+    return status in (401, 403, 421) and any(code in body for code in _GATEWAY_REFUSALS)
+
+
+def gateway_refused() -> ApiError:
+    return ApiError(
+        "internal",
+        "The neuron refuses this gateway; the gateway's operator can read why.",
+        code="neuron_refuses_gateway",
+        status=502,
+    )
 
 
 def upstream_failed(exc: BaseException) -> ApiError:

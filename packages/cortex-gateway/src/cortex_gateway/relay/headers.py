@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Set
+from types import MappingProxyType
 
 from cortex_core.hop import HOP_HEADER, RESOLVED_MODEL_HEADER
 from multidict import CIMultiDict
@@ -25,7 +26,8 @@ TO_NEURON = frozenset(
     )
 )
 """Of a client's headers, those that mean something to a neuron. Whatever is not listed stays here: credentials, what a
-proxy says of the client, what other servers may take for an order. Who asks is said by the gateway, as it knows it."""
+proxy says of the client, what a browser says of the page that asks (it was judged at our door, and would be foreign at
+the next one), what other servers may take for an order. Who asks is said by the gateway, as it knows it."""
 
 TO_FOREIGN = frozenset((b"content-type", b"accept", b"traceparent", b"tracestate"))
 """Of a client's headers, those that go to a server that is no neuron; `neurons[].forward_headers` names more. `baggage`
@@ -54,22 +56,26 @@ EVENT_STREAM_HEADERS: RawHeaders = [
     (b"x-accel-buffering", b"no"),
 ]
 
-CORS_HEADERS: RawHeaders = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
-"""For requests with an `origin`: the API carries no ambient credentials, so any page may read it."""
-
 
 def request_headers(
-    headers: RawHeaders, *, request_id: str, model: str, principal: Iterable[tuple[str, str]] = ()
+    headers: RawHeaders,
+    *,
+    request_id: str,
+    model: str,
+    principal: Iterable[tuple[str, str]] = (),
+    secrets: Mapping[str, str] = MappingProxyType({}),
 ) -> CIMultiDict[str]:
     """The headers a neuron gets: those of the client's that are listed, and ours.
 
     `principal` names who asks, as the gateway knows it: what a client says of itself under those names is dropped.
+    `secrets` are what that neuron knows the gateway by.
     """
     forwarded = _listed(headers, TO_NEURON)
     for pair in principal:
         forwarded.add(*pair)
     forwarded.add("x-request-id", request_id)
     forwarded.add(HOP_HEADER, "1")
+    forwarded.update(secrets)
     if model.isprintable():
         forwarded.add(RESOLVED_MODEL_HEADER, model)
     return forwarded

@@ -44,7 +44,6 @@ from cortex_gateway.relay.failures import (
     upstream_failed,
 )
 from cortex_gateway.relay.headers import (
-    CORS_HEADERS,
     EVENT_STREAM_HEADERS,
     foreign_headers,
     identity_headers,
@@ -384,7 +383,11 @@ class Relay:
         exchange.translation = None
         principal = exchange.principal.upstream_headers if exchange.principal is not None else ()
         request = request_headers(
-            headers, request_id=exchange.request_id, model=lease.neuron_model, principal=principal
+            headers,
+            request_id=exchange.request_id,
+            model=lease.neuron_model,
+            principal=principal,
+            secrets=neuron.secret_headers,
         )
         stream = exchange.stream
         if stream is not None and stream.head is not None:
@@ -426,8 +429,7 @@ class Relay:
             route=exchange.route or ("refused" if exchange.resolved is not None else None),
             translated=exchange.translation.label if exchange.translation is not None else None,
         )
-        if exchange.wants_cors:
-            headers.extend(CORS_HEADERS)
+        headers.extend(exchange.cors)
         if exchange.principal is not None:
             headers.extend(limit_headers(exchange.principal, exchange.surface.dialect, self._identity.clock))
         return headers

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from cortex_core.catalogue import load_spec
@@ -16,6 +14,7 @@ from cortex_core.dialects.errors import openai_error_body
 from cortex_core.dialects.json_body import decode_struct
 from cortex_core.errors import ApiError, invalid, model_not_found
 from cortex_core.fleet import LoadProgress, ModelSpec
+from cortex_core.http_access import is_loopback, parse_authority
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -294,6 +293,7 @@ class AdminRoutes:
             "health": node.health,
             "misses": node.misses,
             "last_error": node.last_error,
+            "refusal": node.refusal,
             "polled_s_ago": round(now - node.polled_at, 3) if node.polled_at else None,
             "uptime_secs": node.uptime_secs,
             "draining": node.is_draining,
@@ -393,8 +393,7 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 def require_operator(request: Request, *, from_loopback: bool = True) -> None:
     """Admin routes answer admin keys, and the loopback unless that is turned off.
 
-    The loopback is no proof for what a proxy passes on, nor for a web page: a browser always tells on whose behalf
-    it posts. Raises `ApiError` 403.
+    The loopback is no proof for what a proxy passes on. Raises `ApiError` 403.
     """
     principal: Principal | None = getattr(request.state, "principal", None)
     if principal is not None and principal.is_admin:
@@ -406,27 +405,15 @@ def require_operator(request: Request, *, from_loopback: bool = True) -> None:
             "Admin routes answer only admin keys" + (" and the loopback interface." if from_loopback else "."),
             code="admin_forbidden",
         )
-    # A page whose name was pointed at this host reads from it as from its own: the name gives it away.
-    if not is_loopback(urlsplit("//" + request.headers.get("host", "")).hostname or ""):
+    # A page whose name was pointed at this host reads from it as from its own: the name gives it away. Pages of other
+    # origins do not get here.
+    host = parse_authority(request.headers.get("host", "").encode("latin-1"))
+    if host is None or not is_loopback(host.host):
         raise ApiError(
             "permission",
             "Without an admin key, admin routes answer only where they are asked for by a loopback name.",
             code="admin_forbidden",
         )
-    origin = request.headers.get("origin")
-    if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
-        raise ApiError("permission", "Admin routes do not answer to web pages.", code="admin_forbidden")
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
 
 
 def free_mb(node: NodeSnapshot) -> int:

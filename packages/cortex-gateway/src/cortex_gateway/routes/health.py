@@ -28,6 +28,13 @@ class Unservable(msgspec.Struct, frozen=True):
     detail: str | None = None
 
 
+class Refusing(msgspec.Struct, frozen=True):
+    """A node that is there and does not answer this gateway. reason: a code."""
+
+    node: str
+    reason: str | None = None
+
+
 class FleetHealth(msgspec.Struct, frozen=True, omit_defaults=True):
     """`status`: ok, impaired (a resident model cannot be served), degraded (no healthy node), draining.
 
@@ -38,6 +45,7 @@ class FleetHealth(msgspec.Struct, frozen=True, omit_defaults=True):
     nodes: NodeCount
     unservable: tuple[Unservable, ...] = ()
     configuration: Literal["refused"] | None = None
+    refusing: tuple[Refusing, ...] = ()
 
 
 def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool, is_config_refused: bool = False) -> FleetHealth:
@@ -59,6 +67,11 @@ def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool, is_config_refuse
         nodes=NodeCount(healthy=len(nodes), total=len(snapshot.nodes)),
         unservable=unservable,
         configuration="refused" if is_config_refused else None,
+        refusing=tuple(
+            Refusing(node=node.name, reason=node.refusal)
+            for node in snapshot.nodes.values()
+            if node.health == "refusing"
+        ),
     )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 
 from cortex_core.dialects import openai_chat, openai_completions, openai_responses
 from cortex_core.dialects.anthropic_messages import MessagesDialect
 from cortex_core.errors import ApiError
+from cortex_core.http_access import Refused
 from cortex_core.log_lines import shown
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
+from neuron.api.access import preflight_answer
 from neuron.api.asgi import ClientGone, RawHeaders, Receive, Scope, Send
 from neuron.api.control import Control, method_not_allowed, unknown_path
 from neuron.api.exchange import Exchange
@@ -35,6 +38,7 @@ class NeuronApp:
     def __init__(self, services: Services) -> None:
         self._limits = services.config.server
         self._lines = services.lines
+        self._access = services.access
         self.routes = tuple(_routes(services))
         self._router = Router(routes=self.routes, redirect_slashes=False, default=_not_found)
 
@@ -42,13 +46,24 @@ class NeuronApp:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
+        try:
+            cors = self._access.admit(scope)
+        except Refused as refused:
+            self._access.note(refused, scope)
+            if scope["type"] == "http":
+                with suppress(ClientGone):
+                    await self._fail(Exchange(scope, receive, send, self._limits), refused.error)
+                return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = Exchange(scope, receive, send, self._limits)
+        exchange = Exchange(scope, receive, send, self._limits, cors=cors)
         scope[_EXCHANGE] = exchange
         scope["app"] = self  # with it, the router raises a wrong method instead of answering in plain text
         try:
+            if cors and exchange.method == "OPTIONS":
+                await exchange.respond_empty(preflight_answer(scope))
+                return
             await self._router(scope, receive, send)
         except ClientGone:
             return

@@ -34,10 +34,14 @@ _MAX_ACCOUNT_BYTES = 64
 class Exchange:
     """dialect decides the form of errors. request_id: the gateway's if it sent one, else a fresh one.
 
-    resolved_model: the id a gateway resolved an alias to. is_hop: a gateway asks for usage in a comment.
+    resolved_model: the id a gateway resolved an alias to. is_hop: a gateway asks for usage in a comment. cors: headers
+    for every answer.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: ServerSection) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, limits: ServerSection, *, cors: RawHeaders | None = None
+    ) -> None:
+        self._cors = cors or []
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: RawHeaders = list(scope["headers"])
@@ -72,7 +76,7 @@ class Exchange:
     def principal(self) -> str | None:
         """Who asks, for fair shares and nothing else: the account a gateway names, else the API key as a digest.
 
-        Nothing is verified here: a neuron trusts its network. None where there is neither.
+        Nothing is verified here: what nobody believes was dropped at the door. None where there is neither.
         """
         for name in (b"x-cortex-principal", b"x-helexa-account-id"):
             account = self.header(name)
@@ -152,6 +156,13 @@ class Exchange:
             with suppress(asyncio.CancelledError):
                 await rest
 
+    async def respond_empty(self, headers: RawHeaders) -> None:
+        """204: headers and no body at all."""
+        await self._body.swallow()
+        self._is_ending = True
+        await self._start(204, headers + self._identity())
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def respond_json(self, value: Any, *, status: int = 200) -> None:
         await self.respond(status, _encode(value))
 
@@ -188,7 +199,7 @@ class Exchange:
 
     def _identity(self) -> RawHeaders:
         identity = self.request_id.encode()
-        return [(b"x-request-id", identity), (b"request-id", identity)]
+        return [(b"x-request-id", identity), (b"request-id", identity), *self._cors]
 
     def _announces_body(self) -> bool:
         for name, value in self.headers:

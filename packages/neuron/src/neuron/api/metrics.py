@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from cortex_core.fleet import BuildInfo
+from cortex_core.http_access import REASONS
 from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.metrics import ConnectionCollector
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -97,6 +98,22 @@ class Metrics:
             ("model", "reason"),
             registry=registry,
         )
+        self.access_refused = Counter(
+            "neuron_access_refused",
+            "Requests refused before anything was looked at but where they come from.",
+            ("reason",),
+            registry=registry,
+        )
+        self.access_unproven = Counter(
+            "neuron_access_unproven",
+            "Requests that were served and will be refused once the secret of the fleet is required.",
+            ("reason",),
+            registry=registry,
+        )
+        for reason in REASONS:
+            self.access_refused.labels(reason)
+            if reason.startswith("secret"):
+                self.access_unproven.labels(reason)
         registry.register(_Snapshot(build, models, reading, weights))
         registry.register(ConnectionCollector("neuron", {"api": connections}))
 

@@ -49,7 +49,7 @@ from cortex_core.openapi.schema import (
 ABOUT = (
     "The HTTP API of a neuron: inference in four dialects, and what gateways ask of it. HEAD is answered wherever GET "
     "is. Unknown paths are 404, wrong methods 405, in the envelope of the path's dialect. Keys are told apart for fair "
-    "shares and verified by nobody: a neuron trusts its network."
+    "shares and verified by nobody: a neuron trusts its network, or those who know the secret of its fleet."
 )
 
 _TOKEN_IDS = array(integer(0, MAX_TOKEN_ID))
@@ -191,7 +191,8 @@ def _of_a_model(what: str, about: str, answer: Schema, *, kind: str = JSON) -> O
 def describe(version: str) -> dict[str, Any]:
     """The document."""
     structs = (BuildInfo, DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, PinRequest, UnloadRequest)
-    return document("neuron", version, ABOUT, operations(), {**component_schemas(*structs), **_SCHEMAS})
+    schemas = {**component_schemas(*structs), **_SCHEMAS}
+    return document("neuron", version, ABOUT, operations(), schemas, everywhere=(401, 403, 421))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from cortex_core.fleet import BuildInfo
 from cortex_core.log_lines import RequestLines
 from cortex_core.serving.later import later
 
+from neuron.api.access import Access
 from neuron.api.metrics import Metrics
 from neuron.config import NeuronConfig
 from neuron.hardware.monitor import HardwareMonitor
@@ -30,6 +31,7 @@ class Services:
     activator: Activator
     metrics: Metrics
     build: BuildInfo
+    access: Access
     spans: RequestSpans | None = None
     port: int = 0
     is_draining: bool = False
