@@ -161,3 +161,24 @@ def test_cancelling_while_the_grammar_compiles_leaves_nothing():
     output = engine.step()
     assert output.updates == [] and output.failures == []
     assert engine.is_idle and engine.check() == []
+
+
+def test_choices_of_a_request_share_what_was_compiled(monkeypatch):
+    """128 of them compiled the same grammar 128 times, on two threads, and everybody else's waited."""
+    made = []
+    matcher = llguidance.LLMatcher
+    grammars = [grammar_of({**SCHEMA, "title": f"{number}"}).grammar for number in range(6)]
+    monkeypatch.setattr(llguidance, "LLMatcher", lambda *args, **kw: made.append(args[1]) or matcher(*args, **kw))
+    compiler = GrammarCompiler(TOKENIZER, VOCAB)
+    states = [compiler.compile(grammars[0], frozenset({STOP}), []) for _ in range(20)]
+    assert made == grammars[:1]
+    row = np.zeros(compiler.num_mask_words, dtype=np.int32)
+    fresh = row.copy()
+    states[1].fill_mask(fresh)
+    for token in [ord("{") - 33, ord('"') - 33]:
+        states[0].advance(token)
+    states[1].fill_mask(row)
+    assert (row == fresh).all(), "each is where it is"
+    for grammar in grammars:
+        compiler.compile(grammar, frozenset({STOP}), [])
+    assert len(compiler._kept) < len(grammars)

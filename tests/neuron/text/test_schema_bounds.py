@@ -261,6 +261,47 @@ def test_classes_that_ignore_case_are_counted() -> None:
     assert "(?i" in built({"properties": {"a": {"type": "string", "pattern": "(?i:[a-z]+)"}}})
 
 
+def test_definitions_that_are_merged_again_and_again_are_counted_each_time() -> None:
+    """60 pattern properties, put together with something else in 400 places: 34 kB, 6 s."""
+    sorted_by = {"type": "object", "patternProperties": {f"^x{n:02}$": {} for n in range(60)}}
+    required = {"type": "object", "required": NAMES[:900]}
+    for shared, places in ((sorted_by, 400), (required, 200)):
+        parts = {
+            f"q{n}": {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"y": {"const": n}}}]} for n in range(places)
+        }
+        schema = {"$defs": {"a": shared}, "type": "object", "properties": parts}
+        assert demands(schema).merge_work > limits.MAX_MERGE_WORK
+        assert "allOf" not in built(schema)
+    few = {"$defs": {"a": sorted_by}, "type": "object", "properties": dict(list(parts.items())[:5])}
+    assert demands(few).merge_work <= limits.MAX_MERGE_WORK
+    assert "allOf" in built(few)
+
+
+def test_multiples_of_large_numbers_are_not_told() -> None:
+    """Each remainder is a state: 99,991 of them take a second, and more than a lexer may have."""
+    assert demands({"multipleOf": 99_991}).multiple_states == 2**17
+    assert demands({"allOf": [{"multipleOf": 97}, {"multipleOf": 101}]}).multiple_states == 2 * 2**7
+    assert demands({"multipleOf": 97, "allOf": [{"multipleOf": 101}]}).multiple_states == 2**14 + 2**7
+    assert demands({"multipleOf": 0.01}).multiple_states == 0
+    assert demands({"multipleOf": 10**4000}).multiple_states == 2**64
+    integer = {"type": "integer"}
+    assert "multipleOf" not in built({"properties": {"a": {**integer, "multipleOf": 99_991}}})
+    assert "multipleOf" in built({"properties": {"a": {**integer, "multipleOf": 1000}}})
+
+
+def test_a_large_schema_that_does_not_compile_is_loosened_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    failure = GrammarBuilder._failure
+    monkeypatch.setattr(GrammarBuilder, "_failure", lambda self, text: tried.append(text) or failure(self, text))
+    not_disjoint = {"patternProperties": {"^a": {}, "^ab": {"type": "integer"}}}
+    for nodes, keeps_lengths in ((10, True), (limits.MAX_SCHEMA_NODES_TRIED_OFTEN, False)):
+        tried.clear()
+        properties = {name: {"type": "string", "minLength": 1} for name in NAMES[:nodes]}
+        grammar = built({"type": "object", "properties": {**properties, "p": not_disjoint}})
+        assert ("minLength" in grammar) == keeps_lengths
+        assert len(tried) == 4, "as it is, leniently, loosened, and the whole grammar"
+
+
 def test_a_long_enum_is_not_matched_value_by_value() -> None:
     schema = {"enum": [f"v{n}" for n in range(5000)], "pattern": "^(a|b)*a(a|b){15}$"}
     assert demands(schema).matched_values == 5000
@@ -391,7 +432,7 @@ def test_the_table_of_limits_is_true() -> None:
     rows = re.findall(r"^\| `([A-Z_]+)` \| ([\d,]+)\b", reference, re.MULTILINE)
     table = {(name, int(value.replace(",", ""))) for name, value in rows}
     of_checkpoints = {"MAX_VOCABULARY", "MAX_SENTENCEPIECE_BYTES", "MAX_MERGED_CHARACTERS"}
-    inner = {"MAX_TYPE_STEPS", "MAX_CACHED_GRAMMAR_BYTES"}
+    inner = {"MAX_TYPE_STEPS", "MAX_CACHED_GRAMMAR_BYTES", "MAX_SCHEMA_NODES_TRIED_OFTEN"}
     said = {name: value for name, value in vars(limits).items() if name.isupper()}
     missing = [name for name, value in said.items() if (name, value) not in table]
     assert set(missing) == of_checkpoints | inner

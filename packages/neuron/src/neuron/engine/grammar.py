@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,9 @@ import numpy.typing as npt
 
 from neuron.engine.errors import RequestError
 from neuron.protocol import GRAMMAR_LIMITS
+
+_KEPT_GRAMMARS = 4
+"""Compiled, for the other choices of a request: up to 128 ask for the same at once."""
 
 
 class GrammarState:
@@ -67,6 +71,7 @@ class GrammarCompiler:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._limits = llguidance.LLParserLimits(verbose_errors=False, **GRAMMAR_LIMITS)
         self._lock = threading.Lock()
+        self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
 
@@ -100,14 +105,28 @@ class GrammarCompiler:
     def compile(self, grammar: str, stop_token_ids: frozenset[int], output_ids: list[int]) -> GrammarState:
         """Raises `RequestError` (`invalid_grammar`)."""
         tokenizer = self._load_tokenizer()
-        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise RequestError("invalid_grammar", _first_line(matcher))
+        matcher = self._matcher(tokenizer, grammar)
         if output_ids and not matcher.consume_tokens(output_ids):
             raise RequestError("invalid_grammar", f"resumed output does not fit: {_first_line(matcher)}")
         stops = [token for token in stop_token_ids if token < self._vocab_size]
         eos = [token for token in tokenizer.eos_tokens if token < self._vocab_size and token not in stop_token_ids]
         return GrammarState(matcher, eos, stops)
+
+    def _matcher(self, tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:
+        """A matcher at its beginning, copied from one that is kept."""
+        with self._lock:
+            kept = self._kept.get(grammar)
+            if kept is not None:
+                self._kept.move_to_end(grammar)
+                return kept.deep_copy()
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise RequestError("invalid_grammar", _first_line(matcher))
+        with self._lock:
+            self._kept[grammar] = matcher
+            if len(self._kept) > _KEPT_GRAMMARS:
+                self._kept.popitem(last=False)
+            return matcher.deep_copy()
 
     def _load_tokenizer(self) -> llguidance.LLTokenizer:
         with self._lock:

@@ -198,12 +198,12 @@ class GrammarBuilder:
     def _compile(self, schema: Any, num_bytes: int, *, is_object: bool) -> _Compiled:
         try:
             size = json_schema.check(schema)
-            text = self._accepted(_as_object(schema) if is_object else schema)
+            text = self._accepted(_as_object(schema) if is_object else schema, size.num_nodes)
         except json_schema.SchemaError as exc:
             return _Compiled(None, _shown(str(exc)), num_bytes, 0)
         return _Compiled(text, "", num_bytes, size.num_nodes)
 
-    def _accepted(self, schema: Any) -> str:
+    def _accepted(self, schema: Any, num_nodes: int) -> str:
         """Raises `SchemaError` for a schema that nothing can satisfy."""
         strict = _within_reach(schema_rewriting.closed(schema_rewriting.self_contained(schema)))
         for lenient in (False, True):
@@ -214,8 +214,10 @@ class GrammarBuilder:
             if "nsatisfiable" in failure:
                 raise json_schema.SchemaError(failure)
         given_up: tuple[str, ...] = ()
-        for step in _LOOSENING_STEPS:
+        for number, step in enumerate(_LOOSENING_STEPS, 1):
             given_up += step
+            if num_nodes > limits.MAX_SCHEMA_NODES_TRIED_OFTEN and number < len(_LOOSENING_STEPS):
+                continue
             text = _guided(schema_rewriting.without_keywords(strict, frozenset(given_up)), lenient=True)
             if not self._failure(f"start: %json {text}\n"):
                 logger.info("a JSON schema is enforced without %s: %s", ", ".join(given_up), failure)
@@ -265,6 +267,10 @@ def _within_reach(schema: Any) -> Any:
         or asked.folded_classes > limits.MAX_FOLDED_CLASSES
     ):
         given_up += _PATTERNS
+    if asked.merge_work > limits.MAX_MERGE_WORK:
+        given_up += (*_PATTERNS, "allOf", "required")
+    if asked.multiple_states > limits.MAX_MULTIPLE_STATES:
+        given_up += ("multipleOf",)
     if not given_up:
         return schema
     logger.info("a JSON schema is enforced without %s: it asks for too much at once (%s)", ", ".join(given_up), asked)

@@ -39,6 +39,13 @@ MAX_MATCHED_ENUM_VALUES = 256
 """Beyond so many values of an `enum` that has to match a regular expression too, the expression is not enforced."""
 MAX_FOLDED_CLASSES = 64
 """Classes of characters in regular expressions that ignore case: each letter of their ranges is looked up."""
+MAX_MERGE_WORK = 50_000
+"""Comparisons in making one schema of those that hold at once: pattern properties with each other, names of properties,
+wherever a definition is put together with others."""
+MAX_MULTIPLE_STATES = 32_768
+"""Of the automata that tell multiples of whole numbers: one for each remainder."""
+MAX_SCHEMA_NODES_TRIED_OFTEN = 500
+"""A schema of more subschemas that does not compile is not loosened step by step, but at once as far as it goes."""
 
 MAX_TYPE_STEPS = 32_768
 """Schemas and values that are looked at, in one answer, to find out of which types arguments are."""

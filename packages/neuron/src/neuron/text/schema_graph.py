@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,34 +22,61 @@ Edges = Callable[[Node], list[Node]]
 _IGNORES_CASE = re.compile(r"\(\?[a-zA-Z]*i")
 _MOST = 2**31
 """Where counting stops: branches that share definitions multiply."""
+_MOST_BITS = 64
 
 
 class Demands(msgspec.Struct, frozen=True):
     """levels: schemas within each other. patterns: regular expressions that one string has to match.
     pattern_properties: those that one object has to be sorted by. matched_values: of an `enum`, where they have to
-    match a regular expression. folded_classes: classes of characters in regular expressions that ignore case."""
+    match a regular expression. folded_classes: classes of characters in regular expressions that ignore case.
+    merge_work: of making one schema of several that hold at once, in comparisons. multiple_states: of the automata that
+    tell multiples."""
 
-    levels: int
-    patterns: int
-    pattern_properties: int
-    matched_values: int
-    folded_classes: int
+    levels: int = 0
+    patterns: int = 0
+    pattern_properties: int = 0
+    matched_values: int = 0
+    folded_classes: int = 0
+    merge_work: int = 0
+    multiple_states: int = 0
+
+
+class _Total(NamedTuple):
+    """What holds for one value at once. names: of properties. multiple_bits: the length of what it has to divide by."""
+
+    patterns: int = 0
+    pattern_properties: int = 0
+    values: int = 0
+    names: int = 0
+    multiple_bits: int = 0
+
+
+_NOTHING = _Total()
 
 
 def demands(root: Any) -> Demands:
     """Of a schema that `json_schema.check` has passed."""
     if not isinstance(root, dict):
-        return Demands(0, 0, 0, 0, 0)
+        return Demands()
     references = _References(root)
     nodes = references.nodes
-    patterns = pattern_properties = matched_values = 0
-    for patterned, sorted_by, values in _conjunctions(nodes, references.targets).values():
-        patterns = max(patterns, patterned)
-        pattern_properties = max(pattern_properties, sorted_by)
-        if patterned:
-            matched_values = max(matched_values, values)
-    levels = _levels(nodes, references.targets)
-    return Demands(levels, patterns, pattern_properties, matched_values, sum(map(_folded_classes, nodes)))
+    totals = _conjunctions(nodes, references.targets)
+    merge_work = multiple_states = 0
+    for node in nodes:
+        total, own = totals[id(node)], _own(node)
+        if own != _NOTHING or "allOf" in node or ("$ref" in node and len(node) > 1):
+            merge_work += total.pattern_properties**2 + total.names
+        if own.multiple_bits:
+            multiple_states += 2 ** min(total.multiple_bits, _MOST_BITS)
+    return Demands(
+        levels=_levels(nodes, references.targets),
+        patterns=max(total.patterns for total in totals.values()),
+        pattern_properties=max(total.pattern_properties for total in totals.values()),
+        matched_values=max((total.values for total in totals.values() if total.patterns), default=0),
+        folded_classes=sum(map(_folded_classes, nodes)),
+        merge_work=merge_work,
+        multiple_states=multiple_states,
+    )
 
 
 def _folded_classes(node: Node) -> int:
@@ -102,8 +129,8 @@ def _levels(nodes: list[Node], targets: Edges) -> int:
     return max(longest.values())
 
 
-def _conjunctions(nodes: list[Node], targets: Edges) -> dict[int, tuple[int, int, int]]:
-    """For each subschema: regular expressions, pattern properties and enum values that hold for one value at once."""
+def _conjunctions(nodes: list[Node], targets: Edges) -> dict[int, _Total]:
+    """For each subschema, by its identity."""
 
     def branches(node: Node, key: str) -> list[Node]:
         listed = node.get(key)
@@ -112,28 +139,36 @@ def _conjunctions(nodes: list[Node], targets: Edges) -> dict[int, tuple[int, int
     def in_place(node: Node) -> list[Node]:
         return [*targets(node), *(c for key in ("allOf", "anyOf", "oneOf") for c in branches(node, key))]
 
-    total: dict[int, tuple[int, int, int]] = {}
-    nothing = (0, 0, 0)
+    totals: dict[int, _Total] = {}
     for component in _components(nodes, in_place):
         for node in component:  # of a cycle, each adds what it says itself
             parts = [_own(node)]
-            parts += [total.get(id(child), nothing) for child in (*targets(node), *branches(node, "allOf"))]
+            parts += [totals.get(id(child), _NOTHING) for child in (*targets(node), *branches(node, "allOf"))]
             for key in ("anyOf", "oneOf"):  # one branch at a time
-                options = [total.get(id(child), nothing) for child in branches(node, key)]
+                options = [totals.get(id(child), _NOTHING) for child in branches(node, key)]
                 if options:
-                    parts.append(tuple(map(max, zip(*options, strict=True))))
-            patterns, pattern_properties, values = (min(sum(column), _MOST) for column in zip(*parts, strict=True))
-            total[id(node)] = patterns, pattern_properties, values
-    return total
+                    parts.append(_Total(*map(max, zip(*options, strict=True))))
+            totals[id(node)] = _Total(*(min(sum(column), _MOST) for column in zip(*parts, strict=True)))
+    return totals
 
 
-def _own(node: Node) -> tuple[int, int, int]:
-    by_pattern, values = node.get("patternProperties"), node.get("enum")
-    return (
-        ("pattern" in node) + ("format" in node),
-        len(by_pattern) if isinstance(by_pattern, dict) else 0,
-        len(values) if isinstance(values, list) else 0,
+def _own(node: Node) -> _Total:
+    def length(key: str, kind: type) -> int:
+        value: Any = node.get(key)
+        return len(value) if isinstance(value, kind) else 0
+
+    multiple = node.get("multipleOf")
+    return _Total(
+        patterns=("pattern" in node) + ("format" in node),
+        pattern_properties=length("patternProperties", dict),
+        values=length("enum", list),
+        names=length("properties", dict) + length("required", list),
+        multiple_bits=_bits(multiple) if isinstance(multiple, int) and not isinstance(multiple, bool) else 0,
     )
+
+
+def _bits(multiple: int) -> int:
+    return min(multiple.bit_length(), _MOST_BITS)
 
 
 def _components(nodes: list[Node], edges: Edges) -> Iterator[list[Node]]:
