@@ -9,7 +9,7 @@ components).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import msgspec
@@ -153,7 +153,7 @@ def _conjunctions(nodes: list[Node], targets: Edges) -> dict[int, _Total]:
 
 
 def _own(node: Node) -> _Total:
-    def length(key: str, kind: type) -> int:
+    def length(key: str, kind: type[Sized]) -> int:
         value: Any = node.get(key)
         return len(value) if isinstance(value, kind) else 0
 
