@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import os
 import re
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -73,6 +76,18 @@ def principals(caplog: pytest.LogCaptureFixture) -> list[str | None]:
     """Who the neuron took the callers of its last requests for."""
     lines = [record.getMessage() for record in caplog.records if record.name == "neuron.request"]
     return [match[1] if (match := re.search(r" principal=(\S+)", line)) else None for line in lines]
+
+
+async def command_line(*arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cortex_cli", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    return output.decode()
 
 
 # ---------------------------------------------------------------------------------------------- who is believed
@@ -193,6 +208,9 @@ async def test_O13_a_gateway_and_a_neuron(
             assert 'cortex_node_healthy{node="alpha"} 0.0' in metrics
             assert any(f"node alpha refuses this gateway ({outcome})" in each.getMessage() for each in caplog.records)
             assert (await ask_gateway(started, neuron)).status == 503
+            for arguments, reason in ((("status",), outcome), (("top", "--once"), "x-cortex-secret")):
+                shown = await command_line(*arguments, "-e", started.url)
+                assert "refusing" in shown and reason in shown, shown
             assert neuron.daemon.services.metrics.access_refused.labels(outcome)._value.get() > 0
         seen = caplog.text + json.dumps([fleet, health])
         assert OLD not in seen and WRONG not in seen

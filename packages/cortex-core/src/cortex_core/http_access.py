@@ -39,6 +39,8 @@ MAX_NAME_LEN = 253
 MAX_QUOTED = 128
 """Characters of a header that a message or a log line repeats."""
 
+_TELLING = frozenset((b"host", b"origin", b"sec-fetch-site"))
+
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _LABEL = re.compile(r"[a-z0-9_-]{1,63}")
@@ -95,17 +97,13 @@ def read_visit(headers: RawHeaders, target: bytes = b"/") -> Visit:
 
     Raises `Refused` for a `Host` that is malformed or there twice, and for a target that contradicts it.
     """
-    hosts: list[bytes] = []
-    origins: list[bytes] = []
-    is_cross_site = False
-    for name, value in headers:
-        if name == b"host":
-            hosts.append(value)
-        elif name == b"origin":
-            origins.append(value)
-        elif name == b"sec-fetch-site" and value not in (b"same-origin", b"none"):
-            is_cross_site = True
-    host = _read_host(hosts, target)
+    found = [pair for pair in headers if pair[0] in _TELLING]
+    host = _read_host([value for name, value in found if name == b"host"], target)
+    if len(found) == (host is not None):
+        return Visit(host, None)
+    origins = [value for name, value in found if name == b"origin"]
+    sites = [value for name, value in found if name == b"sec-fetch-site"]
+    is_cross_site = any(site not in (b"same-origin", b"none") for site in sites)
     if not origins:
         return Visit(host, b"" if is_cross_site else None)
     origin = parse_origin(origins[0])

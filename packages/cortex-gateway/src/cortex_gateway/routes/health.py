@@ -36,7 +36,7 @@ class Refusing(msgspec.Struct, frozen=True):
 
 
 class FleetHealth(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`status`: ok, impaired (a resident model cannot be served), degraded (no healthy node), draining.
+    """`status`: ok, impaired (a resident model cannot be served, a node refuses), degraded (no healthy node), draining.
 
     configuration: that the files were refused, and the gateway runs with what it had; `/admin/fleet` says why.
     """
@@ -56,22 +56,21 @@ def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool, is_config_refuse
         for model, info in node.models.items()
         if info.servable is not None and not info.servable.ok
     )
+    refusing = tuple(
+        Refusing(node=node.name, reason=node.refusal) for node in snapshot.nodes.values() if node.health == "refusing"
+    )
     if is_draining:
         status = "draining"
     elif not nodes:
         status = "degraded"
     else:
-        status = "impaired" if unservable else "ok"
+        status = "impaired" if unservable or refusing else "ok"
     return FleetHealth(
         status=status,
         nodes=NodeCount(healthy=len(nodes), total=len(snapshot.nodes)),
         unservable=unservable,
         configuration="refused" if is_config_refused else None,
-        refusing=tuple(
-            Refusing(node=node.name, reason=node.refusal)
-            for node in snapshot.nodes.values()
-            if node.health == "refusing"
-        ),
+        refusing=refusing,
     )
 
 
