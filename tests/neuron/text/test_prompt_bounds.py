@@ -125,6 +125,25 @@ def test_H15_a_text_on_which_the_tokenizer_gives_up_is_a_400(tmp_path: Path) -> 
     assert model.encode("hello")
 
 
+def test_prompts_that_come_back_with_log_probabilities_are_bounded(sparse: TextModel) -> None:
+    def scored(*lengths: int, num_choices: int = 1, logprobs: int | None = 1) -> None:
+        prompts = tuple(RawPrompt(token_ids=(1,) * length) for length in lengths)
+        request = Request(model="m", prompts=prompts, num_choices=num_choices, echo=True, logprobs=logprobs)
+        sparse.resolve(request, sparse.render(request), max_model_len=100_000)
+
+    most, all_of_them = limits.MAX_SCORED_TOKENS, limits.MAX_ALL_SCORED_TOKENS
+    scored(most)
+    scored(most + 1, logprobs=None)
+    assert refusal(lambda: scored(most + 1)).param == "prompt"
+    error = refusal(lambda: scored(1, most + 1))
+    assert error.param == "prompt[1]" and str(most) in error.message and str(most + 1) in error.message
+    scored(*[most] * 8)
+    scored(most, num_choices=8)
+    for work in (lambda: scored(*[most] * 8, 1), lambda: scored(most, num_choices=9)):
+        error = refusal(work)
+        assert error.param == "prompt" and str(all_of_them) in error.message
+
+
 # ---------------------------------------------------------------- conversations
 
 

@@ -16,7 +16,7 @@ from cortex_core.errors import ApiError
 FinishReason = Literal["stop", "stop_sequence", "length", "tool_calls", "content_filter"]
 
 
-class TopLogprob(msgspec.Struct, frozen=True):
+class TopLogprob(msgspec.Struct, frozen=True, gc=False):
     """One candidate: its text (a lone byte that is no text shows as U+FFFD), natural-log probability and bytes."""
 
     token: str
@@ -24,7 +24,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
     bytes: tuple[int, ...] | None = None
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     token: str
     logprob: float
     bytes: tuple[int, ...] | None = None

@@ -443,14 +443,13 @@ class EventStream:
         return events
 
     def _entry(self, token_id: int, given: Logprobs) -> TokenLogprob:
-        tokens = self._tokens
-        top = tuple(
-            TopLogprob(tokens.token_text(i), _finite(value), tuple(tokens.token_bytes(i)))
-            for i, value in zip(given.top_ids[: self._num_top], given.top_logprobs, strict=False)
-        )
-        return TokenLogprob(
-            tokens.token_text(token_id), _finite(given.logprob), tuple(tokens.token_bytes(token_id)), top
-        )
+        shown = self._tokens.shown
+        top: list[TopLogprob] = []
+        for other, value in zip(given.top_ids[: self._num_top], given.top_logprobs, strict=False):
+            text, data = shown(other)
+            top.append(TopLogprob(text, _finite(value), data))
+        text, data = shown(token_id)
+        return TokenLogprob(text, _finite(given.logprob), data, tuple(top))
 
 
 def _finite(logprob: float) -> float:

@@ -57,6 +57,11 @@ MAX_BYTES_PER_TOKEN = 32
 are longer (runs of blanks, of dashes) are exceptions in any text. It is refused before it is rendered or tokenised."""
 COUNTED_WINDOWS = 4
 """A text that is sure to have more tokens than so many windows is not tokenised to be counted."""
+MAX_SCORED_TOKENS = 8_192
+"""Of a prompt that comes back with log-probabilities (completions with `echo` and `logprobs`): all of its answer is one
+event."""
+MAX_ALL_SCORED_TOKENS = 65_536
+"""Of all choices of such a request together."""
 ASSUMED_WINDOW = 131_072
 """Tokens, where the window of a model is not known."""
 

@@ -22,6 +22,7 @@ from neuron.text.prompt import Generation, Prompt
 from neuron.text.render import Renderer
 from neuron.text.sampling_defaults import (
     GenerationDefaults,
+    check_scored,
     choice_seed,
     request_seed,
     resolve_max_tokens,
@@ -96,6 +97,9 @@ class TextModel:
         Raises `ApiError`: a prompt too long, a bad schema, an unknown tool, a logit_bias outside the vocabulary.
         Compiles grammars, so it may take some milliseconds: call it in an executor when there is a schema.
         """
+        scores = request.echo and request.logprobs is not None
+        if scores:
+            check_scored(prompts, request.num_choices)
         seed = request_seed(request)
         generations: list[Generation] = []
         grammars: dict[str, GrammarSpec | None] = {}
@@ -119,7 +123,7 @@ class TextModel:
                         max_tokens=max_tokens,
                         stop_token_ids=() if ignores_eos else self.defaults.stop_token_ids,
                         grammar=grammar,
-                        prompt_logprobs=request.echo and request.logprobs is not None,
+                        prompt_logprobs=scores,
                     )
                 )
         return generations

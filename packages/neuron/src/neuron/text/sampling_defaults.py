@@ -16,6 +16,8 @@ from cortex_core.conversation import Request
 from cortex_core.errors import invalid, prompt_too_long
 
 from neuron.protocol import SamplingParams
+from neuron.text import limits
+from neuron.text.prompt import Prompt
 from neuron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,19 @@ def resolve_max_tokens(request: Request, prompt_len: int, max_model_len: int, de
         param = "prompt" if request.prompts else "messages"
         raise prompt_too_long(prompt_len, max_model_len if room < 0 else max_model_len - 1, param=param)
     return min(defaults.max_tokens if asked is None else asked, room)
+
+
+def check_scored(prompts: list[Prompt], num_choices: int) -> None:
+    """Raises `ApiError` where prompts are too long to come back with log-probabilities."""
+    for index, prompt in enumerate(prompts):
+        if prompt.num_tokens > limits.MAX_SCORED_TOKENS:
+            param = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
+            most = f"with echo and logprobs at most {limits.MAX_SCORED_TOKENS} tokens, got {prompt.num_tokens}"
+            raise invalid(f"{param}: {most}", param=param)
+    total = num_choices * sum(prompt.num_tokens for prompt in prompts)
+    if total > limits.MAX_ALL_SCORED_TOKENS:
+        most = f"with echo and logprobs at most {limits.MAX_ALL_SCORED_TOKENS} tokens in the prompts of all choices"
+        raise invalid(f"prompt: {most}, got {total}", param="prompt")
 
 
 def _read_object(file: Path) -> dict[str, Any]:
