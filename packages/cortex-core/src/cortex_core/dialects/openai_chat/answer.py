@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from cortex_core.conversation import Request
 from cortex_core.dialects.openai_answer import (
     FINISH_REASONS,
@@ -185,7 +187,7 @@ class _Message:
         self.reasoning: list[str] = []
         self.text: list[str] = []
         self.calls: list[tuple[ToolCallStart, list[str]]] = []
-        self.logprobs: list[dict[str, Any]] = []
+        self.logprobs: list[bytes] = []
         self.finish: Finish | None = None
 
 
@@ -209,7 +211,7 @@ class Collector:
         message = self._messages[event.choice]
         if isinstance(event, TextDelta):
             message.text.append(event.text)
-            message.logprobs += _logprob_objects(event.logprobs)
+            message.logprobs += map(encode_json, _logprob_objects(event.logprobs))
         elif isinstance(event, ReasoningDelta):
             message.reasoning.append(event.text)
         elif isinstance(event, ToolCallStart):
@@ -232,7 +234,8 @@ class Collector:
     def _choice(self, index: int, message: _Message) -> dict[str, Any]:
         if message.finish is None:
             raise RuntimeError(f"the answer is not complete: choice {index} has not finished")
-        logprobs = {"content": message.logprobs, "refusal": None} if self._with_logprobs else None
+        content = msgspec.Raw(b"[" + b",".join(message.logprobs) + b"]")
+        logprobs = {"content": content, "refusal": None} if self._with_logprobs else None
         return {
             "index": index,
             "message": self._message(message),

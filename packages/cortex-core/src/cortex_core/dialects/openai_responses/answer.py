@@ -17,7 +17,6 @@ from cortex_core.dialects.openai_responses.output import (
     ItemStatus,
     MessageItem,
     ReasoningItem,
-    logprob_objects,
 )
 from cortex_core.dialects.openai_responses.request import echoed
 from cortex_core.errors import ApiError
@@ -186,8 +185,7 @@ class Projector:
         if not logprobs:
             return opening + self._delta(event.text)
         item.fragments.append(event.text)
-        item.logprobs += logprobs
-        fields = {"delta": event.text, "logprobs": logprob_objects(logprobs, with_bytes=False)}
+        fields = {"delta": event.text, "logprobs": item.add_logprobs(logprobs)}
         return opening + self._item_event(item, item.delta_event, fields)
 
     def _delta(self, text: str) -> bytes:
@@ -321,7 +319,7 @@ class Collector:
             item = self._items.message()
             self._start(item)
         item.fragments.append(event.text)
-        item.logprobs += logprobs
+        item.add_logprobs(logprobs)
 
     def _grow(self, text: str) -> None:
         assert self._open is not None

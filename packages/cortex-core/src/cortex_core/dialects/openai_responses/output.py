@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import msgspec
+
 from cortex_core.conversation import Request
 from cortex_core.dialects.carried_thoughts import wrap
-from cortex_core.dialects.openai_answer import finite_logprob
+from cortex_core.dialects.openai_answer import encode_json, finite_logprob
 from cortex_core.dialects.openai_custom_tools import FreeformInput
 from cortex_core.dialects.openai_responses.tools import ToolNames
 from cortex_core.events import TokenLogprob, ToolCallStart
@@ -88,7 +90,16 @@ class MessageItem(Item):
 
     def __init__(self, response_id: str, index: int) -> None:
         super().__init__(response_id, index)
-        self.logprobs: list[TokenLogprob] = []
+        self._for_events: list[bytes] = []
+        self._for_items: list[bytes] = []
+
+    def add_logprobs(self, logprobs: tuple[TokenLogprob, ...]) -> msgspec.Raw:
+        """Take those of a delta, and return them as its event shows them. Written here and now: the end of an answer
+        repeats all of them four times, and would take the longer the longer it was."""
+        shown = [encode_json(_logprob_of(entry, with_bytes=False)) for entry in logprobs]
+        self._for_events += shown
+        self._for_items += [encode_json(_logprob_of(entry, with_bytes=True)) for entry in logprobs]
+        return _array(shown)
 
     def added(self) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "status": "in_progress", "content": []}
@@ -97,7 +108,7 @@ class MessageItem(Item):
         return {"id": self.id, "type": "message", "role": "assistant", "status": status, "content": [self._part()]}
 
     def _part(self) -> dict[str, Any]:
-        logprobs = logprob_objects(self.logprobs, with_bytes=True)
+        logprobs = _array(self._for_items)
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": logprobs}
 
     def opening(self) -> list[tuple[str, dict[str, Any]]]:
@@ -105,9 +116,8 @@ class MessageItem(Item):
         return [("response.content_part.added", {"part": part})]
 
     def closing(self) -> list[tuple[str, dict[str, Any]]]:
-        logprobs = logprob_objects(self.logprobs, with_bytes=False)
         return [
-            ("response.output_text.done", {"text": self.text, "logprobs": logprobs}),
+            ("response.output_text.done", {"text": self.text, "logprobs": _array(self._for_events)}),
             ("response.content_part.done", {"part": self._part()}),
         ]
 
@@ -188,19 +198,18 @@ class ItemFactory:
         return CallItem(self._response_id, self._next(), start, self._names)
 
 
-def logprob_objects(
-    logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...], *, with_bytes: bool
-) -> list[dict[str, Any]]:
+def _array(entries: list[bytes]) -> msgspec.Raw:
+    return msgspec.Raw(b"[" + b",".join(entries) + b"]")
+
+
+def _logprob_of(entry: TokenLogprob, *, with_bytes: bool) -> dict[str, Any]:
     """Events carry no bytes, items do."""
-    return [
-        {
-            **_logprob_object(entry.token, entry.logprob, entry.bytes, with_bytes=with_bytes),
-            "top_logprobs": [
-                _logprob_object(top.token, top.logprob, top.bytes, with_bytes=with_bytes) for top in entry.top
-            ],
-        }
-        for entry in logprobs
-    ]
+    return {
+        **_logprob_object(entry.token, entry.logprob, entry.bytes, with_bytes=with_bytes),
+        "top_logprobs": [
+            _logprob_object(top.token, top.logprob, top.bytes, with_bytes=with_bytes) for top in entry.top
+        ],
+    }
 
 
 def _logprob_object(token: str, logprob: float, raw: tuple[int, ...] | None, *, with_bytes: bool) -> dict[str, Any]:
