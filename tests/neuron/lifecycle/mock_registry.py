@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -27,6 +28,13 @@ class MockRegistry:
         """Files that come so far and then no further, until `released` is set or the server stops."""
         self.released = threading.Event()
         self.is_hub = False  # then it lists hashes, as the public hub does
+        self.lies: dict[str, object] = {}
+        """Members of the listing that are other than they should be."""
+        self.etags: dict[str, str] = {}
+        self.endless: dict[str, bytes] = {}
+        """Paths whose answer repeats these bytes until whoever asked has had enough; no length is announced."""
+        self.num_sent = 0
+        self.redirects: dict[str, str] = {}
         self.requests: list[str] = []
         self.ranges: list[str] = []
         registry = self
@@ -69,6 +77,10 @@ class MockRegistry:
     def _answer(self, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
         path = unquote(urlsplit(request.path).path)
         self.requests.append(f"{request.command} {path}")
+        if path in self.redirects:
+            return self._send(request, 302, b"", with_body, {"location": self.redirects[path]})
+        if with_body and path in self.endless:
+            return self._send_without_end(request, self.endless[path])
         if self.status is not None:
             return self._send(request, self.status, b"{}", with_body)
         if self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}":
@@ -76,7 +88,7 @@ class MockRegistry:
         if path == f"/api/models/{self.repo}":
             siblings = [self._sibling(name, data) for name, data in self.files.items()]
             listing = {"id": self.repo, "sha": SHA, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
-            return self._send(request, 200, json.dumps(listing).encode(), with_body)
+            return self._send(request, 200, json.dumps(listing | self.lies).encode(), with_body)
         name = path.removeprefix(f"/{self.repo}/resolve/{SHA}/")
         if name not in self.files:
             headers = {"x-error-code": "EntryNotFound" if path.startswith(f"/{self.repo}/") else "RepoNotFound"}
@@ -113,7 +125,18 @@ class MockRegistry:
             return None
         return self._send(request, 200, data, with_body, headers)
 
+    def _send_without_end(self, request: BaseHTTPRequestHandler, part: bytes) -> None:
+        request.send_response(self.status or 200)
+        request.end_headers()
+        request.close_connection = True
+        with contextlib.suppress(OSError):
+            while not self.released.is_set():
+                request.wfile.write(part)
+                self.num_sent += len(part)
+
     def _etag(self, name: str, data: bytes) -> str:
+        if name in self.etags:
+            return self.etags[name]
         if self.is_hub and name.endswith(".safetensors"):
             return hashlib.sha256(data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(data) + data if self.is_hub else data).hexdigest()

@@ -13,6 +13,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,9 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
+
+from neuron.checkpoint.files import SAFETENSORS, max_bytes
+from neuron.lifecycle.bounded_answers import limit_answers
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -32,6 +37,11 @@ RESUME_FROM_BYTES = 2**20
 _LOCK_POLL_S = 0.2
 _READ_BYTES = 8 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Of the disk's free space, what weights may take whose size the registry does not say.
+_SHARE_FOR_THE_UNKNOWN = 0.5
+
+
+_FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_+=-]{0,127}")
 
 
 class FetchCancelled(Exception):
@@ -61,6 +71,8 @@ class Connections:
 
     def __enter__(self) -> None:
         with self._lock:
+            if not self._num_fetches:
+                limit_answers()
             self._num_fetches += 1
 
     def __exit__(
@@ -129,7 +141,14 @@ class Downloader:
             return pointer
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+        url = hf_hub_url(self._repo, file.name, revision=self._revision, endpoint=self._endpoint)
+        metadata = get_hf_file_metadata(url, token=self._token)
+        if not metadata.etag:
+            raise DamagedDownload(f"{file.name}: the registry gives no ETag to know it by")
+        etag = _as_file_name(metadata.etag)
         if (file.size or 0) > constants.MAX_HTTP_DOWNLOAD_SIZE:  # the hub serves these through Xet only, in one go
+            if etag != metadata.etag:
+                raise DamagedDownload(f"{file.name}: the registry gives an ETag that is no name for a file")
             path = hf_hub_download(
                 self._repo,
                 file.name,
@@ -140,13 +159,11 @@ class Downloader:
             )
             self._on_bytes(file.size or 0)
             return Path(path)
-        url = hf_hub_url(self._repo, file.name, revision=self._revision, endpoint=self._endpoint)
-        metadata = get_hf_file_metadata(url, token=self._token)
-        if not metadata.etag:
-            raise DamagedDownload(f"{file.name}: the registry gives no ETag to know it by")
         size = metadata.size if file.size is None else file.size
-        blob = self._blobs / metadata.etag
-        with self._locked(metadata.etag):
+        if size is not None and size < 0:
+            raise DamagedDownload(f"{file.name}: the registry gives a size of {size} bytes")
+        blob = self._blobs / etag
+        with self._locked(etag):
             if not _has_size(blob, size):
                 blob.unlink(missing_ok=True)
                 expected = file
@@ -172,7 +189,7 @@ class Downloader:
         partial = blob.with_name(f"{blob.name}.partial")
         try:
             with partial.open("r+b" if partial.exists() else "w+b", buffering=0) as raw:
-                part = _Part(raw, file, size, self._check, self._on_bytes)
+                part = _Part(raw, file, size, self._limit(file, size), self._check, self._on_bytes)
                 if part.num_bytes:
                     logger.info("fetch goes on file=%s from_bytes=%d of=%s", file.name, part.num_bytes, size)
                 headers = build_hf_headers(token=self._token)
@@ -184,6 +201,14 @@ class Downloader:
                 partial.unlink(missing_ok=True)
             raise
         partial.replace(blob)
+
+    def _limit(self, file: RemoteFile, size: int | None) -> int:
+        """The most bytes that the file may take: no registry's word fills the disk."""
+        if "/" not in file.name and not file.name.endswith(SAFETENSORS):
+            return max_bytes(file.name) if size is None else min(size, max_bytes(file.name))
+        if size is not None:
+            return size
+        return int(shutil.disk_usage(self._blobs).free * _SHARE_FOR_THE_UNKNOWN)
 
     def _check(self) -> None:
         if self._cancelled():
@@ -223,12 +248,14 @@ class _Part:
         raw: IO[bytes],
         file: RemoteFile,
         size: int | None,
+        limit: int,
         check: Callable[[], None],
         on_bytes: Callable[[int], None],
     ) -> None:
         self._raw = raw
         self._file = file
         self._size = size
+        self._limit = limit
         self._check = check
         self._on_bytes = on_bytes
         self.num_bytes = 0
@@ -250,6 +277,12 @@ class _Part:
 
     def write(self, data: bytes) -> int:
         self._check()
+        if self.num_bytes + len(data) > self._limit:
+            announced = "no size was" if self._size is None else f"{self._size} were"
+            raise DamagedDownload(
+                f"{self._file.name} goes on after {self.num_bytes} bytes: {announced} announced, and at most "
+                f"{self._limit} are taken"
+            )
         view = memoryview(data)
         while view:  # unbuffered: a write may take only a part
             view = view[self._raw.write(view) :]
@@ -330,6 +363,13 @@ def _point(pointer: Path, blob: Path) -> None:
     new.unlink(missing_ok=True)
     new.symlink_to(os.path.relpath(blob, pointer.parent))
     new.replace(pointer)
+
+
+def _as_file_name(etag: str) -> str:
+    """An ETag is a name in the cache, as the library has it; one that cannot be, or would lead elsewhere, is hashed."""
+    if _FILE_NAME.fullmatch(etag):
+        return etag
+    return hashlib.sha256(etag.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _is_sha256(etag: str) -> bool:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from typing import Any
 from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress, ModelSpec
 
-from neuron.checkpoint.files import INDEX_FILE, read_json
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.files import INDEX_FILE, MAX_ENTRIES, max_bytes, read_json, read_text
 from neuron.checkpoint.weight_files import read_index, select
+from neuron.lifecycle.bounded_answers import LISTING_TIMEOUT_S, EndlessAnswer
 from neuron.lifecycle.checkpoint_folder import check_folder, is_complete
 from neuron.lifecycle.download import Connections, Downloader, FetchCancelled, RemoteFile
 from neuron.lifecycle.model_id import ModelId
@@ -44,6 +47,10 @@ CONNECTIONS = 4
 """Files that are fetched at a time: one connection rarely fills a fast line."""
 _CONNECTIONS = Connections()
 _REPORT_S = 0.25
+# A commit's hash, of whichever hash; it becomes the name of a folder.
+_REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+_SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+_MAX_SMALL_FILES = 200
 _LOCAL_ERRORS = {
     errno.ENOSPC: ("disk_full", "the disk is full"),
     errno.EDQUOT: ("disk_full", "the disk quota is used up"),
@@ -96,7 +103,7 @@ class Registry:
         disable_progress_bars()
         try:
             api = HfApi(endpoint=self._endpoint, token=self._token)
-            info = api.model_info(model.repo, files_metadata=True)
+            info = api.model_info(model.repo, files_metadata=True, timeout=LISTING_TIMEOUT_S)
         except Exception as exc:
             snapshot = self._cached(spec, model)
             if snapshot is not None:
@@ -105,10 +112,12 @@ class Registry:
                 )
                 return snapshot
             raise fetch_error(spec, exc) from exc
-        files = {sibling.rfilename: _remote_file(sibling) for sibling in info.siblings or ()}
+        with refusing(spec):
+            files = _listed(info.siblings or ())
         layout = check_layout(spec, files)
-        if info.sha is None:
-            raise refusal("repo_fetch_failed", f"The registry names no revision of `{model}`.", model_id=spec.model_id)
+        if not isinstance(info.sha, str) or not _REVISION.fullmatch(info.sha):
+            named = "no revision" if info.sha is None else f"the revision {str(info.sha)[:80]!r}, which is none,"
+            raise refusal("repo_fetch_failed", f"The registry names {named} of `{model}`.", model_id=spec.model_id)
         try:
             return self._download(spec, model, info.sha, files, layout, on_progress, cancelled, before_weights)
         except (ApiError, FetchCancelled):
@@ -138,6 +147,9 @@ class Registry:
             cancelled=lambda: cancelled.is_set() or failed.is_set(),
             on_bytes=meter.add,
         )
+        small = sorted(name for name in files if is_small_file(name))
+        with refusing(spec):
+            _check_small([files[name] for name in small])
         config = downloader.get(files["config.json"])
         with refusing(spec, config.parent):
             hf_config = read_json(config)
@@ -146,7 +158,6 @@ class Registry:
             downloader.get(files[INDEX_FILE])
         with refusing(spec, config.parent):
             weights = select(files, read_index(config.parent) if layout.is_sharded else None)
-        small = sorted(name for name in files if is_small_file(name))
         before_weights(hf_config, _size([files[name] for name in weights]))
         wanted = [files[name] for name in (*small, *weights)]
         missing = [file for file in wanted if not downloader.is_here(file)]
@@ -191,11 +202,11 @@ class Registry:
     def _cached(self, spec: ModelSpec, model: ModelId) -> Path | None:
         storage = self._storage(model)
         try:
-            revision = (storage / "refs" / "main").read_text(encoding="utf-8").strip()
-        except OSError:
+            revision = read_text(storage / "refs" / "main").strip()
+        except (OSError, CheckpointError):
             return None
         snapshot = storage / "snapshots" / revision
-        return snapshot if revision and is_complete(spec, snapshot) else None
+        return snapshot if _REVISION.fullmatch(revision) and is_complete(spec, snapshot) else None
 
     def _point_main_at(self, model: ModelId, revision: str) -> None:
         ref = self._storage(model) / "refs" / "main"
@@ -253,15 +264,48 @@ class _Meter:
         self._on_progress(LoadProgress("fetching", max(0, min(self._done, self._total)), self._total))
 
 
+def _listed(siblings: Iterable[Any]) -> dict[str, RemoteFile]:
+    """The files of a listing by name. Raises `CheckpointError` for one that is none."""
+    files: dict[str, RemoteFile] = {}
+    for sibling in siblings:
+        name = sibling.rfilename
+        if not isinstance(name, str):
+            raise CheckpointError(f"the registry lists a file of the name {str(name)[:80]!r}")
+        files[name] = _remote_file(sibling)
+        if len(files) > MAX_ENTRIES:
+            raise CheckpointError(f"the registry lists more than {MAX_ENTRIES} files, and no checkpoint has as many")
+    return files
+
+
 def _remote_file(sibling: Any) -> RemoteFile:
     """What the library knows of a file; registries that are not the public hub may leave most of it out."""
     lfs = getattr(sibling, "lfs", None)
+    size = sibling.size
     return RemoteFile(
         sibling.rfilename,
-        size=sibling.size,
-        sha256=getattr(lfs, "sha256", None),
-        git_sha1=None if lfs is not None else getattr(sibling, "blob_id", None),
+        size=size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None,
+        sha256=_hash(getattr(lfs, "sha256", None), _SHA256),
+        git_sha1=None if lfs is not None else _hash(getattr(sibling, "blob_id", None), _SHA1),
     )
+
+
+def _hash(value: Any, form: re.Pattern[str]) -> str | None:
+    return value if isinstance(value, str) and form.fullmatch(value) else None
+
+
+def _check_small(files: Sequence[RemoteFile]) -> None:
+    """Refuse small files that would not be read. Raises `CheckpointError`."""
+    if len(files) > _MAX_SMALL_FILES:
+        raise CheckpointError(
+            f"{len(files)} configuration files and templates, and at most {_MAX_SMALL_FILES} are read"
+        )
+    for file in files:
+        limit = max_bytes(file.name)
+        if (file.size or 0) > limit:
+            raise CheckpointError(
+                f"{file.name} is too long: {file.size} bytes, and at most {limit} of such a file are read",
+                file=file.name,
+            )
 
 
 def _size(files: Iterable[RemoteFile]) -> int:
@@ -285,6 +329,7 @@ def fetch_error(spec: ModelSpec, error: Exception) -> ApiError:
         errors.RevisionNotFoundError,
         errors.EntryNotFoundError,
         errors.OfflineModeIsEnabled,
+        EndlessAnswer,
         ValueError,
     )
     if isinstance(error, errors.LocalEntryNotFoundError):  # a file it could not ask for, offline or not
