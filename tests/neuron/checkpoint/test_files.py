@@ -144,9 +144,13 @@ def test_text_is_utf_8_and_objects_are_objects(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"chat_template.jinja is not UTF-8: byte 0"):
         read_text(path)
     assert read_object(tmp_path / "absent.json") == {}
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"list.json is not a JSON object"):
-        read_object(tmp_path / "list.json")
+    for other in ("[]", "3", "{", '{"a":' * 100_000):
+        (tmp_path / "other.json").write_text(other)
+        assert read_object(tmp_path / "other.json") == {}
+    (tmp_path / "other.json").unlink()
+    os.mkfifo(tmp_path / "other.json")
+    with pytest.raises(CheckpointError, match=r"other.json is a FIFO"):
+        read_object(tmp_path / "other.json")
 
 
 def test_what_lies_in_a_folder(tmp_path: Path) -> None:

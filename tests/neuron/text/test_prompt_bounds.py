@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 from cortex_core.conversation import RawPrompt, Request, TextPart, ThinkingPart, ToolCallPart, ToolResultPart, Turn
 from cortex_core.errors import ApiError
+from neuron.checkpoint.files import max_bytes
 from neuron.text import limits
 from neuron.text.chat_template import ChatTemplate, TemplateRenderError, chatml
 from neuron.text.messages import variants
 from neuron.text.model import TextModel
 from neuron.text.sentencepiece_model import (
-    SentencePieceError,
     SentencePieceModel,
     _merges,
-    tokenizer_from_sentencepiece,
 )
 from neuron.text.tokenizer import Tokenizer, TokenizerError
 from tokenizers import Tokenizer as Backend
@@ -262,9 +261,9 @@ def test_a_sentencepiece_file_that_is_none_is_refused(tmp_path: Path, model_type
         with pytest.raises(TokenizerError):
             Tokenizer.load(tmp_path)
     with file.open("wb") as sparse_file:
-        sparse_file.truncate(limits.MAX_SENTENCEPIECE_BYTES + 1)
-    with pytest.raises(SentencePieceError, match=str(limits.MAX_SENTENCEPIECE_BYTES)):
-        tokenizer_from_sentencepiece(file)
+        sparse_file.truncate(max_bytes("tokenizer.model") + 1)
+    with pytest.raises(TokenizerError, match=str(max_bytes("tokenizer.model"))):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_sentencepiece_file_that_makes_the_library_panic_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ class CheckpointError(Exception):
         super().__init__(self.message)
 
 
+class NotJson(CheckpointError):
+    """A file that should be JSON and is not."""
+
+
 def with_names(message: str, names: Sequence[str]) -> str:
     """The message with the first of the names behind it, each cut to a length that a log line bears."""
     if not names:

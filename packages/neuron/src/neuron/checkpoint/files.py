@@ -11,6 +11,7 @@ and to a file of the same name elsewhere (weights: to any `.safetensors` file), 
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.errors import CheckpointError, NotJson
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -30,7 +33,7 @@ SAFETENSORS = ".safetensors"
 MAX_BYTES = {
     "config.json": 4 * _MIB,
     "generation_config.json": 4 * _MIB,
-    "tokenizer.json": 128 * _MIB,
+    "tokenizer.json": 64 * _MIB,
     "tokenizer.model": 64 * _MIB,
     "tokenizer_config.json": 16 * _MIB,
     "special_tokens_map.json": 4 * _MIB,
@@ -107,26 +110,28 @@ def read_text(path: Path, *, limit: int | None = None) -> str:
 
 
 def read_json(path: Path, *, type: type[T] | Any = Any, limit: int | None = None) -> T | Any:
-    """The whole file, decoded as `type`. Raises as `read_file` does, and `CheckpointError` for what is no such JSON."""
+    """The whole file, decoded as `type`. Raises as `read_file` does, and `NotJson` for what is no such JSON."""
     data = read_file(path, limit=limit)
     try:
         return msgspec.json.decode(data, type=type)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         why = "it begins with a byte order mark" if data.startswith(b"\xef\xbb\xbf") else str(exc)
-        raise CheckpointError(f"{path.name} is not valid JSON: {why}", file=path.name) from exc
+        raise NotJson(f"{path.name} is not valid JSON: {why}", file=path.name) from exc
     except RecursionError as exc:
-        raise CheckpointError(f"{path.name} is not valid JSON: it is nested too deeply", file=path.name) from exc
+        raise NotJson(f"{path.name} is not valid JSON: it is nested too deeply", file=path.name) from exc
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file. Raises as `read_json` does, also for other JSON."""
+    """A JSON object of a file that a checkpoint can do without: empty where it is not there, or holds anything else,
+    which is logged. Raises as `read_file` does."""
     try:
         value = read_json(path)
     except FileNotFoundError:
         return {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", file=path.name)
-    return value
+    except NotJson as exc:
+        logger.warning("%s is ignored: %s", path, exc)
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def list_files(folder: Path) -> list[str]:

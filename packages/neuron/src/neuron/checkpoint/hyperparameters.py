@@ -21,7 +21,7 @@ INTEGERS: Mapping[str, tuple[int, int]] = {
     "num_attention_heads": (1, 2**14),
     "num_key_value_heads": (1, 2**14),
     "head_dim": (2, 2**12),
-    "vocab_size": (1, 2**24),
+    "vocab_size": (1, 2**22),
     "max_position_embeddings": (1, 2**25),
     "original_max_position_embeddings": (1, 2**25),
     "sliding_window": (1, 2**31 - 1),

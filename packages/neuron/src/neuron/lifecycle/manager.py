@@ -267,7 +267,7 @@ class ModelManager:
             self._spawn(model, self._retry_later(model, effect.delay_s))
         elif isinstance(effect, machine.StartEngine):
             assert model.state.spec is not None
-            self._spawn(model, self._start_engine(model, model.state.spec, effect.path))
+            self._start_engine(model, model.state.spec, effect.path)
         elif isinstance(effect, machine.OpenAdmission):
             if not self._is_closing:
                 model.admission.open()
@@ -335,6 +335,7 @@ class ModelManager:
             )
             model.weight_bytes = inspection.weight_bytes
             await self._fit(model, spec, path, inspection)
+            model.text = await self._open_text(model, path)
             event = machine.Fetched(path)
         except ApiError as exc:
             logger.warning("fetch failed model=%s code=%s reason=%s", model.id, exc.code, exc.message)
@@ -376,26 +377,26 @@ class ModelManager:
         await asyncio.sleep(delay_s)
         self._post(model, machine.RetryDue())
 
-    async def _start_engine(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
+    async def _open_text(self, model: ServedModel, path: Path) -> ServedText:
+        """Its tokenizer and template, read by a process of its own. Raises `ApiError` 422."""
+        await self._close_text(model)
         try:
-            text = await ServedText.open(
+            return await ServedText.open(
                 str(path), self._text_settings, label=model.id, on_end=lambda reason: self._on_text_end(model, reason)
             )
-        except ApiError as exc:  # the folder has changed since it was fetched
-            self._post(model, machine.EngineFailed(exc))
-            return
         except TextLoadError as exc:
-            error = refusal("bad_checkpoint", f"`{model.id}` cannot be served: {exc}", model_id=model.id)
-            self._post(model, machine.EngineFailed(error))
-            return
-        except Exception as exc:
-            logger.exception("tokenizer failed model=%s", model.id)
-            error = ApiError("internal", f"The tokenizer of `{model.id}` cannot be used: {exc}", code="load_failed")
-            self._post(model, machine.EngineFailed(error))
-            return
+            raise refusal("bad_checkpoint", f"`{model.id}` cannot be served: {exc}", model_id=model.id) from exc
+
+    @staticmethod
+    async def _close_text(model: ServedModel) -> None:
+        text, model.text = model.text, None
+        if text is not None:
+            await text.close()
+
+    def _start_engine(self, model: ServedModel, spec: ModelSpec, path: Path) -> None:
+        assert model.text is not None
         config = self._engine_config(model.id, spec, path) if model.fit is None else model.fit.config
-        config = msgspec.structs.replace(config, tokenizer_json=text.tokenizer_json)
-        model.text = text
+        config = msgspec.structs.replace(config, tokenizer_json=model.text.tokenizer_json)
         model.devices = config.devices
         launch = msgspec.structs.replace(
             self._launch,
@@ -436,6 +437,8 @@ class ModelManager:
         elif isinstance(event, GroupDied):
             self._post(model, machine.EngineDied(event.reason))
         else:
+            if model.load_seconds is None:  # nobody has seen it serve, and nobody will
+                self._spawn(model, self._close_text(model))
             self._post(model, machine.EngineFailed(load_error(model.id, event)))
 
     async def _drain(self, model: ServedModel) -> None:
@@ -460,9 +463,7 @@ class ModelManager:
         for task in list(model.tasks):
             task.cancel()
         group, model.group = model.group, None
-        text, model.text = model.text, None
-        if text is not None:
-            await text.close()
+        await self._close_text(model)
         if group is not None:
             was_loaded = group.loaded is not None
             await group.stop()

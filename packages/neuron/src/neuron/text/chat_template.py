@@ -20,9 +20,10 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from neuron.checkpoint.errors import NotJson
+from neuron.checkpoint.files import read_json, read_text
 from neuron.text.messages import Message
 
 logger = logging.getLogger(__name__)
@@ -198,9 +199,10 @@ def chatml(messages: list[Message], *, add_generation_prompt: bool = True) -> st
 
 def find_templates(path: Path) -> dict[str, str]:
     """Named templates of a checkpoint folder, `default` first where there is one; empty if it has none."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
+    try:
+        return {"default": read_text(path / "chat_template.jinja")}
+    except FileNotFoundError:
+        pass
     for name in ("chat_template.json", "tokenizer_config.json"):
         templates = _templates_in(path / name)
         if templates:
@@ -209,12 +211,12 @@ def find_templates(path: Path) -> dict[str, str]:
 
 
 def _templates_in(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        return {}
     try:
-        document = msgspec.json.decode(file.read_bytes())
-    except msgspec.MsgspecError as exc:
-        logger.warning("%s is not JSON and is ignored: %s", file, exc)
+        document = read_json(file)
+    except FileNotFoundError:
+        return {}
+    except NotJson as exc:
+        logger.warning("%s is ignored: %s", file, exc)
         return {}
     value = document.get("chat_template") if isinstance(document, dict) else document
     if isinstance(value, str):

@@ -69,8 +69,6 @@ ASSUMED_WINDOW = 131_072
 
 MAX_VOCABULARY = 2**22
 """One more than the largest id of a token: tables of that size are made. The largest of the field have 2^18."""
-MAX_SENTENCEPIECE_BYTES = 64 * 2**20
-"""Of a `tokenizer.model`."""
 MAX_MERGED_CHARACTERS = 128
 """Of a piece that merges are sought for: every way to cut it in two is tried."""
 

@@ -6,7 +6,6 @@ Resolved here and nowhere else: sampling parameters, seeds, the token limit and 
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import msgspec
 from cortex_core.conversation import Request
 from cortex_core.errors import invalid, prompt_too_long
 
+from neuron.checkpoint.files import read_object
+from neuron.checkpoint.hyperparameters import INTEGERS, language_model
 from neuron.protocol import SamplingParams
 from neuron.text import limits
 from neuron.text.prompt import Prompt
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_TEMPERATURE = 0.7
 DEFAULT_MAX_TOKENS = 8192
 _END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
+# What files may name: each is sent with each request. Those of the field name eight at most.
+_MAX_STOP_IDS = 128
+_MAX_TOKEN_ID = INTEGERS["vocab_size"][1]
 _SEED_BITS = 63
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
@@ -47,18 +51,18 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     @classmethod
     def load(cls, path: Path, tokenizer: Tokenizer) -> GenerationDefaults:
         """Read `generation_config.json` and `config.json`; missing files and odd values fall back."""
-        generation = _read_object(path / "generation_config.json")
-        config = _read_object(path / "config.json")
-        text_config = config.get("text_config")
+        generation = read_object(path / "generation_config.json")
+        config = read_object(path / "config.json")
         temperature = _number(generation, "temperature", 0.0, 100.0, DEFAULT_TEMPERATURE)
         if generation.get("do_sample") is False:
             temperature = 0.0
         stop_ids: dict[int, None] = {}
-        for source in (generation, config, text_config if isinstance(text_config, dict) else {}):
+        for source in (generation, config, language_model(config)):
             eos = source.get("eos_token_id")
             for token_id in eos if isinstance(eos, list) else [eos]:
-                if isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0:
+                if isinstance(token_id, int) and not isinstance(token_id, bool) and 0 <= token_id < _MAX_TOKEN_ID:
                     stop_ids[token_id] = None
+        stop_ids = dict.fromkeys(list(stop_ids)[:_MAX_STOP_IDS])
         for token in (tokenizer.special_tokens.get("eos_token"), *_END_OF_TURN_TOKENS):
             found = tokenizer.token_id(token) if token else None
             if found is not None:
@@ -142,19 +146,8 @@ def check_scored(prompts: list[Prompt], num_choices: int) -> None:
         raise invalid(f"prompt: {most}, got {total}", param="prompt")
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = msgspec.json.decode(file.read_bytes())
-    except msgspec.MsgspecError as exc:
-        logger.warning("%s is not JSON and is ignored: %s", file, exc)
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _number(source: dict[str, Any], key: str, low: float, high: float, default: float) -> float:
     value = source.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return default
-    return float(value) if low <= value <= high else default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return default  # a NaN lies nowhere
+    return float(value)

@@ -68,12 +68,9 @@ def read_model(data: bytes) -> SentencePieceModel:
     return model
 
 
-def tokenizer_from_sentencepiece(path: Path) -> Tokenizer:
-    """Build the equivalent fast tokenizer. Raises `SentencePieceError`."""
-    num_bytes = path.stat().st_size
-    if num_bytes > limits.MAX_SENTENCEPIECE_BYTES:
-        raise SentencePieceError(f"the model has {num_bytes} bytes, at most {limits.MAX_SENTENCEPIECE_BYTES}")
-    model = read_model(path.read_bytes())
+def tokenizer_from_sentencepiece(data: bytes) -> Tokenizer:
+    """Build the fast tokenizer that is equivalent to a `tokenizer.model`. Raises `SentencePieceError`."""
+    model = read_model(data)
     vocab = {text: token_id for token_id, (text, _, _) in enumerate(model.pieces)}
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == _UNKNOWN), None)
     if model.model_type == _BPE:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import tokenizers
 
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.files import read_file, read_object, read_text
 from neuron.text import limits
 from neuron.text.token_table import TokenTable
 
@@ -101,20 +104,13 @@ class Tokenizer:
 
         Raises `TokenizerError`.
         """
-        config = _read_json(path / "tokenizer_config.json")
-        serialized: str | None = None
         try:
-            if (path / "tokenizer.json").is_file():
-                serialized = (path / "tokenizer.json").read_text(encoding="utf-8")
-                backend = tokenizers.Tokenizer.from_str(serialized)
-            elif (path / "tokenizer.model").is_file():
-                from neuron.text.sentencepiece_model import tokenizer_from_sentencepiece
-
-                backend = tokenizer_from_sentencepiece(path / "tokenizer.model")
-            else:
-                raise TokenizerError(f"{path}: neither tokenizer.json nor tokenizer.model")
+            config = read_object(path / "tokenizer_config.json")
+            backend, serialized = _backend_of(path)
         except TokenizerError:
             raise
+        except CheckpointError as exc:
+            raise TokenizerError(exc.message) from exc
         except BaseException as exc:  # the Rust side raises bare Exception
             if isinstance(exc, MemoryError) or not (isinstance(exc, Exception) or _is_panic(exc)):
                 raise
@@ -187,6 +183,19 @@ class Tokenizer:
             bos = self.token_id(self.special_tokens.get("bos_token", ""))
             prefix = () if bos is None else (bos,)
         return prefix
+
+
+def _backend_of(path: Path) -> tuple[tokenizers.Tokenizer, str | None]:
+    """The tokenizer of a folder, and the tokenizer.json that it is, if there is one."""
+    with suppress(FileNotFoundError):
+        serialized = read_text(path / "tokenizer.json")
+        return tokenizers.Tokenizer.from_str(serialized), serialized
+    with suppress(FileNotFoundError):
+        data = read_file(path / "tokenizer.model")
+        from neuron.text.sentencepiece_model import tokenizer_from_sentencepiece
+
+        return tokenizer_from_sentencepiece(data), None
+    raise TokenizerError(f"{path}: neither tokenizer.json nor tokenizer.model")
 
 
 def _is_panic(exc: BaseException) -> bool:
@@ -269,18 +278,6 @@ def _byte_table(vocab: dict[str, int], added: dict[int, str], decoders: set[str]
 # ---------------------------------------------------------------- the files beside tokenizer.json
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one if the file is missing or not an object; a broken file is logged."""
-    if not path.is_file():
-        return {}
-    try:
-        value = msgspec.json.decode(path.read_bytes())
-    except msgspec.MsgspecError as exc:
-        logger.warning("%s is not JSON and is ignored: %s", path, exc)
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _token_content(value: Any) -> str | None:
     if isinstance(value, str):
         return value
@@ -290,7 +287,7 @@ def _token_content(value: Any) -> str | None:
 
 
 def _special_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    merged = _read_json(path / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
+    merged = read_object(path / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
     contents = {role: _token_content(merged.get(role)) for role in SPECIAL_TOKEN_ROLES}
     return {role: content for role, content in contents.items() if content is not None}
 
@@ -301,7 +298,7 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, path: Path, config: dict[
     Returns whether there were any.
     """
     declared: dict[int, dict[str, Any]] = {}
-    for content, token_id in _read_json(path / "added_tokens.json").items():
+    for content, token_id in read_object(path / "added_tokens.json").items():
         if isinstance(token_id, int):
             declared[token_id] = {"content": content, "special": False}
     decoder = config.get("added_tokens_decoder")

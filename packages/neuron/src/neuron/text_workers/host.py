@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from neuron.checkpoint.errors import CheckpointError
 from neuron.text.model import LoadStage, TextModel
 from neuron.text.tokenizer import TokenizerError
 from neuron.text_workers.jobs import Jobs
@@ -82,7 +83,7 @@ class Host:
         except MemoryError:
             self._send(TextRefused(f"it takes more than {LOAD_MEMORY_BYTES // 2**20} MiB of memory"))
             return None
-        except TokenizerError as exc:
+        except (TokenizerError, CheckpointError) as exc:
             self._send(TextRefused(str(exc)[:_LONGEST_REASON]))
             return None
         except Exception as exc:
