@@ -160,6 +160,10 @@ class Neuron:
                 found[int(arguments[arguments.index("--rank") + 1])] = pid
         return found
 
+    def engine_pid_set(self) -> set[int]:
+        """Process ids of the ranks of all engine groups."""
+        return {pid for pid in _children_of(self.pid) if "neuron.worker" in _arguments_of(pid)}
+
     async def belongings(self) -> Belongings:
         """Counted while nothing is going on."""
         health = await self.get("/health")

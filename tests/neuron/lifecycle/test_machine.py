@@ -105,13 +105,6 @@ def test_a_failed_load_says_why_and_can_be_tried_again() -> None:
     assert again.phase == "fetching" and again.error is None and list(effects) == [StartFetch(SPEC)]
 
 
-def test_H8_a_checkpoint_that_the_engine_refuses_leaves_no_trace_but_the_answer() -> None:
-    refused, effects = run(LOAD, Fetched(FOLDER), EngineFailed(REFUSED))
-    assert refused == ABSENT and effects == [AnswerLoads(REFUSED), Stop(), Forget()]
-    assert decide(refused, Stopped()) == (ABSENT, ())
-    assert run(*UP, EngineDied("killed"), EngineFailed(REFUSED))[0].phase == "failed", "it was a model here"
-
-
 def test_an_engine_that_dies_recovers_or_is_given_up() -> None:
     state, effects = run(*UP, EngineDied("killed"))
     assert state.phase == "recovering" and state.error == "killed" and effects == []

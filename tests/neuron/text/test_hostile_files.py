@@ -11,8 +11,8 @@ import pytest
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import max_bytes
 from neuron.text.chat_template import find_templates
-from neuron.text.model import TextModel
 from neuron.text.limits import MAX_VOCABULARY
+from neuron.text.model import TextModel
 from neuron.text.tokenizer import Tokenizer, TokenizerError
 
 from .checkpoints import byte_level_json, load, sentencepiece_model, write_checkpoint

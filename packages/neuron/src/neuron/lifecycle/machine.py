@@ -78,7 +78,7 @@ class EngineDied(msgspec.Struct, frozen=True):
 
 
 class EngineFailed(msgspec.Struct, frozen=True):
-    """The load failed, or the supervisor gave the engine up. A checkpoint that the engine refuses is forgotten."""
+    """The load failed, or the supervisor gave the engine up."""
 
     error: ApiError
 
@@ -281,9 +281,6 @@ def _with_engine(state: ModelState, event: Event) -> Decision:
         recovering = ModelState("recovering", state.spec, LoadProgress("starting"), error=event.reason)
         return recovering, ()
     if isinstance(event, EngineFailed):
-        if state.phase == "loading" and event.error.kind == "invalid_request":
-            # As with a fetch that was refused: it never was a model here.
-            return ABSENT, (AnswerLoads(event.error), Stop(), Forget())
         return ModelState("failed", state.spec, error=event.error.message), (AnswerLoads(event.error),)
     return state, ()
 

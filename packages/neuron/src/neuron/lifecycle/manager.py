@@ -49,6 +49,9 @@ from neuron.text_workers.worker_handle import LostReason
 
 logger = logging.getLogger(__name__)
 
+# Tokenizers and templates that are read at a time: each may take gigabytes before it is refused.
+_TEXTS_AT_ONCE = 3
+
 
 class ModelManager:
     """Loads, serves and unloads models.
@@ -83,6 +86,7 @@ class ModelManager:
         self._free_mb = free_mb
         self._memory = memory
         self._fitting = asyncio.Lock()
+        self._opening_texts = asyncio.Semaphore(_TEXTS_AT_ONCE)
         self._cuda_unavailable_reason = cuda_unavailable_reason
         self._models: dict[str, ServedModel] = {}
         self._clocks: defaultdict[str, ProgressClock] = defaultdict(ProgressClock)
@@ -381,9 +385,13 @@ class ModelManager:
         """Its tokenizer and template, read by a process of its own. Raises `ApiError` 422."""
         await self._close_text(model)
         try:
-            return await ServedText.open(
-                str(path), self._text_settings, label=model.id, on_end=lambda reason: self._on_text_end(model, reason)
-            )
+            async with self._opening_texts:
+                return await ServedText.open(
+                    str(path),
+                    self._text_settings,
+                    label=model.id,
+                    on_end=lambda reason: self._on_text_end(model, reason),
+                )
         except TextLoadError as exc:
             raise refusal("bad_checkpoint", f"`{model.id}` cannot be served: {exc}", model_id=model.id) from exc
 
