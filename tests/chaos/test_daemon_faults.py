@@ -100,7 +100,22 @@ async def test_a_daemon_killed_while_it_loads_leaves_no_engine_and_does_not_take
         assert await is_activated(neuron) and await neuron.get("/models") == []
 
 
-async def test_a_model_that_takes_its_daemon_down_is_left_out_after_three_times(tmp_path: Path) -> None:
+async def test_H7_a_daemon_killed_behind_each_of_its_loads_goes_on_coming_back(tmp_path: Path) -> None:
+    config = remembering(tmp_path)
+    async with running(tmp_path, config=config) as neuron:
+        await neuron.load(max_model_len=2048)
+        await kill(neuron)
+    for _ in range(3):
+        async with running(tmp_path, config=config) as neuron:
+            await eventually(lambda: _has_status(neuron, "loaded"))
+            await kill(neuron)
+    async with running(tmp_path, config=config) as neuron:
+        await eventually(lambda: _has_status(neuron, "loaded"))
+        assert (await neuron.get("/health"))["activation"]["failed"] == []
+        assert "42" in (await neuron.ask(QUESTION)).text
+
+
+async def test_H7_a_model_that_takes_its_daemon_down_waits_after_three_times(tmp_path: Path) -> None:
     """The daemon is killed in each load at start, as an out-of-memory killer would do it."""
     config = remembering(tmp_path)
     async with running(tmp_path, config=config) as neuron:
@@ -114,6 +129,7 @@ async def test_a_model_that_takes_its_daemon_down_is_left_out_after_three_times(
         await eventually(lambda: is_activated(neuron))
         (failure,) = (await neuron.get("/health"))["activation"]["failed"]
         assert failure["model_id"] == MODEL and "3 times in a row" in failure["error"]
+        assert failure["retry_at"] > 0 and "after 60 s" in failure["error"]
         await neuron.load()  # by hand it is tried again
         assert "42" in (await neuron.ask(QUESTION)).text
 

@@ -37,6 +37,22 @@ async def test_F24_a_model_that_cannot_be_served_impairs_the_fleet(neuron: FakeN
     assert document["unservable"] == [{"node": "alpha", "model": MODEL, "reason": "vram", "detail": "leak"}]
 
 
+async def test_H7_a_model_that_its_node_was_to_load_and_has_not_impairs_the_fleet(
+    neuron: FakeNeuron, start: Start
+) -> None:
+    failure = {"model_id": "acme/heavy", "error": "The neuron ended 3 times in a row", "retry_at": 1_790_000_000}
+    here = {"model_id": MODEL, "error": "it was loaded by hand since"}
+    neuron.have(MODEL)
+    neuron.health_extra = {"activation": {"state": "ready", "failed": [failure, here]}}
+    client = await start(neuron)
+    async with client.get("/health") as response:
+        document = json.loads(await response.read())
+    assert document["status"] == "impaired"
+    assert document["not_loaded"] == [
+        {"node": "alpha", "model": "acme/heavy", "error": failure["error"], "retry_at": 1_790_000_000}
+    ]
+
+
 @pytest.mark.parametrize("path", ["/", "/health", "/api/hello"])
 async def test_connections_can_be_warmed(start: Start, path: str) -> None:
     client = await start()

@@ -65,3 +65,21 @@ async def test_what_is_wrong_for_good_is_not_retried() -> None:
     run = activator(loads, "a")
     await run.run()
     assert loads.asked == ["a"]
+
+
+async def test_H7_a_model_that_ended_the_daemon_waits_and_shows_when_it_is_tried_again() -> None:
+    loads = Loads()
+    pauses = {"a": 0.02, "b": 0.01}
+    run = loads.activator = Activator(
+        [ModelSpec(model) for model in ("a", "b", "c")],
+        loads,
+        pause_s=lambda spec: pauses.get(spec.model_id, 0.0),
+        fault=lambda spec: f"It ended while it loaded {spec.model_id}.",
+    )
+    await run.run()
+    assert loads.asked == ["c", "b", "a"]
+    waiting = loads.seen[0].failed
+    assert [failure.model_id for failure in waiting] == ["b", "a"]
+    assert all(failure.retry_at is not None and "ended while it loaded" in failure.error for failure in waiting)
+    assert loads.seen[1].failed == waiting[1:] and loads.seen[1].in_progress == "b"
+    assert run.status == Activation("ready", completed=("c", "b", "a"))

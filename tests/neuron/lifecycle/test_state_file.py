@@ -17,8 +17,8 @@ from neuron.server import state_path
 A, B = ModelSpec("acme/a", max_model_len=1024), ModelSpec("acme/b")
 
 
-def served(path: Path, *, configured: tuple[str, ...] = (), stable_s: float = 60.0) -> ServedModels:
-    return ServedModels(path, id_of=lambda text: text, configured=configured, stable_s=stable_s)
+def served(path: Path, *, configured: tuple[str, ...] = ()) -> ServedModels:
+    return ServedModels(path, id_of=lambda text: text, configured=configured)
 
 
 @pytest.fixture
@@ -97,47 +97,70 @@ async def test_unknown_fields_of_a_later_release_are_no_damage(path: Path) -> No
     assert served(path).open() == (B,)
 
 
-async def test_a_load_that_takes_the_daemon_down_is_not_begun_for_ever(path: Path) -> None:
+async def test_H7_ends_in_the_middle_of_a_load_make_the_next_one_wait_longer_but_not_for_ever(path: Path) -> None:
     before = served(path)
     before.open()
     before.add("acme/a", A)
     await before.flushed()
     left_behind(before)
-    begun = 0
-
-    async def deadly(spec: ModelSpec) -> None:
-        nonlocal begun
-        begun += 1
-        await asyncio.Event().wait()
-
-    for _ in range(MAX_STARTS):
+    pauses = []
+    for _ in range(MAX_STARTS + 8):
         life = served(path)
         assert life.open() == (A,)
+        pauses.append(life.pause_s(A))
+        begun = asyncio.Event()
+
+        async def deadly(spec: ModelSpec, begun: asyncio.Event = begun) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
         loading = asyncio.create_task(life.load(A, deadly))
-        count = begun
-        while begun == count:
-            await asyncio.sleep(0.001)
+        await begun.wait()
         left_behind(life)  # killed in the middle of it
         life._path = None
         loading.cancel()
+    assert pauses[:MAX_STARTS] == [0.0] * MAX_STARTS
+    assert pauses[MAX_STARTS:] == [60.0, 120.0, 240.0, 480.0, 960.0, 1800.0, 1800.0, 1800.0]
     life = served(path)
-    assert life.open() == (A,)
-    with pytest.raises(ApiError) as caught:
-        await life.load(A, deadly)
-    assert caught.value.code == "load_ends_neuron" and begun == MAX_STARTS
+    life.open()
+    assert "11 times in a row while it loaded `acme/a`" in life.fault(A)
     life.add("acme/a", A)  # somebody loaded it by hand
-    life._survived("acme/a")
+    assert life.pause_s(A) == 0.0
     await life.close()
 
-    async def fine(spec: ModelSpec) -> None: ...
 
-    again = served(path)
-    again.open()
-    await again.load(A, fine)
+async def test_H7_a_daemon_that_is_killed_while_its_model_serves_blames_no_load(path: Path) -> None:
+    before = served(path)
+    before.open()
+    before.add("acme/a", A)
+    await before.flushed()
+    left_behind(before)
+    for _ in range(3 * MAX_STARTS):
+        life = served(path)
+        assert life.open() == (A,) and life.pause_s(A) == 0.0
+
+        async def fine(spec: ModelSpec, life: ServedModels = life) -> None:
+            life.add("acme/a", A)
+
+        await life.load(A, fine)
+        left_behind(life)  # killed right behind it
+
+
+async def test_what_was_unloaded_during_its_pause_is_not_loaded_behind_it(path: Path) -> None:
+    life = served(path)
+    life.open()
+    life.add("acme/a", A)
+    life.remove("acme/a")
+
+    async def never(spec: ModelSpec) -> None:
+        raise AssertionError
+
+    await life.load(A, never)
+    await life.close()
 
 
 async def test_a_load_that_fails_or_is_ended_in_order_is_not_held_against_the_model(path: Path) -> None:
-    life = served(path)
+    life = served(path, configured=("acme/a",))
     life.open()
 
     async def failing(spec: ModelSpec) -> None:
@@ -152,22 +175,6 @@ async def test_a_load_that_fails_or_is_ended_in_order_is_not_held_against_the_mo
     await asyncio.wait((loading,))
     await life.close()
     assert json.loads(path.read_text())["starts"] == {}
-
-
-async def test_a_load_has_been_survived_only_some_time_after_it(path: Path) -> None:
-    life = served(path, stable_s=0.05)
-    life.open()
-
-    async def fine(spec: ModelSpec) -> None:
-        life.add("acme/a", A)
-
-    await life.load(A, fine)
-    await life.flushed()
-    assert json.loads(path.read_text())["starts"] == {"acme/a": 1}
-    async with asyncio.timeout(30):
-        while json.loads(path.read_text())["starts"]:
-            await asyncio.sleep(0.01)
-    await life.close()
 
 
 async def test_a_second_daemon_leaves_the_list_of_the_first_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,8 +50,11 @@ class DeviceHealth(msgspec.Struct, frozen=True):
 
 
 class ActivationFailure(msgspec.Struct, frozen=True):
+    """retry_at: when it is tried again (Unix seconds), None where it is not."""
+
     model_id: str
     error: str
+    retry_at: int | None = None
 
 
 class Activation(msgspec.Struct, frozen=True):

@@ -94,7 +94,6 @@ class Daemon:
             state_path(config) if config.has_engine else None,
             id_of=sources.public_id,
             configured=_ids_of(specs, sources),
-            stable_s=config.engine.stable_after_s,
         )
         candle = config.harness.candle
         floor_bytes = candle.context_limit.min_free_floor_mb * 2**20
@@ -130,7 +129,12 @@ class Daemon:
             config=config,
             manager=manager,
             hardware=hardware,
-            activator=Activator(specs, lambda spec: self._served.load(spec, manager.load)),
+            activator=Activator(
+                specs,
+                lambda spec: self._served.load(spec, manager.load),
+                pause_s=self._served.pause_s,
+                fault=self._served.fault,
+            ),
             metrics=metrics,
             build=build,
             access=access,

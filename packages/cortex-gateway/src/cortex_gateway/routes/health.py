@@ -35,8 +35,18 @@ class Refusing(msgspec.Struct, frozen=True):
     reason: str | None = None
 
 
+class NotLoaded(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model that its node was to load at its start and has not (H7). retry_at: Unix seconds."""
+
+    node: str
+    model: str
+    error: str
+    retry_at: int | None = None
+
+
 class FleetHealth(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`status`: ok, impaired (a resident model cannot be served, a node refuses), degraded (no healthy node), draining.
+    """`status`: ok, impaired (a resident model cannot be served, one that was to be loaded is not, a node refuses),
+    degraded (no healthy node), draining.
 
     configuration: that the files were refused, and the gateway runs with what it had; `/admin/fleet` says why.
     """
@@ -46,6 +56,7 @@ class FleetHealth(msgspec.Struct, frozen=True, omit_defaults=True):
     unservable: tuple[Unservable, ...] = ()
     configuration: Literal["refused"] | None = None
     refusing: tuple[Refusing, ...] = ()
+    not_loaded: tuple[NotLoaded, ...] = ()
 
 
 def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool, is_config_refused: bool = False) -> FleetHealth:
@@ -59,18 +70,25 @@ def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool, is_config_refuse
     refusing = tuple(
         Refusing(node=node.name, reason=node.refusal) for node in snapshot.nodes.values() if node.health == "refusing"
     )
+    not_loaded = tuple(
+        NotLoaded(node=node.name, model=failure.model_id, error=failure.error, retry_at=failure.retry_at)
+        for node in nodes
+        for failure in node.activation.failed
+        if failure.model_id not in node.models
+    )
     if is_draining:
         status = "draining"
     elif not nodes:
         status = "degraded"
     else:
-        status = "impaired" if unservable or refusing else "ok"
+        status = "impaired" if unservable or refusing or not_loaded else "ok"
     return FleetHealth(
         status=status,
         nodes=NodeCount(healthy=len(nodes), total=len(snapshot.nodes)),
         unservable=unservable,
         configuration="refused" if is_config_refused else None,
         refusing=refusing,
+        not_loaded=not_loaded,
     )
 
 

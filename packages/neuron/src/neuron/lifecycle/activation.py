@@ -1,12 +1,14 @@
 """Loads at start: `default_models`, then what was served when the daemon last ended.
 
-One after the other, in the background, once the daemon listens; visible on `/health`.
+One after the other, in the background, once the daemon listens; visible on `/health`. A model whose loads the daemon
+did not survive comes last, after a pause, and until then shows as failed with the time of its next try.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from cortex_core.errors import ApiError
@@ -19,7 +21,10 @@ RETRY_DELAYS_S = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)
 
 
 class Activator:
-    """`run` it once; `status` says at any time how far it is."""
+    """`run` it once; `status` says at any time how far it is.
+
+    pause_s: how long a model has to wait (seconds), fault: why.
+    """
 
     def __init__(
         self,
@@ -27,8 +32,13 @@ class Activator:
         load: Callable[[ModelSpec], Awaitable[None]],
         *,
         retry_delays_s: Sequence[float] = RETRY_DELAYS_S,
+        pause_s: Callable[[ModelSpec], float] = lambda spec: 0.0,
+        fault: Callable[[ModelSpec], str] = lambda spec: "",
     ) -> None:
         self._load = load
+        self._pause_s = pause_s
+        self._fault = fault
+        self._paused: dict[str, ActivationFailure] = {}
         self._retry_delays_s = retry_delays_s
         self._pending = list(specs)
         self._in_progress: str | None = None
@@ -43,7 +53,7 @@ class Activator:
             pending=tuple(spec.model_id for spec in self._pending),
             in_progress=self._in_progress,
             completed=tuple(self._completed),
-            failed=tuple(self._failed),
+            failed=(*self._failed, *self._paused.values()),
         )
 
     def add(self, specs: Sequence[ModelSpec]) -> None:
@@ -52,7 +62,26 @@ class Activator:
         self._is_ready = not self._pending
 
     async def run(self) -> None:
+        """All of them; returns when there is nothing more to try."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        pauses = [(self._pause_s(spec), spec) for spec in self._pending]
+        self._pending = [spec for pause_s, spec in pauses if not pause_s]
+        later = sorted(((pause_s, spec) for pause_s, spec in pauses if pause_s), key=lambda entry: entry[0])
+        for pause_s, spec in later:
+            why = f"{self._fault(spec)} It is tried again after {pause_s:.0f} s; a load by hand goes at once."
+            logger.error("activation: model=%s is put off: %s", spec.model_id, why)
+            self._paused[spec.model_id] = ActivationFailure(spec.model_id, why, retry_at=int(time.time() + pause_s))
+        await self._rounds()
+        for pause_s, spec in later:
+            await asyncio.sleep(max(0.0, began + pause_s - clock()))
+            del self._paused[spec.model_id]
+            self._pending.append(spec)
+            await self._rounds()
+
+    async def _rounds(self) -> None:
         delays = iter(self._retry_delays_s)
+        self._is_ready = not self._pending
         while True:
             deferred = await self._round()
             delay_s = next(delays, None)

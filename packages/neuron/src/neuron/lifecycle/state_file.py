@@ -5,7 +5,9 @@ leaves the old list or the new one. A model is on it from the end of its load un
 daemon ends makes no difference. Models that the configuration lists are not: the configuration says so already.
 
 A model whose load takes the daemon down with it would do so for ever: before each load at start the attempt is put on
-disk, and after `MAX_STARTS` in a row that nobody lived to take back, the model is left out until it is loaded by hand.
+disk, and taken back as soon as the load has ended, however it did. After `MAX_STARTS` in a row that nobody lived to
+take back, the next one waits, longer each time (`pause_s`): for a while the daemon serves what else there is. An end
+that finds the model loaded is no fault of its load and counts for nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 MAX_STARTS = 3
+FIRST_PAUSE_S = 60.0
+LONGEST_PAUSE_S = 1800.0
 
 
 class _Document(msgspec.Struct, frozen=True):
@@ -41,8 +45,7 @@ class _Document(msgspec.Struct, frozen=True):
 class ServedModels:
     """The list, in memory and in the file at `path` (None keeps none). All of it on the event loop.
 
-    id_of: the id that a spec is served under. configured: ids that the configuration loads. stable_s: how long after
-    its load a model must have been here before the load counts as survived.
+    id_of: the id that a spec is served under. configured: ids that the configuration loads.
     """
 
     def __init__(
@@ -51,16 +54,13 @@ class ServedModels:
         *,
         id_of: Callable[[str], str],
         configured: Iterable[str] = (),
-        stable_s: float = 60.0,
     ) -> None:
         self._path = path
         self._id_of = id_of
         self._configured = frozenset(configured)
-        self._stable_s = stable_s
         self._lock: int | None = None
         self._models: dict[str, ModelSpec] = {}
         self._starts: dict[str, int] = {}
-        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._writing: asyncio.Task[None] | None = None
         self._is_dirty = False
 
@@ -94,9 +94,6 @@ class ServedModels:
 
     async def close(self) -> None:
         """The daemon ends in order: no load is to blame for it. What is served stays on the list."""
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
         self._starts.clear()
         self._write()
         await self.flushed()
@@ -109,47 +106,45 @@ class ServedModels:
         """The model is loaded."""
         if model_id not in self._configured:
             self._models[model_id] = spec
-            self._write()
-        if model_id in self._starts:
-            timer = asyncio.get_running_loop().call_later(self._stable_s, self._survived, model_id)
-            self._replace_timer(model_id, timer)
+        self._survived(model_id)
 
     def remove(self, model_id: str) -> None:
         """The model was unloaded on request."""
         self._models.pop(model_id, None)
         self._survived(model_id)
 
+    def pause_s(self, spec: ModelSpec) -> float:
+        """Seconds that the daemon is to serve before it loads this one at start: longer with each lost life."""
+        return pause_after(self._starts_of(spec))
+
+    def fault(self, spec: ModelSpec) -> str:
+        """Why there is a pause."""
+        return f"The neuron ended {self._starts_of(spec)} times in a row while it loaded `{spec.model_id}`."
+
     async def load(self, spec: ModelSpec, load: Callable[[ModelSpec], Awaitable[None]]) -> None:
-        """Load at start through `load`, on the record. Raises `ApiError`: its own, or that it was tried too often."""
+        """Load at start through `load`, on the record; nothing, where it has been unloaded meanwhile. Raises its
+        `ApiError`."""
         model_id = self._id_of(spec.model_id)
-        starts = self._starts.get(model_id, 0)
-        if starts >= MAX_STARTS:
-            raise ApiError(
-                "internal",
-                f"The neuron ended {starts} times in a row while it loaded `{model_id}`; it is left out until it is "
-                "loaded by hand.",
-                code="load_ends_neuron",
-            )
-        self._starts[model_id] = starts + 1
+        if model_id not in self._models and model_id not in self._configured:
+            return
+        self._starts[model_id] = self._starts.get(model_id, 0) + 1
         self._write()
         await self.flushed()
         try:
             await load(spec)
-        except BaseException:
-            self._survived(model_id)  # it failed, but we are here to say so
-            raise
+        finally:
+            self._survived(model_id)  # it may have failed, but we are here to say so
+        await self.flushed()
+
+    def _starts_of(self, spec: ModelSpec) -> int:
+        try:
+            return self._starts.get(self._id_of(spec.model_id), 0)
+        except ApiError:  # it is no id: its load will say so
+            return 0
 
     def _survived(self, model_id: str) -> None:
-        self._replace_timer(model_id, None)
         self._starts.pop(model_id, None)
         self._write()
-
-    def _replace_timer(self, model_id: str, timer: asyncio.TimerHandle | None) -> None:
-        before = self._timers.pop(model_id, None)
-        if before is not None:
-            before.cancel()
-        if timer is not None:
-            self._timers[model_id] = timer
 
     # ------------------------------------------------------------------ the file
 
@@ -182,6 +177,13 @@ class ServedModels:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def pause_after(starts: int) -> float:
+    """Seconds before the load that follows so many which the daemon did not live to see the end of."""
+    if starts < MAX_STARTS:
+        return 0.0
+    return min(FIRST_PAUSE_S * 2.0 ** min(starts - MAX_STARTS, 16), LONGEST_PAUSE_S)
 
 
 def read_state(path: Path) -> _Document:
