@@ -317,3 +317,33 @@ async def test_O13_the_warnings_are_in_the_log_of_a_start(
     await start(neuron, gateway={"listen": "0.0.0.0:0", "metrics_listen": "0.0.0.0:0"})
     opened = [record.getMessage() for record in caplog.records if record.getMessage().startswith("open: ")]
     assert len(opened) == 2 and json.dumps(opened).count("0.0.0.0") == 2
+
+
+def neuron_command(*arguments: str, **environment: str) -> tuple[list[str], dict[str, str]]:
+    return [sys.executable, "-m", "neuron", "serve", *arguments], {**os.environ, **environment}
+
+
+async def test_O13_a_neuron_says_at_start_what_is_open_and_does_not_start_without_its_secret(tmp_path: Path) -> None:
+    file = tmp_path / "neuron.toml"
+    file.write_text('state_dir = ""\n')
+    for host, is_open in (("0.0.0.0", True), ("127.0.0.1", False)):
+        command, environment = neuron_command("--config", str(file), "--host", host, "--port", "0")
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
+        assert (await ask(line.split()[-1].replace("0.0.0.0", "127.0.0.1"), "GET", "/health")).status == 200
+        process.terminate()
+        _, errors = await asyncio.wait_for(process.communicate(), 60)
+        assert (f"open: whoever reaches {host} may load" in errors.decode()) == is_open
+    file.write_text('state_dir = ""\n[server]\nsecret = "env:NOWHERE"\n')
+    command, environment = neuron_command("--config", str(file), "--host", "127.0.0.1", "--port", "0")
+    environment.pop("NOWHERE", None)
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 2
+    assert "server.secret: the environment has no variable NOWHERE" in errors.decode()
+    assert "Traceback" not in errors.decode()
