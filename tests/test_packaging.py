@@ -79,6 +79,17 @@ def test_O2_a_unit_asks_for_descriptors(name: str) -> None:
     assert int(unit(RPM / name / f"{name}.service")["Service"]["LimitNOFILE"]) >= 16_384
 
 
+@pytest.mark.parametrize("name", ["cortex", "neuron"])
+def test_H8_watchdog_a_unit_restarts_a_daemon_that_is_silent(name: str) -> None:
+    """systemd's rules for it: the main process alone is heard, and what a watchdog ends is a failure."""
+    service = unit(RPM / name / f"{name}.service")["Service"]
+    assert (service["Type"], service["NotifyAccess"], service["WatchdogSignal"]) == ("notify", "main", "SIGABRT")
+    assert service["WatchdogSec"] == "30s" and service["LimitCORE"] == "0"
+    assert service["Restart"] in ("on-failure", "on-abnormal", "on-watchdog", "always")
+    assert int(service["TimeoutAbortSec"].rstrip("s")) < int(service["TimeoutStopSec"].rstrip("s"))
+    assert "AF_UNIX" in service["RestrictAddressFamilies"].split(), "it tells systemd by a socket"
+
+
 def distributions(requirements: list[str]) -> set[str]:
     names = {re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] for requirement in requirements}
     return {name for name in names if not name.startswith("helexa-")}

@@ -51,6 +51,8 @@ class Server:
             arguments = ["neuron", "serve"]
         packages = ("cortex-core", "cortex-gateway", "cortex-cli", "neuron")
         paths = os.pathsep.join(str(source / "packages" / package / "src") for package in packages)
+        # Without a keeper: the daemon's memory is looked at.
+        off = {"CORTEX_GATEWAY__WATCHDOG_S": "0", "NEURON_SERVER__WATCHDOG_S": "0"} if source == CHECKOUT else {}
         if loop == "asyncio":
             (folder / "uvloop.py").write_text("raise ImportError\n")
             paths = f"{folder}{os.pathsep}{paths}"
@@ -59,7 +61,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, "PYTHONPATH": paths, **off},
             preexec_fn=_few_descriptors,
         )
         self.address = self._wait_until_it_listens()

@@ -65,7 +65,9 @@ class Neuron:
 
     def __init__(self, folder: Path) -> None:
         config = folder / "neuron.toml"
-        config.write_text("[engine]\nkv_cache_tokens = 66000\nmax_model_len = 65536\nstable_after_s = 0\n")
+        config.write_text(
+            "[engine]\nkv_cache_tokens = 66000\nmax_model_len = 65536\nstable_after_s = 0\n[server]\nwatchdog_s = 0\n"
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-m", "neuron", "serve", "--config", str(config), "-p", "0", "--host", "127.0.0.1"],
             stdout=subprocess.PIPE,

@@ -30,7 +30,7 @@ from tests.e2e.fleet_of_neurons import FleetOfNeurons, neuron_daemon
 from tests.e2e.fleet_process import MODEL, eventually
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
-CONFIG = "[engine]\nmax_model_len = 8192\nkv_cache_mb = 64\n"
+CONFIG = "[engine]\nmax_model_len = 8192\nkv_cache_mb = 64\n[server]\nwatchdog_s = 0\n"
 MAX_GROWTH_MIB = 16.0
 WORDS = ("cache", "page", "token", "prompt", "engine", "fleet", "model", "stream", "batch", "kernel", "lease", "drain")
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

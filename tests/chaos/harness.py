@@ -36,8 +36,9 @@ kv_cache_tokens = 65536
 [server]
 stream_hold_s = 0.1
 ping_interval_s = 0.2
+watchdog_s = 0
 """
-"""Small, and quick to say that it is alive."""
+"""Small, and quick to say that it is alive. Without a keeper: what is broken here is the process that was started."""
 
 PATIENCE_S = 300.0
 """The longest wait for anything: the machine may be busy, and nothing here is a measurement."""

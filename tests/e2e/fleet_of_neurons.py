@@ -48,6 +48,10 @@ class Daemon:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:  # its keeper is stopped, and it would see that within a second
+            pid = self.process.pid
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), number)
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import socket
@@ -70,6 +71,7 @@ def serving(kind: str, folder: Path, *, soft: int, hard: int, loop: str = "uvloo
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "CORTEX_GATEWAY__WATCHDOG_S": "0", "NEURON_SERVER__WATCHDOG_S": "0"},
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
         )
     server = Server(process, log)

@@ -40,9 +40,13 @@ class Servers:
 
     def __init__(self, folder: Path) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # loads of models that nobody has must not ask the world for them
-        gateway = f"{LIMITS}load_wait_s = 2\nunstreamed_wait_s = 2\n"
+        # Without keepers: the processes that were started are those that are measured.
+        gateway = f"{LIMITS}load_wait_s = 2\nunstreamed_wait_s = 2\nwatchdog_s = 0\n"
         self.fleet = FleetOfNeurons(
-            folder, num_neurons=1, gateway=gateway, neuron=f"[server]\n{LIMITS}\n[engine]\nmax_model_len = 8192\n"
+            folder,
+            num_neurons=1,
+            gateway=gateway,
+            neuron=f"[server]\n{LIMITS}watchdog_s = 0\n[engine]\nmax_model_len = 8192\n",
         )
         self.processes: dict[str, Daemon] = {"gateway": self.fleet.gateway, "neuron": self.fleet.neurons[0]}
         self.urls = {name: daemon.url for name, daemon in self.processes.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from neuron.config import NeuronConfig
+from neuron.config import NeuronConfig, ServerSection
 from neuron.server import Daemon
 
 from tests.neuron.api.conftest import RunningNeuron, make_checkpoint, run_neuron
@@ -194,3 +194,22 @@ async def test_a_connection_that_its_client_closed_is_given_up_at_once(checkpoin
         async with asyncio.timeout(20):
             while len(list(fds.iterdir())) > before + 2:
                 await asyncio.sleep(0.05)  # the kernel tells nobody when another socket is closed
+
+
+async def test_O2_a_client_that_reads_nothing_of_its_answers_is_cut_off() -> None:
+    """Not only of streams: whoever asks for the same document over and over and takes none of it holds a connection."""
+    config = NeuronConfig(host="127.0.0.1", port=0, state_dir="", server=ServerSection(write_timeout_s=1.0))
+    daemon = Daemon(config)
+    address = urlsplit(daemon.bind())
+    serving = asyncio.create_task(daemon.serve())
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(deaf, (address.hostname, address.port))
+        await asyncio.get_running_loop().sock_sendall(
+            deaf, b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 300
+        )
+        await eventually(lambda: daemon._connections.num_open == 1)
+        await eventually(lambda: daemon._connections.num_open == 0)
+    daemon.request_stop()
+    await serving

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import logging
 import socket
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from cortex_core.serving import door
@@ -25,6 +27,25 @@ async def test_O2_idle_connections_beyond_the_bound_cost_the_oldest_and_nobody_e
         for reader, _ in kept[:30]:
             assert await reader.read() == b""
         assert await served.ask(kept[-1]) == OK, "the youngest are still there"
+
+
+@pytest.mark.parametrize("num_at_once", [20, 200])
+async def test_O2_connections_that_come_all_at_once_leave_no_descriptor(num_at_once: int) -> None:
+    """Most of them have to go before anybody has begun to speak with them."""
+    async with serving(limit=4) as served:
+        assert await served.ask() == OK
+        before = num_descriptors()
+        clients = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(num_at_once)]
+        assert await served.ask() == OK
+        await until(lambda: served.table.num_accepted == num_at_once + 2)
+        for client in clients:
+            client.close()
+        await until(lambda: num_descriptors() <= before + 1)
+        assert served.table.num_open <= 4
+
+
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def test_O2_a_connection_at_work_is_not_closed_for_another(caplog: pytest.LogCaptureFixture) -> None:
@@ -103,7 +124,8 @@ async def test_O2_heads_that_do_not_end_and_idle_connections_have_a_deadline() -
 
         dripping = asyncio.create_task(drip())
         async with asyncio.timeout(20):
-            assert await slow[0].read() == b""
+            with suppress(ConnectionResetError):  # by what it goes on sending
+                assert await slow[0].read() == b""
         dripping.cancel()
         assert (served.table.ended["head"], served.table.ended["idle"]) == (1, 0)
         assert await served.ask(kept) == OK, "who is idle has more time"

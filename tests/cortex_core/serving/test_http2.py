@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from contextlib import suppress
 
 import h2.config
 import h2.connection
@@ -264,7 +265,8 @@ async def test_O2_a_client_that_only_pings_is_idle() -> None:
 
         pinging = asyncio.create_task(ping())
         async with asyncio.timeout(20):
-            while await reader.read(65536):
-                continue
+            with suppress(ConnectionResetError):  # by what it goes on sending
+                while await reader.read(65536):
+                    continue
         pinging.cancel()
         assert (served.table.ended["idle"], served.table.ended["head"]) == (1, 0)

@@ -56,7 +56,10 @@ class DemoFleet:
         scratch = Path(self._scratch.name)
         neuron_config = scratch / "neuron.toml"
         # A demo remembers nothing: a neuron that is served on this host must not find its models later.
-        neuron_config.write_text(f'state_dir = ""\n[[default_models]]\nmodel_id = {json.dumps(self.model)}\n')
+        # Nor does it come back: what fails is seen here.
+        neuron_config.write_text(
+            f'state_dir = ""\n[[default_models]]\nmodel_id = {json.dumps(self.model)}\n[server]\nwatchdog_s = 0\n'
+        )
         neuron = self._spawn(
             "neuron",
             [
@@ -76,6 +79,7 @@ class DemoFleet:
         config.write_text(
             'models_config = "models.toml"\n'
             f'[gateway]\nlisten = "127.0.0.1:{gateway_port}"\nmetrics_listen = "127.0.0.1:{metrics_port}"\n'
+            "watchdog_s = 0\n"
             "[poll]\ninterval_s = 2\n"
             f'[[neurons]]\nname = "local"\nendpoint = "{self.neuron_url}"\n'
         )

@@ -60,9 +60,11 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
+    from cortex_core.serving.keeping import OWNS_PROCESS
+
     try:
         # click hands an `Exit` back as the return value when it does not end the process itself.
-        code = cli.main(prog_name="cortex", standalone_mode=False)
+        code = cli.main(prog_name="cortex", standalone_mode=False, obj=OWNS_PROCESS)
     except CliError as exc:
         click.echo(f"cortex: {exc}", err=True)
         sys.exit(exc.exit_code)

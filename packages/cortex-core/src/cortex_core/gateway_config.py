@@ -54,6 +54,7 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_grace_s: Seconds = 30.0
     config_watch_s: Seconds = 1.0
     http1_parser: Http1Parser = "auto"
+    watchdog_s: Seconds = 30.0
 
 
 class PollSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,9 @@ from cortex_core.config import ConfigError
 from cortex_core.gateway_config import GatewayConfig, Http1Parser
 from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
+from cortex_core.serving.heartbeat import Heartbeat
 from cortex_core.serving.http_connections import serve_http
+from cortex_core.serving.listener import prepare
 from prometheus_client import disable_created_metrics
 
 from cortex_gateway import connections
@@ -121,6 +124,7 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     """
     configure_logging()
     raise_descriptor_limit()
+    heartbeat = Heartbeat.from_environ(os.environ)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series
     is_from_files = catalogue is None and config_path is not None
     if is_from_files:
@@ -134,7 +138,7 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     log.info("starting cortex neurons=%d listen=%s", len(config.neurons), config.gateway.listen)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
-            runner.run(_serve(config, catalogue, config_path, reloads=is_from_files))
+            runner.run(_serve(config, catalogue, config_path, heartbeat, reloads=is_from_files))
         except ConfigError as error:
             log.error("configuration refused\n%s", error)
             return EXIT_CONFIG
@@ -147,7 +151,14 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     return 0
 
 
-async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path | str | None, *, reloads: bool) -> None:
+async def _serve(
+    config: GatewayConfig,
+    catalogue: Catalogue,
+    config_path: Path | str | None,
+    heartbeat: Heartbeat,
+    *,
+    reloads: bool,
+) -> None:
     loop = asyncio.get_running_loop()
     asked_to_stop, asked_to_reload = asyncio.Event(), asyncio.Event()
     main = asyncio.current_task()
@@ -160,8 +171,7 @@ async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path 
             return
         asked_to_stop.set()
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, on_signal)
+    heartbeat.when_asked_to_end(on_signal)
     if reloads:
         loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
     with suppress(asyncio.CancelledError):
@@ -177,11 +187,13 @@ async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path 
                 num_models,
                 "" if num_models == 1 else "s",
             )
+            heartbeat.serving()
             stopping = asyncio.ensure_future(asked_to_stop.wait())
             failing = asyncio.ensure_future(started.wait_failed())
-            reloading = asyncio.ensure_future(_reload_when(asked_to_reload, started.gateway))
+            reloading = asyncio.ensure_future(_reload_when(asked_to_reload, started.gateway, heartbeat))
             waited_for = {stopping, failing, reloading}
             done, pending = await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            heartbeat.stopping()
             for future in pending:
                 future.cancel()
             for future in done:
@@ -189,12 +201,14 @@ async def _serve(config: GatewayConfig, catalogue: Catalogue, config_path: Path 
     log.info("stopped")
 
 
-async def _reload_when(asked: asyncio.Event, gateway: Gateway) -> None:
+async def _reload_when(asked: asyncio.Event, gateway: Gateway, heartbeat: Heartbeat) -> None:
     while True:
         await asked.wait()
         asked.clear()
         if gateway.reloader is not None:
+            heartbeat.reloading()
             await gateway.reloader.try_reload("signal")
+            heartbeat.serving()
 
 
 # ---------------------------------------------------------------------------------------------- the server
@@ -217,27 +231,18 @@ def bind(address: str, *, write_timeout_s: float = 0) -> socket.socket:
     a client that does not read holds a connection, a few buffers and a neuron's place no longer than that. 0: never.
     """
     if address.startswith("fd://"):
-        return _cut_after(socket.socket(fileno=int(address.removeprefix("fd://"))), write_timeout_s)
+        return prepare(socket.socket(fileno=int(address.removeprefix("fd://"))), write_timeout_s=write_timeout_s)
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind((host, int(port)))
         listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
-    return _cut_after(listener, write_timeout_s)
-
-
-def _cut_after(listener: socket.socket, write_timeout_s: float) -> socket.socket:
-    """Connections inherit it. It covers both data that nobody acknowledges and a window that stays shut."""
-    user_timeout = getattr(socket, "TCP_USER_TIMEOUT", None)
-    if write_timeout_s > 0 and user_timeout is not None and listener.family in (socket.AF_INET, socket.AF_INET6):
-        listener.setsockopt(socket.IPPROTO_TCP, user_timeout, int(write_timeout_s * 1000))
-    return listener
+    return prepare(listener, write_timeout_s=write_timeout_s)
 
 
 def address_of(listener: socket.socket) -> str:

@@ -67,14 +67,19 @@ def cli() -> None:
 def serve(
     config_path: Path | None, port: int | None, host: str | None, models: tuple[str, ...], debug_levers: bool
 ) -> None:
-    from neuron.config import load_neuron_config
-    from neuron.server import serve as serve_daemon
+    from cortex_core.serving.keeping import OWNS_PROCESS, keep
 
-    _set_up_logging()
+    from neuron.config import load_neuron_config
+
     try:
         config = load_neuron_config(config_path or DEFAULT_CONFIG, required=config_path is not None)
     except ConfigError as exc:
         raise click.ClickException(f"configuration refused\n{exc}") from exc
+    if click.get_current_context().find_object(object) is OWNS_PROCESS:
+        keep("neuron", config.server.watchdog_s, stream=2)
+    from neuron.server import serve as serve_daemon
+
+    _set_up_logging()
     changes: dict[str, object] = {}
     if port is not None:
         changes["port"] = port
@@ -187,4 +192,6 @@ def _set_up_logging() -> None:
 
 def main() -> None:
     """Entry point of the `neuron` command."""
-    cli.main(prog_name="neuron")
+    from cortex_core.serving.keeping import OWNS_PROCESS
+
+    cli.main(prog_name="neuron", obj=OWNS_PROCESS)

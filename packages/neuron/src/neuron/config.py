@@ -141,7 +141,8 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     write_timeout_s: how long a client may leave an answer unread before it counts as gone.
     stream_hold_s: how long a stream waits for its first token before its headers go out, so that what fails by
     then is still an HTTP error. unload_wait_s: how long an unload waits for requests in flight before it refuses.
-    max_connections: of clients at once; None decides by the descriptors there are.
+    max_connections: of clients at once; None decides by the descriptors there are. watchdog_s: how long the event loop
+    may be silent, where no systemd watches it.
     """
 
     max_connections: Positive | None = None
@@ -156,6 +157,7 @@ class ServerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ping_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     drain_grace_s: Seconds = 30.0
     unload_wait_s: Seconds = 10.0
+    watchdog_s: Seconds = 30.0
 
 
 class TextSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,7 +13,6 @@ import fcntl
 import logging
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from cortex_core.errors import ApiError
 from cortex_core.fleet import DiscoveryResponse, ModelSpec
 from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
+from cortex_core.serving.heartbeat import Heartbeat
+from cortex_core.serving.listener import prepare
 from cortex_core.telemetry import open_span_export
 
 from neuron.api.access import Access, exposures
@@ -60,6 +61,8 @@ HEAD_S = 30.0
 OWN_DESCRIPTORS = 512
 """For what is not a client's connection: engines, checkpoints, downloads, stores, refused connections."""
 _BACKLOG = 1024
+NOBODY = Heartbeat("", 0.0)
+"""Is told nothing: daemons in somebody else's process."""
 
 
 class Daemon:
@@ -68,8 +71,15 @@ class Daemon:
     Raises `ConfigError` where what telemetry needs is not installed.
     """
 
-    def __init__(self, config: NeuronConfig, *, command: WorkerCommand = worker_command) -> None:
+    def __init__(
+        self,
+        config: NeuronConfig,
+        *,
+        command: WorkerCommand = worker_command,
+        heartbeat: Heartbeat = NOBODY,
+    ) -> None:
         self._config = config
+        self._heartbeat = heartbeat
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         build = read_build_info()
@@ -147,7 +157,8 @@ class Daemon:
 
     def bind(self) -> str:
         """Listen; connections queue from here on. Returns the URL. Raises `OSError`."""
-        self._listener = _listen(self._config.host, self._config.port)
+        listener = _listen(self._config.host, self._config.port)
+        self._listener = prepare(listener, write_timeout_s=self._config.server.write_timeout_s)
         self.services.port = self._listener.getsockname()[1]
         host = self._config.host
         shown = f"[{host}]" if ":" in host else host
@@ -178,7 +189,7 @@ class Daemon:
         relief.add_done_callback(_log_crash)
         http_stop = asyncio.Event()
         serving = _serve_http(
-            *(NeuronApp(services), listener, self._connections, http_stop), on_open=lambda: _notify("READY=1")
+            *(NeuronApp(services), listener, self._connections, http_stop), on_open=self._heartbeat.serving
         )
         http = asyncio.create_task(serving, name="http")
         stop = asyncio.create_task(self._stop.wait())
@@ -207,7 +218,7 @@ class Daemon:
     async def _drain(self) -> None:
         services, manager = self.services, self.services.manager
         logger.info("shutting down: admission is closed")
-        _notify("STOPPING=1")
+        self._heartbeat.stopping()
         services.is_draining = True
         manager.close_admission()
         drained = asyncio.create_task(manager.drained())
@@ -236,10 +247,11 @@ def serve(config: NeuronConfig, *, on_ready: Callable[[str], None]) -> int:
     """Run a daemon until a signal ends it; `on_ready` gets the URL once it listens. Returns the exit code."""
 
     raise_descriptor_limit()
+    heartbeat = Heartbeat.from_environ(os.environ)
 
     async def main() -> int:
         try:
-            daemon = Daemon(config)
+            daemon = Daemon(config, heartbeat=heartbeat)
         except ConfigError as exc:
             logger.error("configuration refused\n%s", exc)
             return EXIT_CONFIG
@@ -248,9 +260,7 @@ def serve(config: NeuronConfig, *, on_ready: Callable[[str], None]) -> int:
         except OSError as exc:
             logger.error("cannot listen on %s port %d: %s", config.host, config.port, exc)
             return 1
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, daemon.request_stop)
+        heartbeat.when_asked_to_end(daemon.request_stop)
         on_ready(url)
         await daemon.serve()
         return 0
@@ -371,17 +381,6 @@ def _try_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _notify(state: str) -> None:
-    """Tell systemd (sd_notify), where it wants to be told."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-        notifier.sendto(state.encode(), address)
 
 
 def _make_weight_cache(config: NeuronConfig, discovery: DiscoveryResponse, *, floor_bytes: int) -> WeightCache:

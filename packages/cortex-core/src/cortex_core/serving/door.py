@@ -121,7 +121,7 @@ class Door:
         if connection is None:
             self._refuse(client)
             return
-        task = accepted.task = self._loop.create_task(self._serve(accepted, connection))
+        task = self._loop.create_task(self._serve(accepted, connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -129,8 +129,10 @@ class Door:
         reader = asyncio.StreamReader(loop=self._loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
         try:
+            if accepted.is_cut:
+                return
             transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, accepted.socket)
-            accepted.transport = transport
+            accepted.begin(transport)
             await self._speak(reader, asyncio.StreamWriter(transport, protocol, reader, self._loop), connection)
         except OSError:
             pass  # the client has gone
@@ -193,20 +195,24 @@ class Door:
 
 
 class _Accepted:
-    """A client's socket, and what has become of it."""
+    """A client's socket, and what has become of it. is_cut: it has to go, as soon as it has a transport."""
 
-    __slots__ = ("socket", "task", "transport")
+    __slots__ = ("is_cut", "socket", "transport")
 
     def __init__(self, client: socket.socket) -> None:
         self.socket = client
-        self.task: asyncio.Task[None] | None = None
+        self.is_cut = False
         self.transport: asyncio.Transport | None = None
+
+    def begin(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        if self.is_cut:
+            transport.abort()
 
     def cut(self, force: bool) -> bool:
         """Close it, unless its client has not taken all of its last answer yet and nobody insists."""
         if self.transport is None:
-            if self.task is not None:
-                self.task.cancel()
+            self.is_cut = True  # the loop is at it: its task is not to be cancelled in the middle
         elif self.transport.get_write_buffer_size() and not force:
             return False
         else:

@@ -17,6 +17,7 @@ NEEDS_RESTART = frozenset(
         "gateway.write_timeout_s",
         "gateway.upstream_connect_timeout_s",
         "gateway.http1_parser",
+        "gateway.watchdog_s",
         "entitlements.store",
     )
 )

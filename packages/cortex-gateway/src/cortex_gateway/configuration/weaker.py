@@ -96,6 +96,7 @@ SETTINGS: Mapping[str, IsWeaker] = {
     "gateway.drain_grace_s": never,
     "gateway.config_watch_s": never,
     "gateway.http1_parser": never,
+    "gateway.watchdog_s": _more_or_zero,
     "poll": never,
     "routing": never,
     "breaker": never,
