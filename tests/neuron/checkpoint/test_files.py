@@ -174,6 +174,15 @@ def test_what_lies_in_a_folder(tmp_path: Path) -> None:
     }
 
 
+def test_H8_names_that_nobody_can_write_down_are_left_out_of_listings_and_escaped_in_errors(tmp_path: Path) -> None:
+    for name in (b"model-\xff.safetensors", b"line\nbreak.safetensors", b"\x1b[31m.safetensors"):
+        (tmp_path / os.fsdecode(name)).touch()
+    (tmp_path / "config.json").write_text("{}")
+    assert list_files(tmp_path) == ["config.json"]
+    error = CheckpointError("wrong", file="a\nb", tensors=["c\ud800d", "e\u202ef"])
+    assert error.message == "wrong: c\\ud800d, e\\u202ef" and error.file == "a\\nb"
+
+
 def test_H8_a_folder_of_very_many_files_is_not_listed_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

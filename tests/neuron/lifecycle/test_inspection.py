@@ -100,6 +100,14 @@ def test_H8_a_config_that_cannot_be_is_refused_before_an_engine_starts(
     assert len(json.dumps(error.extras)) < 2_000
 
 
+def test_H14_names_of_tensors_do_not_break_the_answer_or_the_log(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model")
+    write_safetensors(path / "model.safetensors", {"a\nINFO forged\u202e": {"dtype": "\ud800", "shape": []}}, 0)
+    error = refused(path)
+    assert error.message.isprintable() and "a\\nINFO forged" in error.message
+    assert all(name.isprintable() for name in error.extras["tensors"])
+
+
 def test_H8_many_shards_are_refused_by_their_number(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model")
     (path / "model.safetensors").unlink()

@@ -8,17 +8,25 @@ _NAMES_SHOWN = 8
 
 
 class CheckpointError(Exception):
-    """What a checkpoint's files say cannot be served. `file` is the file's name; `tensors` those concerned, if any."""
+    """What a checkpoint's files say cannot be served. `file` is the file's name; `tensors` those concerned, if any.
+
+    Names are what the files say; where they hold what is not printable, they show as Python escapes it.
+    """
 
     def __init__(self, message: str, *, file: str | None = None, tensors: Sequence[str] = ()) -> None:
-        self.file = file
+        self.file = None if file is None else printable(file)
         self.tensors = tuple(tensors)
-        self.message = with_names(message, self.tensors)
+        self.message = printable(with_names(message, self.tensors))
         super().__init__(self.message)
 
 
 class NotJson(CheckpointError):
     """A file that should be JSON and is not."""
+
+
+def printable(text: str) -> str:
+    """The text with line breaks, half characters and the like escaped."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def with_names(message: str, names: Sequence[str]) -> str:

@@ -138,15 +138,22 @@ def list_files(folder: Path) -> list[str]:
     """Names of the files of a folder and of those below it, relative to it, as far as they matter.
 
     At the top everything counts that bears a file's name, whatever it is: who reads it says what is wrong with it. A
-    link that leads nowhere is no file. Folders whose names begin with a dot, or that lie deeper than anything a
-    checkpoint has, are left out. Raises `CheckpointError` for more than `MAX_ENTRIES` entries; `OSError`.
+    link that leads nowhere is no file. Left out are folders whose names begin with a dot, that lie deeper than anything
+    a checkpoint has, or that may not be looked into, and names that nobody could write down. Raises `CheckpointError`
+    for more than `MAX_ENTRIES` entries; `OSError`.
     """
     names: list[str] = []
     num_seen = 0
     pending: list[tuple[str, int]] = [("", 0)]
     while pending:
         inside, depth = pending.pop()
-        with os.scandir(folder / inside) as entries:
+        try:
+            entries = os.scandir(folder / inside)
+        except OSError:
+            if inside:
+                continue
+            raise
+        with entries:
             for entry in entries:
                 num_seen += 1
                 if num_seen > MAX_ENTRIES:
@@ -155,7 +162,7 @@ def list_files(folder: Path) -> list[str]:
                 if entry.is_dir(follow_symlinks=False) and not _is_named_as_a_file(entry.name):
                     if depth < _MAX_DEPTH and not entry.name.startswith("."):
                         pending.append((f"{name}/", depth + 1))
-                elif not _leads_nowhere(entry):
+                elif name.isprintable() and not _leads_nowhere(entry):
                     names.append(name)
     return names
 

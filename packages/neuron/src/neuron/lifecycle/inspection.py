@@ -33,6 +33,7 @@ from neuron.lifecycle.download import FetchCancelled
 from neuron.lifecycle.estimate import ModelShape, NotEstimable, StoredTensor, stored, summarised
 from neuron.lifecycle.preflight import check_config, check_layout, refusal, refusing
 from neuron.supervisor.incarnation import child_environ
+from neuron.text_workers.limits import end_with_parent
 
 DEADLINE_S = 60.0
 """The longest that reading a checkpoint's small files and headers may take."""
@@ -83,6 +84,9 @@ def inspect(spec: ModelSpec, path: Path) -> Inspection:
 
 
 class _Order(msgspec.Struct, frozen=True):
+    """parent: the daemon's process id; the process ends with it."""
+
+    parent: int
     spec: ModelSpec
     path: str
     cpu_s: int
@@ -111,7 +115,7 @@ def inspect_in_process(
     checkpoints are being read for so long that there is no place; `FetchCancelled`.
     """
     with _Place(spec, cancelled, deadline_s):
-        order = _Order(spec, str(path), int(deadline_s) + 1, memory_bytes)
+        order = _Order(os.getpid(), spec, str(path), int(deadline_s) + 1, memory_bytes)
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -216,8 +220,9 @@ def main(
 ) -> None:
     """The process: one order from standard input, one reply to standard output."""
     order = msgspec.json.decode(read(), type=_Order)
+    end_with_parent(order.parent)
     resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (order.cpu_s, order.cpu_s + 1))  # it outlives its deadline if we are gone
+    resource.setrlimit(resource.RLIMIT_CPU, (order.cpu_s, order.cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         reply = _Reply(inspection=inspect(order.spec, Path(order.path)))

@@ -15,7 +15,7 @@ import msgspec
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
-from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.errors import CheckpointError, printable
 from neuron.checkpoint.files import INDEX_FILE
 from neuron.checkpoint.hyperparameters import check_values, quantization_of
 from neuron.lifecycle.divisibility import indivisible
@@ -208,7 +208,7 @@ def refusing(spec: ModelSpec, path: Path | None = None) -> Iterator[None]:
     except CheckpointError as exc:
         facts: dict[str, Any] = {"file": exc.file} if exc.file else {}
         if exc.tensors:
-            facts["tensors"] = [name[:200] for name in exc.tensors[:_TENSORS_NAMED]]
+            facts["tensors"] = [printable(name[:200]) for name in exc.tensors[:_TENSORS_NAMED]]
         raise refusal("bad_checkpoint", f"`{spec.model_id}`: {exc}.", model_id=spec.model_id, **facts) from exc
     except OSError as exc:
         raise refusal(
