@@ -52,7 +52,8 @@ JSON_ANSWER = json.dumps(
 class FakeNeuron:
     """State is public: tests set it and read it.
 
-    `load_gate` and `answer_gate` are set by default; clearing one makes loads or answers wait for it.
+    `load_gate` and `answer_gate` are set by default; clearing one makes loads or answers wait for it. footprints: what
+    models hold, others_mb: what programs hold that are nobody's business here.
     """
 
     def __init__(self, name: str = "alpha") -> None:
@@ -64,6 +65,7 @@ class FakeNeuron:
             {"index": 0, "name": "GPU", "vram_total_mb": 24000, "compute_capability": "8.9"}
         ]
         self.footprints: dict[str, int] = {}
+        self.others_mb = 0
         self.discovery_extra: dict[str, Any] = {}
         self.health_extra: dict[str, Any] = {}
         self.is_down = False
@@ -99,8 +101,25 @@ class FakeNeuron:
 
     @property
     def vram_free_mb(self) -> int:
-        used = sum(self.footprints.get(model, 0) for model in self.models)
+        here = (model for model, info in self.models.items() if info["status"] != "failed")
+        used = sum(self.footprints.get(model, 0) for model in here) + self.others_mb
         return sum(int(device["vram_total_mb"]) for device in self.devices) - used
+
+    def _shortage(self, model: str) -> dict[str, Any]:
+        """As a neuron says it (`lifecycle.fitting`)."""
+        needed, free = self.footprints[model], self.vram_free_mb
+        devices = [{"device": 0, "required_mb": needed, "available_mb": free}]
+        return {
+            "error": {
+                "message": f"`{model}` does not fit: it needs {needed} MiB of device 0, and {free} MiB are available.",
+                "type": "invalid_request_error",
+                "code": "insufficient_vram",
+                "kind": "insufficient_vram",
+                "required_mb": needed,
+                "free_mb": free,
+                "devices": devices,
+            }
+        }
 
     # ------------------------------------------------------------------------------------------ control plane
 
@@ -167,7 +186,8 @@ class FakeNeuron:
             status, document = self.load_error
             return web.json_response(document, status=status)
         if self.enforce_memory and self.footprints.get(model, 0) > self.vram_free_mb:
-            return web.json_response({"error": {"kind": "insufficient_vram", "free_mb": self.vram_free_mb}}, status=422)
+            document = {"error": {"kind": "insufficient_vram", "free_mb": self.vram_free_mb}}
+            return web.json_response(document if self.is_old else self._shortage(model), status=422)
         task = self._loading.get(model)
         if task is None:
             task = self._loading[model] = asyncio.create_task(self._finish_load(model))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cortex_core.catalogue import Catalogue, ModelProfile
 from cortex_core.fleet import DeviceHealth, HealthResponse, ModelInfo, ModelLoad
 from cortex_gateway.fleet.activity import Activity
-from cortex_gateway.fleet.snapshot import FleetSnapshot
+from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, Shortage
 from cortex_gateway.fleet.transitions import FleetEvent, OperationEnded, OperationStarted, Polled, reduce
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
 from cortex_gateway.placement.router import decide
@@ -34,21 +34,32 @@ class Served(NamedTuple):
     began: float
 
 
-class Node:
-    """A node whose loads take `load_s`, and a gateway that polls it every second."""
+class Refused(NamedTuple):
+    model: str
+    arrived: float
+    at: float
 
-    def __init__(self, sizes_mb: dict[str, int], *, load_s: float, **policy: float | str | None) -> None:
+
+class Node:
+    """A node whose loads take `load_s` and where others hold `others_mb`, and a gateway that polls it every second."""
+
+    def __init__(
+        self, sizes_mb: dict[str, int], *, load_s: float, others_mb: int = 0, **policy: float | str | None
+    ) -> None:
         self.catalogue = Catalogue(models=tuple(ModelProfile(id=name, vram_mb=mb) for name, mb in sizes_mb.items()))
         self.sizes_mb = sizes_mb
         self.load_s = load_s
         self.policy = Policy(**policy)  # type: ignore[arg-type]
-        self.snapshot: FleetSnapshot = fleet(node(free_mb=[TOTAL_MB], total_mb=[TOTAL_MB], residences={}))
+        self.others_mb = others_mb
+        self.snapshot: FleetSnapshot = fleet(node(free_mb=[TOTAL_MB - others_mb], total_mb=[TOTAL_MB], residences={}))
         self.activity = Activity()
         self.waiting = Waiting()
         self.resident: set[str] = set()
+        self.arriving: set[str] = set()
         self.loads: list[str] = []
         self.evicted_in_use: list[str] = []
         self.served: list[Served] = []
+        self.refused: list[Refused] = []
         self.now = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
@@ -56,10 +67,10 @@ class Node:
         self._queue: list[tuple[Arrival, ExitStack]] = []
 
     def run(self, arrivals: list[Arrival]) -> None:
-        """Until every request has been served. Raises if that never happens."""
+        """Until every request has been served, or refused for lack of memory. Raises if that never happens."""
         for arrival in arrivals:
             self._at(arrival.at, lambda arrival=arrival: self._arrive(arrival))  # type: ignore[misc]
-        while len(self.served) < len(arrivals):
+        while len(self.served) + len(self.refused) < len(arrivals):
             assert self._agenda, f"nothing will ever happen, and these wait: {[a.model for a, _ in self._queue]}"
             self.now, _, happen = heapq.heappop(self._agenda)
             happen()
@@ -81,7 +92,7 @@ class Node:
         self.snapshot = reduce(self.snapshot, event)
 
     def _poll(self) -> None:
-        used = sum(self.sizes_mb[model] for model in self.resident)
+        used = sum(self.sizes_mb[model] for model in self.resident) + self.others_mb
         models = {model: ModelInfo(id=model, status="loaded", devices=(0,)) for model in self.resident}
         loads = {
             model: ModelLoad(id=model, in_flight=self.activity.in_flight("alpha", model)) for model in self.resident
@@ -98,12 +109,36 @@ class Node:
             self._apply(OperationStarted(node="alpha", model=victim, kind="unload", at=self.now))
             self._apply(OperationEnded(node="alpha", model=victim, kind="unload", at=self.now, succeeded=True))
             self.resident.discard(victim)
+        free_mb = TOTAL_MB - self.others_mb - sum(self.sizes_mb[name] for name in self.resident | self.arriving)
+        if self.sizes_mb[model] > free_mb:
+            self._at(self.now + 0.01, lambda: self._no_room(model, free_mb))
+            return
+        self.arriving.add(model)
         self.loads.append(model)
         self._at(self.now + self.load_s, lambda: self._loaded(model))
 
+    def _no_room(self, model: str, free_mb: int) -> None:
+        """The neuron's preflight: it knows its numbers."""
+        assert self.others_mb, "what is ours alone always makes room in the end"
+        needed_mb = self.sizes_mb[model]
+        failure = LoadFailure(
+            message="no room",
+            code="insufficient_vram",
+            lacks_memory=True,
+            shortage=Shortage(
+                needed_mb=needed_mb, free_mb=free_mb, required_mb={0: needed_mb}, available_mb={0: free_mb}
+            ),
+            free_mb={0: self.snapshot.nodes["alpha"].devices[0].vram_free_mb},
+        )
+        self._apply(
+            OperationEnded(node="alpha", model=model, kind="load", at=self.now, succeeded=False, failure=failure)
+        )
+        self._at(self.now + 0.01, self._poll)
+
     def _loaded(self, model: str) -> None:
+        self.arriving.discard(model)
         self.resident.add(model)
-        assert sum(self.sizes_mb[name] for name in self.resident) <= TOTAL_MB
+        assert sum(self.sizes_mb[name] for name in self.resident) + self.others_mb <= TOTAL_MB
         self.activity.mark("alpha", model, self.now)
         self._apply(OperationEnded(node="alpha", model=model, kind="load", at=self.now, succeeded=True))
         self._poll()
@@ -144,4 +179,7 @@ class Node:
                         self._alarms.add(decision.until)
                         self._at(decision.until, lambda: None)
                 case Refuse():
-                    raise AssertionError(decision.message)
+                    assert decision.code == "insufficient_vram" and self.others_mb, decision.message
+                    stack.close()
+                    self._queue.remove(request)
+                    self.refused.append(Refused(arrival.model, arrival.at, self.now))

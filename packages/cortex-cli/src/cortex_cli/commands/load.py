@@ -49,6 +49,8 @@ def _load_with_progress(gateway: Gateway, body: dict[str, Any]) -> dict[str, Any
                 if phase not in bars:
                     bars[phase] = progress.add_task(phase, total=None)
                 progress.update(bars[phase], completed=payload["bytes_done"], total=payload["bytes_total"] or None)
+            elif name == "waiting":
+                progress.console.print(f"waits for {payload['text']}", markup=False, highlight=False)
             elif name == "error":
                 raise CliError(payload["error"]["message"])
             elif name == "done":

@@ -81,7 +81,7 @@ def view(fleet: dict[str, Any], endpoint: str) -> Group:
         if (note := _model_note(model))
     ]
     notes += [
-        f"{queue['requests']} wait for {queue['model']}, the first for {_span(queue['waited_s'])}"
+        f"{queue['requests']} wait for {queue['model']}, the first for {_span(queue['waited_s'])}{_wait_note(queue)}"
         for queue in fleet.get("waiting", ())
     ]
     notes += [f"{count} go on on {name}, which was taken out" for name, count in fleet.get("leaving", {}).items()]
@@ -183,6 +183,11 @@ def _node_note(node: dict[str, Any]) -> str:
     if failed:
         parts.append(f"not loaded at start: {', '.join(failed)}")
     return ", ".join(parts)
+
+
+def _wait_note(queue: dict[str, Any]) -> str:
+    wait = queue.get("for")  # older gateways do not say
+    return f": for {wait['text']}" if wait else ""
 
 
 def _model_note(model: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from cortex_core.http_access import HOST_NOT_ALLOWED, ORIGIN_NOT_ALLOWED, SECRET
 from multidict import CIMultiDict
 from yarl import URL
 
+from cortex_gateway.fleet.snapshot import HOST, Shortage
+
 T = TypeVar("T")
 
 MAX_CONTROL_BYTES = 8 * 2**20
@@ -28,17 +30,25 @@ GATEWAY_REFUSALS = frozenset((HOST_NOT_ALLOWED, ORIGIN_NOT_ALLOWED, SECRET_MISSI
 class NeuronError(Exception):
     """A neuron refused or could not be asked. `status` is None where there was no answer at all.
 
-    `kind` is the machine-readable reason where the neuron gave one, `retry_after` its advice in seconds.
+    `kind` is the machine-readable reason where the neuron gave one, `retry_after` its advice in seconds, `shortage`
+    what it said of memory.
     """
 
     def __init__(
-        self, message: str, *, status: int | None = None, kind: str | None = None, retry_after: int | None = None
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        kind: str | None = None,
+        retry_after: int | None = None,
+        shortage: Shortage | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.kind = kind
         self.retry_after = retry_after
+        self.shortage = shortage
 
     @property
     def refuses_gateway(self) -> bool:
@@ -50,6 +60,11 @@ class NeuronError(Exception):
         """Whether making room could help: what the load refusals of all neuron generations have in common."""
         text = f"{self.kind or ''} {self.message}".lower()
         return self.status is not None and ("insufficient" in text or "out of memory" in text or "no room" in text)
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the same may work another time: it was not said that what was asked for is wrong."""
+        return self.lacks_memory or self.status not in (400, 404, 422)
 
 
 def open_session(*, connect_timeout_s: float) -> aiohttp.ClientSession:
@@ -194,7 +209,44 @@ def refusal(status: int, body: bytes, *, retry_after: str | None = None) -> Neur
             text = error.get("message") or error.get("cause") or error.get("detail")
             message = text if isinstance(text, str) else msgspec.json.encode(error).decode()[:600]
     seconds = int(retry_after) if retry_after is not None and retry_after.isdigit() else None
-    return NeuronError(message, status=status, kind=kind, retry_after=seconds)
+    shortage = _shortage(body, is_passing=status == 503)
+    return NeuronError(message, status=status, kind=kind, retry_after=seconds, shortage=shortage)
+
+
+class _DeviceShortage(msgspec.Struct):
+    required_mb: int
+    available_mb: int
+    device: int | None = None
+
+
+class _Facts(msgspec.Struct):
+    required_mb: int
+    free_mb: int
+    devices: list[_DeviceShortage] = []
+
+
+class _Shortage(msgspec.Struct):
+    error: _Facts
+
+
+_decode_shortage = msgspec.json.Decoder(_Shortage).decode
+
+
+def _shortage(body: bytes, *, is_passing: bool) -> Shortage | None:
+    """The numbers of a load that does not fit; None for every other answer, and from neurons that give none."""
+    try:
+        facts = _decode_shortage(body).error
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None
+    short = {HOST if each.device is None else each.device: each for each in facts.devices}
+    short = {index: each for index, each in short.items() if each.required_mb > each.available_mb}
+    return Shortage(
+        needed_mb=facts.required_mb,
+        free_mb=facts.free_mb,
+        required_mb={index: each.required_mb for index, each in short.items()},
+        available_mb={index: each.available_mb for index, each in short.items()},
+        is_passing=is_passing,
+    )
 
 
 def describe(exc: BaseException) -> str:

@@ -42,14 +42,39 @@ class Residence(msgspec.Struct, frozen=True):
         return 0.0 if self.since is None else self.since - self.begun
 
 
+HOST = -1
+"""Where memory is by device: the memory of the host, which is all that one without accelerators has."""
+
+
+class Shortage(msgspec.Struct, frozen=True):
+    """What a neuron said of a load that does not fit, MB: needed and free on the worst device; required and available
+    on each one where it does not, `HOST` for the host's own memory.
+
+    is_passing: loads and unloads that are going on there may free it.
+    """
+
+    needed_mb: int
+    free_mb: int
+    required_mb: dict[int, int] = {}
+    available_mb: dict[int, int] = {}
+    is_passing: bool = False
+
+
 class LoadFailure(msgspec.Struct, frozen=True):
-    """A load that failed here, not to be repeated before `until`. count: failures in a row."""
+    """A load that failed here `at` a moment, not to be repeated before `until`. count: failures in a row.
+
+    shortage: the numbers, where memory was lacking and the neuron gave them; free_mb: what was free by device, as
+    polled, when it failed.
+    """
 
     message: str
     code: str
+    at: float = 0.0
     until: float = 0.0
     count: int = 1
     lacks_memory: bool = False
+    shortage: Shortage | None = None
+    free_mb: dict[int, int] = {}
 
 
 class NodeSnapshot(msgspec.Struct, frozen=True):

@@ -63,7 +63,7 @@ class OperationStarted(msgspec.Struct, frozen=True):
 class OperationEnded(msgspec.Struct, frozen=True):
     """`succeeded` writes the outcome into the model list at once; the next poll replaces it by the neuron's word.
 
-    failure: why a load is not to be repeated at once (`until` and `count` are set here). is_eviction: whether an
+    failure: why a load is not to be repeated at once (`at`, `until` and `count` are set here). is_eviction: whether an
     unload counts towards the next defragmentation.
     """
 
@@ -224,7 +224,7 @@ def _failed(node: NodeSnapshot, event: OperationEnded, failure: LoadFailure) -> 
     before = node.load_failures.get(event.model)
     count = 1 if before is None else before.count + 1
     backoff_s = min(FIRST_LOAD_BACKOFF_S * 2.0 ** min(count - 1, 30), MAX_LOAD_BACKOFF_S)
-    failed = msgspec.structs.replace(failure, until=event.at + backoff_s, count=count)
+    failed = msgspec.structs.replace(failure, at=event.at, until=event.at + backoff_s, count=count)
     return msgspec.structs.replace(node, load_failures={**node.load_failures, event.model: failed})
 
 

@@ -5,6 +5,9 @@ that has only just been loaded, or one of a higher residency class than the inco
 takes the least recently used first; `priority` empties the lowest residency class first and uses recency only within
 it.
 
+What may come free later is no more than what those models hold that may go, in use or not, and those that are on their
+way. A model that failed holds nothing, nor does the incoming one; what other programs hold is nobody's to free.
+
 A model whose requests have waited longer than the configured patience lays *claim* to room: then also models that
 are in use or newly loaded are planned for. They get no new requests (see the router), and go when their last one has
 been answered; their turn comes again like everyone's.
@@ -15,20 +18,24 @@ from __future__ import annotations
 import msgspec
 from cortex_core.catalogue import ModelProfile, may_displace
 
-from cortex_gateway.fleet.snapshot import NodeSnapshot
+from cortex_gateway.fleet.snapshot import HOST, LoadFailure, NodeSnapshot
 from cortex_gateway.placement.situation import Situation
 
-CPU = -1
-"""The one "device" of a host without accelerators."""
+MOVING = ("fetching", "loading", "recovering", "poisoned", "unloading")
+"""On their way somewhere: what they hold is about to change."""
+
+
+MAX_CONTRADICTIONS = 3
+"""How often a neuron's refusal is not believed because its polls say that there is room: there may be in a moment."""
 
 
 class Room(msgspec.Struct, frozen=True):
     """How a model fits on a node.
 
     `victims` have to go first. `devices` are the best ones to load on (None: no accelerators, or nothing is
-    known of them). `fits` is False where even all that may go would not make enough room; `fits_later` tells
-    that it would, were nothing in flight, and `settles_at` when a model that is in the way only because it is new
-    may go. free_mb is what the best devices have free now, 0 = unknown.
+    known of them). `fits` is False where all that may go now would not make enough room; `fits_later` tells that
+    what `may_yield` would, and `settles_at` when a model that is in the way only because it is new may go. free_mb is
+    what the best devices have free now, 0 = unknown.
     """
 
     fits: bool
@@ -38,6 +45,11 @@ class Room(msgspec.Struct, frozen=True):
     settles_at: float | None = None
     free_mb: int = 0
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it has to be made, and can be: by displacing models, now or when they may go."""
+        return bool(self.victims) or self.fits_later
+
 
 def plan_room(profile: ModelProfile, node: NodeSnapshot, situation: Situation, *, claim: bool = False) -> Room:
     """Room for `profile` on `node`, with the fewest victims that the strategy's order allows.
@@ -45,8 +57,7 @@ def plan_room(profile: ModelProfile, node: NodeSnapshot, situation: Situation, *
     claim: plan also with models that are in use or newly loaded. Without an estimate (`vram_mb`) everything fits: the
     neuron knows better and refuses by itself.
     """
-    catalogue = situation.catalogue
-    free = _free_mb(node, situation)
+    free = free_by_device(node, situation, incoming=profile.id)
     need = profile.vram_mb
     free_now = _best_sum(free, profile, node)
     if need is None or not free or free_now >= need:
@@ -61,16 +72,12 @@ def plan_room(profile: ModelProfile, node: NodeSnapshot, situation: Situation, *
         if fits_without(chosen):
             break
     else:
-        resident = [
-            model
-            for model in node.models.keys() | node.operations.keys()
-            if may_displace(catalogue, profile.id, model) and not node.is_pinned(model)
-        ]
-        settling = [situation.stays_until(node, model) for model in resident]
+        later = may_yield(node, profile.id, situation)
+        settling = [situation.stays_until(node, model) for model in later if node.status(model) == "loaded"]
         return Room(
             fits=False,
             devices=_pick(free, profile, node),
-            fits_later=fits_without(sorted(resident)),
+            fits_later=fits_without(later),
             settles_at=min((until for until in settling if until > situation.now), default=None),
             free_mb=free_now,
         )
@@ -105,14 +112,137 @@ def eviction_order(node: NodeSnapshot, incoming: str, situation: Situation, *, c
     return [model for *_, model in sorted(candidates)]
 
 
-def may_come_free(node: NodeSnapshot, incoming: str, situation: Situation) -> bool:
-    """Whether anything is on the node, or on its way there, that may make room for `incoming` sooner or later."""
-    return any(
-        model != incoming
-        and not node.is_pinned(model)
-        and node.status(model) not in (None, "failed", "unloaded")
-        and may_displace(situation.catalogue, incoming, model)
-        for model in node.models.keys() | node.operations.keys()
+def may_yield(node: NodeSnapshot, incoming: str, situation: Situation) -> list[str]:
+    """Models of `node` whose memory may come free for `incoming` sooner or later: those that may be displaced, once
+    they are loaded, idle and have been here for a while, and those that are being unloaded."""
+    found = []
+    for model in node.models.keys() | node.operations.keys():
+        status = node.status(model)
+        if model == incoming or status in (None, "failed", "unloaded"):
+            continue
+        if status == "unloading" or (not node.is_pinned(model) and may_displace(situation.catalogue, incoming, model)):
+            found.append(model)
+    return sorted(found)
+
+
+def may_come_free(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+    """Whether the memory that a load lacked may come free without anybody's doing: then waiting makes sense."""
+    shortage = failure.shortage
+    if shortage is not None and shortage.is_passing:
+        models = node.models.keys() | node.operations.keys()
+        if any(model != incoming and node.status(model) in MOVING for model in models):
+            return True
+    if failure.count <= MAX_CONTRADICTIONS and _is_free_by_polls(node, incoming, failure, situation):
+        return True
+    return _covers(may_yield(node, incoming, situation), node, incoming, failure, situation)
+
+
+def _is_free_by_polls(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+    """Whether there is room although the neuron said that there was none: what was in the way has gone meanwhile."""
+    missing = _missing_mb(node, incoming, failure, situation)
+    return bool(missing) and all(amount <= 0 for amount in missing.values())
+
+
+def has_come_free(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+    """Whether as much has come free on the node as the load lacked when it failed, whoever freed it."""
+    shortage, free = failure.shortage, free_by_device(node, situation, incoming=incoming)
+    if shortage is None or not shortage.required_mb:
+        return False
+    return all(
+        index in free
+        and free[index] - failure.free_mb.get(index, free[index]) >= required - shortage.available_mb[index]
+        for index, required in shortage.required_mb.items()
+    )
+
+
+def next_victim(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> str | None:
+    """Whom to unload after a neuron refused `incoming` for lack of memory; None where that would not help."""
+    order = eviction_order(node, incoming, situation)
+    if not _covers(order, node, incoming, failure, situation):
+        return None
+    free = free_by_device(node, situation, incoming=incoming)
+    missing = _missing_mb(node, incoming, failure, situation)
+    if not free or not missing:
+        return order[0]
+    for model in order:
+        shares = dict(_shares(model, free, node, situation))
+        if any(missing.get(index, 0) > 0 or not share for index, share in shares.items()):
+            return model
+    return order[0]
+
+
+def _covers(models: list[str], node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+    """Whether the end of `models` would free what the load lacked. Where a size is not known it may: one has to try."""
+    if not models:
+        return False
+    free = free_by_device(node, situation, incoming=incoming)
+    if not free or any(not estimate_mb(model, node, situation) for model in models):
+        return True
+    missing = _missing_mb(node, incoming, failure, situation)
+    if missing:
+        # What a model holds of its host beside accelerators is in no figure of ours.
+        return all(
+            amount <= sum(dict(_shares(model, free, node, situation)).get(index, 0) for model in models)
+            for index, amount in missing.items()
+            if index in free
+        )
+    profile = situation.catalogue.profile(incoming)
+    if profile is None or profile.vram_mb is None:
+        return True
+    return _best_sum(_freed(free, models, node, situation), profile, node) >= profile.vram_mb
+
+
+def _missing_mb(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> dict[int, int]:
+    """What the load would lack now, by device. Empty where the neuron gave no numbers."""
+    free = free_by_device(node, situation, incoming=incoming)
+    required = failure.shortage.required_mb if failure.shortage is not None else {}
+    return {index: amount - free.get(index, 0) for index, amount in required.items()}
+
+
+class Account(msgspec.Struct, frozen=True):
+    """The memory of the devices that a model would get, MB: what it needs, what is free, what models hold that may be
+    displaced, and those that may not (pinned, of a higher class); the rest is held by others."""
+
+    needed_mb: int
+    free_mb: int
+    displaceable_mb: int
+    kept_mb: int
+    others_mb: int
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        kept = f" ({', '.join(self.kept)})" if self.kept else ""
+        return (
+            f"{self.needed_mb} MB are needed, {self.free_mb} MB are free, {self.displaceable_mb} MB are held by models "
+            f"that may be displaced, {self.kept_mb} MB by models that may not{kept}, {self.others_mb} MB by others"
+        )
+
+
+def account(model: str, node: NodeSnapshot, situation: Situation, *, needed_mb: int = 0) -> Account | None:
+    """None where nothing is known of the node's memory, or of the model's. needed_mb: by the neuron's own word."""
+    profile = situation.catalogue.profile(model) or ModelProfile(id=model)
+    free = free_by_device(node, situation, incoming=profile.id)
+    needed = max(needed_mb, profile.vram_mb or 0)
+    if not free or not needed:
+        return None
+    later = may_yield(node, profile.id, situation)
+    after = _freed(free, later, node, situation)
+    devices = _ranked(after, profile, node)
+    kept = {
+        other: sum(share for index, share in _shares(other, free, node, situation) if index in devices)
+        for other in sorted(node.models.keys() | node.operations.keys())
+        if other not in later and other != model and node.status(other) not in (None, "failed", "unloaded")
+    }
+    kept = {other: share for other, share in kept.items() if share}
+    free_now, total = sum(free[index] for index in devices), sum(_total_mb(node).get(index, 0) for index in devices)
+    displaceable = sum(after[index] for index in devices) - free_now
+    return Account(
+        needed_mb=needed,
+        free_mb=free_now,
+        displaceable_mb=displaceable,
+        kept_mb=sum(kept.values()),
+        others_mb=max(0, total - free_now - displaceable - sum(kept.values())),
+        kept=tuple(kept),
     )
 
 
@@ -145,24 +275,31 @@ def capacity_mb(node: NodeSnapshot, profile: ModelProfile) -> int:
     """What the devices the model would get hold when they are empty; 0 = unknown."""
     if node.discovery is None:
         return 0
+    return _best_sum(_total_mb(node), profile, node)
+
+
+def _total_mb(node: NodeSnapshot) -> dict[int, int]:
+    """What each device holds when it is empty."""
+    if node.discovery is None:
+        return {}
     if not node.discovery.devices:
-        return node.discovery.memory_total_mb
-    total = {device.index: device.vram_total_mb for device in node.discovery.devices}
-    return _best_sum(total, profile, node)
+        return {HOST: node.discovery.memory_total_mb}
+    return {device.index: device.vram_total_mb for device in node.discovery.devices}
 
 
-def _free_mb(node: NodeSnapshot, situation: Situation) -> dict[int, int]:
-    """Free memory per device as polled, less what loads since then and those under way take. Empty = unknown."""
+def free_by_device(node: NodeSnapshot, situation: Situation, *, incoming: str) -> dict[int, int]:
+    """Free memory per device as polled, less what loads since then and those under way take, other than that of
+    `incoming`. Empty = unknown."""
     if node.devices:
         free = {device.index: device.vram_free_mb for device in node.devices}
     elif node.memory_free_mb > 0 and node.discovery is not None and not node.discovery.devices:
-        free = {CPU: node.memory_free_mb}
+        free = {HOST: node.memory_free_mb}
     else:
         return {}
     arriving = sorted(
         model
         for model in node.models.keys() | node.operations.keys()
-        if node.status(model) in ("fetching", "loading") or _came_since_the_poll(node, model)
+        if model != incoming and (node.status(model) in ("fetching", "loading") or _came_since_the_poll(node, model))
     )
     for model in arriving:
         for index, share in _shares(model, free, node, situation):
@@ -171,6 +308,8 @@ def _free_mb(node: NodeSnapshot, situation: Situation) -> dict[int, int]:
 
 
 def _came_since_the_poll(node: NodeSnapshot, model: str) -> bool:
+    if node.status(model) in ("failed", "unloaded"):
+        return False
     residence = node.residences.get(model)
     return residence is not None and residence.since is not None and residence.since > node.polled_at
 
@@ -184,10 +323,11 @@ def _shares(model: str, free: dict[int, int], node: NodeSnapshot, situation: Sit
 
 
 def _freed(free: dict[int, int], models: list[str], node: NodeSnapshot, situation: Situation) -> dict[int, int]:
-    after = dict(free)
+    after, total = dict(free), _total_mb(node)
     for model in models:
         for index, share in _shares(model, after, node, situation):
-            after[index] += share
+            # What a model held that is recovering may be free already: there is no more than the device has.
+            after[index] = max(after[index], min(after[index] + share, total.get(index) or after[index] + share))
     return after
 
 
@@ -210,6 +350,6 @@ def _best_sum(free: dict[int, int], profile: ModelProfile, node: NodeSnapshot) -
 
 
 def _pick(free: dict[int, int], profile: ModelProfile, node: NodeSnapshot) -> tuple[int, ...] | None:
-    if not free or CPU in free:
+    if not free or HOST in free:
         return None
     return tuple(sorted(_ranked(free, profile, node)))

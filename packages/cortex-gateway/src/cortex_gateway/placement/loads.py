@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container, Mapping
-from typing import Literal
+from collections.abc import Callable, Container, Coroutine, Mapping
+from typing import Any, Literal
 
+import msgspec
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 
@@ -20,7 +21,8 @@ from cortex_gateway.fleet.snapshot import LoadFailure, OperationKind
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.fleet.transitions import OperationEnded, OperationStarted, Pinned
 from cortex_gateway.observability.metrics import Metrics
-from cortex_gateway.placement.evictor import eviction_order, may_come_free
+from cortex_gateway.placement.evictor import free_by_device, may_come_free, next_victim
+from cortex_gateway.placement.explanation import in_figures, in_words, numbers_of
 from cortex_gateway.placement.situation import Situation
 
 log = logging.getLogger(__name__)
@@ -178,13 +180,10 @@ class Loads:
             log.warning(
                 "loading %s on %s failed (status %s, %s): %s", model, node, error.status, error.kind, error.message
             )
-            failed = load_failed(model, node, error)
-            failure = LoadFailure(
-                message=failed.message, code=failed.code or "model_load_failed", lacks_memory=error.lacks_memory
-            )
-            if error.lacks_memory and await self._may_come_free(node, model):
+            failure, may_wait = await self._failure(model, node, error)
+            if may_wait:
                 raise RoomLost from error
-            raise failed from error
+            raise load_failed(model, node, error, failure, self._situation()) from error
         finally:
             if not _is_left():
                 loaded = outcome == "loaded"
@@ -203,26 +202,57 @@ class Loads:
         for round_ in range(MAX_EVICTION_ROUNDS + 1):
             log.info("loading %s on %s", model, node)
             try:
-                await self._client(node).load(spec, LOAD_TIMEOUT_S)
+                await self._while_reachable(node, self._client(node).load(spec, LOAD_TIMEOUT_S))
                 return
             except NeuronError as error:
-                victim = self._next_victim(node, model)
-                if not error.lacks_memory or victim is None or round_ == MAX_EVICTION_ROUNDS:
+                snapshot = self._fleet.snapshot.nodes.get(node)
+                if not error.lacks_memory or snapshot is None or round_ == MAX_EVICTION_ROUNDS:
+                    raise
+                situation = self._situation()
+                free_mb = free_by_device(snapshot, situation, incoming=model)
+                victim = next_victim(snapshot, model, _failure(model, node, error, free_mb), situation)
+                if victim is None:
                     raise
                 log.info("%s does not fit on %s beside %s: %s", model, node, victim, error.message)
             await self.unload(node, victim, reason="refused")
 
-    def _next_victim(self, node: str, model: str) -> str | None:
-        situation = self._situation()
-        snapshot = situation.snapshot.nodes[node]
-        order = eviction_order(snapshot, model, situation)
-        return order[0] if order else None
+    async def _while_reachable(self, node: str, call: Coroutine[Any, Any, None]) -> None:
+        """Wait for a call to a node as long as polls reach it: a host that is gone closes no connection.
 
-    async def _may_come_free(self, node: str, model: str) -> bool:
-        """Whether what is in the way may go sooner or later: it is in use, or new, or another gateway's."""
-        await self._poller.refresh(node)
+        Raises `NeuronError`.
+        """
+        try:
+            async with asyncio.timeout(None) as until:
+                watching = asyncio.create_task(self._end_unreachable(node, until))
+                try:
+                    await call
+                finally:
+                    watching.cancel()
+        except TimeoutError:
+            raise NeuronError(f"{node} does not answer any more") from None
+
+    async def _end_unreachable(self, node: str, until: asyncio.Timeout) -> None:
+        while True:
+            changed = self._fleet.changed()
+            snapshot = self._fleet.snapshot.nodes.get(node)
+            if snapshot is not None and snapshot.health == "unhealthy":
+                until.reschedule(asyncio.get_running_loop().time())
+                return
+            await changed
+
+    async def _failure(self, model: str, node: str, error: NeuronError) -> tuple[LoadFailure, bool]:
+        """What is remembered of a load that failed; and whether what is in the way may go sooner or later by itself:
+        it is in use, or new, or on its way."""
+        if error.lacks_memory:
+            await self._poller.refresh(node)
         situation = self._situation()
-        return may_come_free(situation.snapshot.nodes[node], model, situation)
+        snapshot = situation.snapshot.nodes.get(node)
+        if snapshot is None:
+            return _failure(model, node, error, {}), False
+        failure = _failure(model, node, error, free_by_device(snapshot, situation, incoming=model))
+        before = snapshot.load_failures.get(model)
+        failure = msgspec.structs.replace(failure, count=1 if before is None else before.count + 1)
+        return failure, error.lacks_memory and may_come_free(snapshot, model, failure, situation)
 
     async def _unload(self, node: str, model: str, reason: UnloadReason) -> None:
         succeeded = False
@@ -312,17 +342,28 @@ class LoadImpossible(ApiError):
         self.neuron_status = neuron_status
 
 
-def load_failed(model: str, node: str, error: NeuronError) -> ApiError:
+def _failure(model: str, node: str, error: NeuronError, free_mb: dict[int, int]) -> LoadFailure:
+    can = "could not" if error.is_passing else "cannot"
+    return LoadFailure(
+        message=f"The model `{model}` {can} be loaded on {node}: {error.message}",
+        code=error.kind or "model_load_failed",
+        lacks_memory=error.lacks_memory,
+        shortage=error.shortage,
+        free_mb=free_mb,
+    )
+
+
+def load_failed(model: str, node: str, error: NeuronError, failure: LoadFailure, situation: Situation) -> ApiError:
     """What a client reads: retryable unless the neuron said that the request itself can never work."""
-    if error.status in (400, 404, 422) and not error.lacks_memory:
-        return LoadImpossible(
-            f"The model `{model}` cannot be loaded on {node}: {error.message}",
-            code=error.kind or "model_load_failed",
-            neuron_status=error.status,
-        )
+    if not error.is_passing:
+        assert error.status is not None
+        return LoadImpossible(failure.message, code=failure.code, neuron_status=error.status)
+    snapshot = situation.snapshot.nodes.get(node)
+    memory = None if snapshot is None else numbers_of(model, snapshot, failure, situation)
     return ApiError(
         "overloaded",
-        f"The model `{model}` could not be loaded on {node}: {error.message}",
-        code=error.kind or "model_load_failed",
+        failure.message + in_words(node, memory),
+        code=failure.code,
         retry_after=error.retry_after or 10,
+        extras={"model_id": model, "node": node, **in_figures(memory)},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -18,10 +19,13 @@ from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.affinity import UNKNOWN, Affinity, Hints, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse, RouteReason
+from cortex_gateway.placement.explanation import Wait, explain, in_figures
 from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
-from cortex_gateway.placement.router import decide
+from cortex_gateway.placement.router import decide, failure_on
 from cortex_gateway.placement.situation import Situation
 from cortex_gateway.placement.waiting import Waiting
+
+log = logging.getLogger(__name__)
 
 MAX_CACHED_NAMES = 4096
 RETRY_WAITING_S = 10
@@ -156,6 +160,7 @@ class Placement:
         self._current = current
         self._waiting = waiting
         self._affinity = Affinity()
+        self._told: dict[str, tuple[str, str]] = {}
         self._clock = clock
         self._resolved: dict[str, str] = {}
         self._resolved_version = -1
@@ -173,7 +178,7 @@ class Placement:
             resolved = self._resolved[name] = self._current.catalogue.resolve(name, served)
         return resolved
 
-    def situation(self, *, neurons_only: bool = False) -> Situation:
+    def situation(self, *, neurons_only: bool = False, by_hand: bool = False) -> Situation:
         """Everything there is to decide on, now."""
         snapshot = self._fleet.snapshot
         return Situation(
@@ -184,10 +189,13 @@ class Placement:
             now=self._clock(),
             waiting=self._waiting,
             breakers=self._fleet.breakers,
+            by_hand=by_hand,
         )
 
-    def decide(self, model: str, shares: Shares = UNKNOWN, *, neurons_only: bool = False) -> Decision:
-        return decide(model, self.situation(neurons_only=neurons_only), shares)
+    def decide(
+        self, model: str, shares: Shares = UNKNOWN, *, neurons_only: bool = False, by_hand: bool = False
+    ) -> Decision:
+        return decide(model, self.situation(neurons_only=neurons_only, by_hand=by_hand), shares)
 
     def try_now(self, model: str, hints: Hints | None = None) -> Lease | None:
         """A lease if the model is served somewhere at this moment. Raises `ApiError` if it never will be."""
@@ -227,8 +235,10 @@ class Placement:
         finally:
             if self._is_known(model):
                 self._metrics.queue_wait.labels(model).observe(self._clock() - began)
-            if self._waiting and model not in self._waiting:
-                self._fleet.wake()  # whoever queued behind this model may go now
+            if model not in self._waiting:
+                self._told.pop(model, None)
+                if self._waiting:
+                    self._fleet.wake()  # whoever queued behind this model may go now
 
     async def _wait(self, model: str, hints: Hints | None, on_wait: OnWait | None, *, is_resuming: bool) -> Lease:
         route: RouteReason = "held"
@@ -242,7 +252,7 @@ class Placement:
                 case Refuse():
                     if not is_resuming or decision.retry_after is None:
                         raise refused(decision, model)
-                    await self._change(self._clock() + decision.retry_after)
+                    await self.change(self._clock() + decision.retry_after)
                 case Load():
                     route = "cold"
                     if on_wait is not None:
@@ -259,6 +269,7 @@ class Placement:
                         route = "cold"
                     if on_wait is not None:
                         on_wait(decision, route)
+                    self._tell(model, decision)
                     await self._join(decision.node, model, decision.until)
 
     async def _join(self, node: str, model: str, until: float | None) -> None:
@@ -280,13 +291,23 @@ class Placement:
             else:
                 return
         with self._poller.watching(node):
-            await self._change(until)
+            await self.change(until)
 
-    async def _change(self, until: float | None) -> None:
+    async def change(self, until: float | None) -> None:
         """Wait until something changes in the fleet, but no longer than until then."""
         changed = self._fleet.changed()
         await asyncio.wait({changed}, timeout=None if until is None else max(0.0, until - self._clock()))
         changed.cancel()
+
+    async def pause(self, node: str, model: str) -> None:
+        """After a load that lost its room: wait for a change there, and while it is not to be repeated."""
+        with self._poller.watching(node):
+            await self.change(None)
+            while (snapshot := self._fleet.snapshot.nodes.get(node)) is not None:
+                failure = failure_on(snapshot, model, self.situation())
+                if failure is None:
+                    return
+                await self.change(failure.until)
 
     def neuron_model(self, node: str, model: str) -> str:
         """What the node itself calls the model."""
@@ -324,11 +345,34 @@ class Placement:
                 return node.name, info.progress if info is not None else None
         return None
 
-    def loading_note(self, model: str) -> bytes:
-        """Where the model is on its way and how far, as an SSE comment; empty if it is not."""
-        found = self.progress(model)
-        if found is None or not model.isprintable():
+    def wait_of(self, model: str, node: str | None = None) -> Wait | None:
+        """What requests for the model are held for at this moment; None where they would not be. node: what a load on
+        that one is held for."""
+        situation = self.situation()
+        if node is None:
+            decision = decide(model, situation)
+            return explain(model, decision, situation) if isinstance(decision, Hold) else None
+        snapshot = situation.snapshot.nodes.get(node)
+        if snapshot is None or failure_on(snapshot, model, situation) is None:
+            return None
+        return explain(model, Hold(node=node, reason="busy"), situation)
+
+    def _tell(self, model: str, hold: Hold) -> None:
+        """Say in the log what requests wait for, once for each reason: not for each request."""
+        told = (hold.node, hold.reason)
+        if self._told.get(model) != told and self._is_known(model):
+            self._told[model] = told
+            log.info("requests for %s wait for %s", model, explain(model, hold, self.situation()).text)
+
+    def waiting_note(self, model: str) -> bytes:
+        """What requests for the model wait for, as an SSE comment: how far its load is, or what is in its way. Empty if
+        they wait for nothing."""
+        if not model.isprintable():
             return b""
+        found = self.progress(model)
+        if found is None:
+            wait = self.wait_of(model)
+            return b"" if wait is None else b": %s waits for %s\n\n" % (model.encode(), _printable(wait.text))
         node, progress = found
         text = f"{model} is loading on {node}"
         if progress is not None:
@@ -347,9 +391,13 @@ class Placement:
         if found is None:
             position = [queue.model for queue in self._waiting.in_order()]
             extras |= {"num_waiting": self._waiting.num_requests(model), "models_waiting": position}
+            wait = self.wait_of(model)
+            if wait is not None:
+                extras |= {"node": wait.node, "reason": wait.reason, "behind": wait.behind, **in_figures(wait.memory)}
+            waits_for = "its turn" if wait is None else wait.text
             return ApiError(
                 "overloaded",
-                f"The model `{model}` waits for room on a node; ask again.",
+                f"The model `{model}` waits for {waits_for}; ask again.",
                 code="model_queued",
                 retry_after=retry_after,
                 extras=extras,
@@ -372,6 +420,11 @@ class Placement:
             retry_after=retry_after,
             extras=extras,
         )
+
+
+def _printable(text: str) -> bytes:
+    """On one line: a neuron's words may be in it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).encode()
 
 
 def refused(decision: Refuse, model: str) -> ApiError:

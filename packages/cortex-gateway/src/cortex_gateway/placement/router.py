@@ -20,13 +20,23 @@ from cortex_core.fleet import ModelInfo, ModelSpec
 from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot
 from cortex_gateway.placement.affinity import UNKNOWN, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import Room, capacity_mb, may_come_free, never_fits, plan_room
+from cortex_gateway.placement.evictor import (
+    Room,
+    capacity_mb,
+    has_come_free,
+    may_come_free,
+    never_fits,
+    plan_room,
+)
+from cortex_gateway.placement.explanation import in_figures, in_words, numbers_of
 from cortex_gateway.placement.replicas import Replica, choose
 from cortex_gateway.placement.situation import Situation
 
 RETRY_NO_NODE_S = 5
 RETRY_UNHEALTHY_S = 3
 RETRY_FAILED_S = 10
+MIN_PAUSE_S = 2.0
+"""After a load that failed, also where what it lacked has come free: others may be about to take it."""
 FREE_STEP_MB = 1024
 """Free memory is compared in steps of this: two gateways that polled at different moments choose the same node."""
 
@@ -135,7 +145,7 @@ def _is_ahead_of(model: str, node: NodeSnapshot, situation: Situation) -> bool:
         if not _is_to_be_placed(waiter.model, situation):
             continue
         target = _best(waiter.model, situation)
-        if target is not None and target[0].name == node.name and not _fits_now(target[1]):
+        if target is not None and target[0].name == node.name and target[1].is_awaited:
             return True
     return False
 
@@ -172,7 +182,7 @@ class _Candidates(msgspec.Struct):
     unloading: NodeSnapshot | None = None
     unservable: NodeSnapshot | None = None
     too_small: NodeSnapshot | None = None
-    failed: tuple[NodeSnapshot, LoadFailure] | None = None
+    failed: list[tuple[NodeSnapshot, LoadFailure]] = []
 
 
 def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: Situation) -> _Candidates:
@@ -189,14 +199,13 @@ def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: 
         if not is_feasible(profile, node.name, node.discovery):
             continue
         status = node.status(profile.id)
-        failure = node.load_failures.get(profile.id)
+        failure = failure_on(node, profile.id, situation)
         if status == "unloading":
             found.unloading = found.unloading or node
         elif status in ("loaded", "reloading"):
             found.unservable = found.unservable or node
-        elif failure is not None and failure.until > situation.now:
-            if found.failed is None or failure.until < found.failed[1].until:
-                found.failed = (node, failure)
+        elif failure is not None:
+            found.failed.append((node, failure))
         else:
             found.rooms.append((node, plan_room(profile, node, situation)))
     return found
@@ -209,8 +218,8 @@ def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], situation: S
             return Hold(node=found.unloading.name, reason="unloading")
         if found.unservable is not None:
             return _unservable(profile.id, found.unservable)
-        if found.failed is not None:
-            return _after_failure(profile.id, *found.failed, situation)
+        if found.failed:
+            return _after_failures(profile.id, found.failed, situation)
         return _nowhere(profile, situation.snapshot, found.too_small)
     ranked = sorted(found.rooms, key=lambda candidate: _rank(profile, candidate[0], candidate[1], situation))
     if situation.waiting:
@@ -223,17 +232,10 @@ def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], situation: S
     node, room = ranked[0]
     if not room.fits and room.fits_later:
         return _wait_for_room(profile, node, room, situation)
-    if not room.fits and (node.operated_at > node.polled_at or _is_moving(node)):
-        return Hold(node=node.name, reason="busy")  # the figures are about to change
-    # What still does not fit is the neuron's to refuse: the figures here are estimates, its preflight is not.
+    if not room.fits and 0 < node.polled_at <= node.operated_at:
+        return Hold(node=node.name, reason="busy")  # the next poll has other figures
+    # Nothing of ours would make room. The neuron says so: the figures here are estimates, its preflight is not.
     return _load(profile, node, room)
-
-
-def _is_moving(node: NodeSnapshot) -> bool:
-    return any(
-        node.status(model) in ("loading", "fetching", "unloading", "recovering")
-        for model in node.models.keys() | node.operations.keys()
-    )
 
 
 def _wait_for_room(profile: ModelProfile, node: NodeSnapshot, room: Room, situation: Situation) -> Decision:
@@ -271,21 +273,36 @@ def _rank(
         not room.fits_later,
         node.health == "suspect",
         -(room.free_mb // FREE_STEP_MB),
-        sum(situation.load_of(node, model) for model in node.models),
+        sum(situation.load_of(node, model) for model in node.models if node.status(model) not in ("failed", "unloaded")),
         node.name,
     )
 
 
-def _after_failure(model: str, node: NodeSnapshot, failure: LoadFailure, situation: Situation) -> Decision:
-    """Every node that could load it has just failed to. Where only memory was lacking, and others may still make room,
-    it is tried again."""
-    if failure.lacks_memory and may_come_free(node, model, situation):
-        return Hold(node=node.name, reason="busy", until=failure.until)
+def failure_on(node: NodeSnapshot, model: str, situation: Situation) -> LoadFailure | None:
+    """Why the model is not to be loaded there now; None once its pause is over, or what it lacked has come free."""
+    failure = None if situation.by_hand else node.load_failures.get(model)
+    if failure is None or failure.until <= situation.now:
+        return None
+    if situation.now >= failure.at + MIN_PAUSE_S and has_come_free(node, model, failure, situation):
+        return None
+    return failure
+
+
+def _after_failures(model: str, failed: list[tuple[NodeSnapshot, LoadFailure]], situation: Situation) -> Decision:
+    """Every node that could load it has just failed to. Where only memory was lacking, and models of ours may still
+    make room, it is tried again; else whoever asks is told at once."""
+    failed = sorted(failed, key=lambda found: (found[1].until, found[0].name))
+    for node, failure in failed:
+        if failure.lacks_memory and may_come_free(node, model, failure, situation):
+            return Hold(node=node.name, reason="busy", until=failure.until)
+    node, failure = failed[0]
+    memory = numbers_of(model, node, failure, situation)
     return Refuse(
         kind="overloaded",
-        message=failure.message,
+        message=failure.message + in_words(node.name, memory),
         code=failure.code,
         retry_after=max(1, math.ceil(failure.until - situation.now)),
+        extras={"node": node.name, **in_figures(memory)},
     )
 
 
@@ -303,9 +320,9 @@ def _outside_catalogue(model: str, situation: Situation) -> Decision:
         return Hold(node=by_status["unloading"].name, reason="unloading")
     for node in reachable:
         if node.status(model) in (None, "unloaded"):
-            failure = node.load_failures.get(model)
-            if failure is not None and failure.until > situation.now:
-                return _after_failure(model, node, failure, situation)
+            failure = failure_on(node, model, situation)
+            if failure is not None:
+                return _after_failures(model, [(node, failure)], situation)
             info = node.models.get(model) or node.unloaded[model]
             return Load(node=node.name, spec=spec_of(info))
     if "failed" in by_status:

@@ -46,7 +46,10 @@ NOBODY = Waiting()
 
 
 class Situation(msgspec.Struct, frozen=True):
-    """The fleet and its work at `now` (monotonic seconds). The counters in it are read, never changed, by decisions."""
+    """The fleet and its work at `now` (monotonic seconds). The counters in it are read, never changed, by decisions.
+
+    by_hand: an operator asks. No pause after a failed load stands in the way then.
+    """
 
     snapshot: FleetSnapshot
     catalogue: Catalogue
@@ -55,6 +58,7 @@ class Situation(msgspec.Struct, frozen=True):
     now: float = 0.0
     waiting: Waiting = NOBODY
     breakers: Breakers = NO_BREAKERS
+    by_hand: bool = False
 
     def load_of(self, node: NodeSnapshot, model: str) -> int:
         """Requests running or queued there: polled plus sent since."""

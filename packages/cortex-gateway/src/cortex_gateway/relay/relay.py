@@ -268,10 +268,10 @@ class Relay:
             await self._poller.refresh(lease.neuron.name)
 
     def _ping(self, exchange: Exchange) -> bytes:
-        """What keeps a waiting stream alive; where it is wanted, with a word on the load it waits for."""
+        """What keeps a waiting stream alive; where it is wanted, with a word on what it waits for."""
         ping = exchange.surface.ping
         if self._settings.show_loading and exchange.resolved is not None:
-            return self._placement.loading_note(exchange.resolved) + ping
+            return self._placement.waiting_note(exchange.resolved) + ping
         return ping
 
     async def _hold(self, exchange: Exchange, send: Send) -> None:

@@ -86,17 +86,18 @@ class AdminRoutes:
             except Withdrawn:
                 continue
             except RoomLost:
-                with self._poller.watching(chosen):
-                    await self._fleet.changed()
+                await self._placement.pause(chosen, model)
             except LoadImpossible as error:
                 raise ApiError(
                     "invalid_request", error.message, code=error.code, param="model", status=error.neuron_status
                 ) from error
 
     async def _load_events(self, model: str, node: str | None, request_id: str) -> AsyncIterator[bytes]:
-        """`progress` whenever it moved, then `done` or `error`. A client that leaves does not cancel the load."""
+        """`progress` whenever it moved, `waiting` with what else is waited for, then `done` or `error`. A client that
+        leaves does not cancel the load."""
         load: asyncio.Future[Any] = asyncio.ensure_future(self._load(model, node))
         shown: LoadProgress | None = None
+        told: str | None = None
         try:
             while not load.done():
                 changed = self._fleet.changed()
@@ -104,6 +105,9 @@ class AdminRoutes:
                 if progress is not None and progress != shown:
                     shown = progress
                     yield event("progress", {"node": where, **msgspec.to_builtins(progress)})
+                if where is None and (wait := self._placement.wait_of(model, node)) and wait.text != told:
+                    told = wait.text
+                    yield event("waiting", wait)
                 with self._poller.watching(where) if where is not None else nullcontext():
                     await asyncio.wait({changed, load}, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
@@ -127,7 +131,7 @@ class AdminRoutes:
         if node is not None:
             return node, self._start_on(self._managed(node), model)
         while True:
-            decision = self._placement.decide(model)
+            decision = self._placement.decide(model, by_hand=True)
             match decision:
                 case Forward():
                     return decision.node, None
@@ -140,7 +144,7 @@ class AdminRoutes:
                     if running is not None:
                         return decision.node, running
                     with self._poller.watching(decision.node):
-                        await self._fleet.changed()
+                        await self._placement.change(decision.until)
                 case Refuse(code="model_not_found"):
                     # No catalogue entry is needed to load by hand.
                     roomiest = self._roomiest()
@@ -252,7 +256,12 @@ class AdminRoutes:
         now = asyncio.get_running_loop().time()
         nodes = [self._node(node, now) for node in self._fleet.snapshot.nodes.values()]
         waiting = [
-            {"model": queue.model, "requests": queue.num_requests, "waited_s": round(now - queue.since, 3)}
+            {
+                "model": queue.model,
+                "requests": queue.num_requests,
+                "waited_s": round(now - queue.since, 3),
+                "for": self._placement.wait_of(queue.model),
+            }
             for queue in self._placement.situation().waiting.in_order()
         ]
         activity = self._fleet.activity
