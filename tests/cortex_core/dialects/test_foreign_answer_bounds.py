@@ -9,7 +9,7 @@ import pytest
 from cortex_core.dialects import limits
 from cortex_core.dialects.openai_chat_client import AnswerReader, StreamReader, error_of
 from cortex_core.dialects.openai_chat_client.object_scan import ObjectScan
-from cortex_core.events import Failure, ToolCallArguments, ToolCallEnd, ToolCallStart
+from cortex_core.events import Failure, TextDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
 from cortex_core.sse import SseDecoder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,3 +124,32 @@ def test_an_event_in_small_pieces_is_copied_once() -> None:
 
     assert_linear(dripped, 500)
     assert_linear(lambda n: peak_bytes(lambda: dripped(n)), 2000)
+
+
+def test_H13_what_is_too_much_to_be_read_at_once_is_a_failure() -> None:
+    """Of a stream and of an answer in one piece: too many bytes, and too many values in few bytes."""
+    many = b'{"choices":[' + b",".join([b"{}"] * (limits.MAX_FOREIGN_CONTAINERS + 1)) + b"]}"
+    long = b'{"choices":[{"delta":{"content":"' + b"x" * limits.MAX_FOREIGN_EVENT_BYTES + b'"}}]}'
+    for document in (many, long):
+        reader = StreamReader()
+        (failure,) = [*reader.feed(b"data: " + document + b"\n\n"), *reader.end()]
+        assert isinstance(failure, Failure) and reader.is_done
+    answer = AnswerReader()
+    answer.feed(many)
+    (failure,) = answer.end()
+    assert isinstance(failure, Failure) and failure.error.status == 502
+    assert str(limits.MAX_FOREIGN_CONTAINERS) in failure.error.message
+
+
+def test_H13_a_long_text_in_one_piece_is_read() -> None:
+    text = "x" * 600_000  # of 150,000 tokens
+    reader = StreamReader()
+    chunk = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}
+    (delta, *_) = reader.feed(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    assert isinstance(delta, TextDelta) and delta.text == text
+
+
+def test_H13_an_error_that_nobody_wrote_is_not_looked_into() -> None:
+    said = b'{"error": {"message": "no", "code": "c"}, "x": "%b"}'
+    assert error_of(400, said % b"").message == "no"
+    assert error_of(400, said % (b"x" * limits.MAX_FOREIGN_ERROR_BYTES)).message == "The upstream server answered 400"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
+import pytest
+from cortex_core.hop import MARK_END, TOKENS_MARK
 from cortex_gateway.relay.events import MAX_HELD_BYTES, EventRelay, Usage, scan_usage
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,3 +172,65 @@ def test_a_neuron_that_gives_up_says_so() -> None:
     events = EventRelay()
     events.feed(marked(WRITES[:2]) + b": cortex-unfinished\n\ndata: {}\n\n")
     assert events.is_unfinished
+
+
+class Counted(bytes):
+    """Counts the bytes that are copied out of it, and gives copies that count on."""
+
+    num_copied = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if isinstance(found, bytes):
+            Counted.num_copied += len(found)
+            return Counted(found)
+        return found
+
+    def __add__(self, other: bytes) -> Counted:
+        Counted.num_copied += len(self) + len(other)
+        return Counted(super().__add__(other))
+
+
+@pytest.mark.parametrize(
+    "unit", [USAGE_BLOCK, USAGE_BLOCK + OPENAI_END, b": cortex-usage {}\n\n", b"x: cortex-usage \n\n"]
+)
+def test_H13_the_work_for_a_write_grows_with_its_bytes(unit: bytes) -> None:
+    counts = []
+    for factor in (1, 2):
+        Counted.num_copied = 0
+        lifted = EventRelay()._lift_usage(Counted(unit * (500 * factor)))
+        counts.append(Counted.num_copied)
+        kept = unit.replace(USAGE_BLOCK, b"").removeprefix(b": cortex-usage {}\n\n")
+        assert lifted == kept * (500 * factor)
+    assert counts[1] <= 2.1 * counts[0] + 1
+
+
+def test_H13_writes_with_many_marks_are_the_same_as_one_by_one() -> None:
+    write = b"data: a\n\n" + TOKENS_MARK + b"[[0,[5]]]" + MARK_END
+    together, single = EventRelay(), EventRelay()
+    head = b': cortex-stream {"id":"c","created":1,"seeds":[1]}\n\n'
+    out = together.feed(head + write * 300)
+    assert out == b"".join([single.feed(head), *(single.feed(write) for _ in range(300))])
+    assert together.batches == single.batches
+
+
+@given(st.lists(st.integers(0, 400), max_size=10))
+def test_H13_what_a_foreign_server_writes_in_comments_is_a_comment(cuts: list[int]) -> None:
+    stream = b"".join(
+        (
+            b': cortex-stream {"id":"c","created":1,"seeds":[1]}\n\n',
+            b"data: a\n\n" + TOKENS_MARK + b"[[0,[5]]]" + MARK_END,
+            b": cortex-unfinished\n\n",
+            USAGE_BLOCK,
+            OPENAI_END,
+        )
+    )
+    events = EventRelay(is_hop=False)
+    borders = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
+    out = b""
+    for a, b in pairwise(borders):
+        if a < b:
+            out += events.feed(stream[a:b])
+            assert not events.is_resumable and not events.is_unfinished
+    assert out + events.flush() == stream
+    assert (events.head, events.batches, events.usage().prompt_tokens) == (None, b"", 11)

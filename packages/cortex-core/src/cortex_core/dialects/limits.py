@@ -63,7 +63,13 @@ MAX_TOKEN_ID_DIGITS = 9
 
 # ---------------------------------------------------------------- answers of other servers
 
-MAX_WHOLE_ANSWER_BYTES = 64 * 2**20
+MAX_WHOLE_ANSWER_BYTES = 16 * 2**20
 """Of an answer that is not streamed, which is held until it is whole."""
+MAX_FOREIGN_EVENT_BYTES = 2 * 2**20
+"""Of one chunk of a stream. A whole answer of 100,000 tokens is a quarter of it."""
+MAX_FOREIGN_CONTAINERS = 200_000
+"""Objects and arrays in one chunk, or in a whole answer: each takes up to half a microsecond to read."""
+MAX_FOREIGN_ERROR_BYTES = 64 * 1024
+"""What is longer is no error answer that anybody wrote, and is not read."""
 MAX_FOREIGN_CHOICES = MAX_CHOICES
 """Choices that a stream may tell apart."""

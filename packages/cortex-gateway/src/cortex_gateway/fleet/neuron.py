@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import aiohttp
 import msgspec
+from cortex_core.dialects.limits import MAX_FOREIGN_ERROR_BYTES
 from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, PinRequest, UnloadRequest
 from cortex_core.http_access import HOST_NOT_ALLOWED, ORIGIN_NOT_ALLOWED, SECRET_MISSING, SECRET_WRONG
 from multidict import CIMultiDict
@@ -90,6 +91,8 @@ class NeuronClient:
     on the loop's clock.
     """
 
+    max_control_bytes = MAX_CONTROL_BYTES
+
     def __init__(
         self,
         session: aiohttp.ClientSession,
@@ -111,7 +114,7 @@ class NeuronClient:
             url = self._urls[path] = URL(self._base + path, encoded=True)
         return url
 
-    async def post(self, path: str, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
+    async def post(self, path: str, body: bytes | aiohttp.Payload, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
         """Send one inference request; returns as soon as the response headers are there.
 
         `path` is one of the few upstream paths, so the URL cache stays small. The caller releases or closes the
@@ -175,11 +178,16 @@ class NeuronClient:
                     method, self.url(path), data=body, headers=headers, allow_redirects=False
                 ) as response,
             ):
-                answer = await response.content.read(MAX_CONTROL_BYTES)
-                while chunk := await response.content.read(MAX_CONTROL_BYTES):
-                    answer += chunk
-                    if len(answer) > MAX_CONTROL_BYTES:
-                        raise NeuronError(f"{method} {path} of {self.name}: answer too large", status=response.status)
+                pieces, num_bytes = [], 0
+                while chunk := await response.content.readany():
+                    pieces.append(chunk)
+                    num_bytes += len(chunk)
+                    if num_bytes > self.max_control_bytes:
+                        raise NeuronError(
+                            f"{method} {path} of {self.name}: the answer has more than {self.max_control_bytes} bytes",
+                            status=response.status,
+                        )
+                answer = b"".join(pieces)
         except TimeoutError as exc:
             raise NeuronError(f"{method} {path} of {self.name}: no answer within {timeout_s:g} s") from exc
         except (aiohttp.ClientError, OSError) as exc:
@@ -194,7 +202,7 @@ def refusal(status: int, body: bytes, *, retry_after: str | None = None) -> Neur
     """An error answer of a neuron of any age: `{"error": text}`, `{"error": {"kind" | "code", "message", …}}`."""
     message, kind = body[:600].decode("utf-8", "replace").strip() or f"status {status}", None
     try:
-        document = msgspec.json.decode(body)
+        document = msgspec.json.decode(body) if len(body) <= MAX_FOREIGN_ERROR_BYTES else None
     except (msgspec.DecodeError, RecursionError):
         document = None
     if isinstance(document, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,22 +12,34 @@ from cortex_core.fleet import ContextLimit, DiscoveryResponse, HealthResponse, M
 
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 
+log = logging.getLogger(__name__)
+
 SERVICE_UNAVAILABLE = 503
 MODALITIES = ("text", "vision")
 
 
+MAX_LISTING_BYTES = 4 * 2**20
+MAX_LISTED = 5_000
+"""Models of one server. The largest hosts list some hundreds."""
+MAX_VALUE_BYTES = 1024
+"""Of a field that may hold anything; a longer value says nothing."""
+
+_ABSENT = msgspec.Raw(b"null")
+
+
 class _Listed(msgspec.Struct):
-    """A model of `/v1/models`: the official fields, and those of local servers that say more."""
+    """A model of `/v1/models`: the official fields, and those of local servers that say more. What these may hold is
+    anything, so it is looked at one by one."""
 
     id: str
-    created: Any = None
-    loaded: Any = None
-    max_model_len: Any = None
-    context_length: Any = None
-    max_output_tokens: Any = None
-    modalities: Any = None
-    tool_call: Any = None
-    reasoning: Any = None
+    created: msgspec.Raw = _ABSENT
+    loaded: msgspec.Raw = _ABSENT
+    max_model_len: msgspec.Raw = _ABSENT
+    context_length: msgspec.Raw = _ABSENT
+    max_output_tokens: msgspec.Raw = _ABSENT
+    modalities: msgspec.Raw = _ABSENT
+    tool_call: msgspec.Raw = _ABSENT
+    reasoning: msgspec.Raw = _ABSENT
 
 
 class _Listing(msgspec.Struct):
@@ -34,7 +47,12 @@ class _Listing(msgspec.Struct):
 
 
 class _Health(msgspec.Struct):
-    draining: Any = False
+    draining: msgspec.Raw = _ABSENT
+
+
+def _value(raw: msgspec.Raw) -> Any:
+    text = bytes(raw)
+    return msgspec.json.decode(text) if len(text) <= MAX_VALUE_BYTES else None
 
 
 class OpenAIServer(NeuronClient):
@@ -43,6 +61,8 @@ class OpenAIServer(NeuronClient):
     extensions: whether it knows what local servers have added to the official API. forward_headers: those of a client's
     headers that it gets beside the usual ones, in lower case.
     """
+
+    max_control_bytes = MAX_LISTING_BYTES
 
     def __init__(
         self,
@@ -71,13 +91,15 @@ class OpenAIServer(NeuronClient):
             return HealthResponse(draining=error.status == SERVICE_UNAVAILABLE)
         except msgspec.DecodeError:
             return HealthResponse()
-        return HealthResponse(draining=answer.draining is True)
+        return HealthResponse(draining=_value(answer.draining) is True)
 
     async def models(self, timeout_s: float) -> tuple[ModelInfo, ...]:
         """Raises `NeuronError`."""
         listing = await self._get("/v1/models", _Listing, timeout_s)
+        if len(listing.data) > MAX_LISTED:
+            log.warning("%s lists %d models; the first %d count", self.name, len(listing.data), MAX_LISTED)
         # A neuron, or another gateway, lists what it could load, too.
-        return tuple(_model_info(listed) for listed in listing.data if listed.loaded is not False)
+        return tuple(_model_info(listed) for listed in listing.data[:MAX_LISTED] if _value(listed.loaded) is not False)
 
     async def load(self, spec: ModelSpec, timeout_s: float) -> None:
         raise self._unmanaged()
@@ -94,16 +116,18 @@ class OpenAIServer(NeuronClient):
 
 def _model_info(listed: _Listed) -> ModelInfo:
     """Tools are what every chat API has, so silence is no refusal of them; of reasoning it is."""
-    context = next((size for size in (listed.max_model_len, listed.context_length) if type(size) is int), None)
-    output = listed.max_output_tokens if type(listed.max_output_tokens) is int else None
-    modalities = listed.modalities if isinstance(listed.modalities, list) else []
+    sizes = (_value(listed.max_model_len), _value(listed.context_length))
+    context = next((size for size in sizes if type(size) is int), None)
+    output, modalities, created = (_value(raw) for raw in (listed.max_output_tokens, listed.modalities, listed.created))
+    output = output if type(output) is int else None
+    modalities = modalities if isinstance(modalities, list) else []
     return ModelInfo(
         id=listed.id,
         harness="openai",
         status="loaded",
         capabilities=tuple(name for name in MODALITIES if name in modalities),
         limit=ContextLimit(context=context, output=output) if context else None,
-        tool_call=listed.tool_call is not False,
-        reasoning=listed.reasoning is True,
-        created=listed.created if type(listed.created) is int else None,
+        tool_call=_value(listed.tool_call) is not False,
+        reasoning=_value(listed.reasoning) is True,
+        created=created if type(created) is int else None,
     )

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 import aiohttp
+from cortex_core.dialects.limits import MAX_WHOLE_ANSWER_BYTES
 from cortex_core.errors import ApiError
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, RawHeaders, Send
@@ -28,7 +29,6 @@ from cortex_gateway.relay.translation_errors import UpstreamFault, retry_advice
 log = logging.getLogger(__name__)
 
 MAX_BUFFERED_ANSWER = 2**20
-MAX_TRANSLATED_ANSWER = 64 * 2**20
 MAX_LOGGED_ERROR = 600
 MAX_ATTEMPTS = 2
 MAX_RESUMES = 8
@@ -166,7 +166,7 @@ class AnswerRelay:
             if exchange.first_byte_at is None:
                 exchange.first_byte_at = exchange.last_byte_at
             num_bytes += len(chunk)
-            if num_bytes > MAX_TRANSLATED_ANSWER:
+            if num_bytes > MAX_WHOLE_ANSWER_BYTES:
                 raise UpstreamFault(ApiError("internal", "The server's answer is too large.", status=502))
             answer.feed(chunk)
         data = answer.body()
@@ -218,9 +218,11 @@ class AnswerRelay:
         send: Send,
     ) -> None:
         """An error of the neuron: its status, headers and body pass if they are in an API's shape."""
-        data = await response.content.read(MAX_BUFFERED_ANSWER)
-        while len(data) < MAX_BUFFERED_ANSWER and (more := await response.content.read(MAX_BUFFERED_ANSWER)):
-            data += more
+        pieces, num_bytes = [], 0
+        while num_bytes < MAX_BUFFERED_ANSWER and (piece := await response.content.readany()):
+            pieces.append(piece)
+            num_bytes += len(piece)
+        data = b"".join(pieces)[:MAX_BUFFERED_ANSWER]
         is_refused = not isinstance(neuron, OpenAIServer) and is_refusal_of_gateway(response.status, data)
         if is_refused or is_stale_route(response.status, data):
             if exchange.stream is not None and exchange.num_resumes < MAX_RESUMES:

@@ -31,6 +31,8 @@ _COUNT = re.compile(
 _FINISH = re.compile(rb'"(?:finish|stop)_reason"\s*:\s*"([a-z_]{1,32})"')
 _FINISH_WORDS = {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 """Anthropic's words in `cortex_core.events`'; the others are the same."""
+USAGE_TAIL = 64 * 1024
+"""Of each of a stream's last two writes, what is searched for its usage."""
 _FINISH_TAIL = 4096
 """The reason is among the last things of an answer, and all of a long one need not be searched for it."""
 
@@ -47,11 +49,24 @@ class EventRelay:
     `head` is set, and `batches` is what belongs to everything that was sent, as `hop.resume_body` takes it. The last
     write has no mark: it is held to the end of the stream. Of a stream without marks, `num_events` says how much there
     was.
+
+    is_hop: it is a neuron that writes, and its comments are for the gateway. Of any other server they are comments.
     """
 
-    __slots__ = ("_before_last", "_held", "_is_first", "_is_marked", "_last", "_usage", "batches", "head", "num_events")
+    __slots__ = (
+        "_before_last",
+        "_held",
+        "_is_first",
+        "_is_hop",
+        "_is_marked",
+        "_last",
+        "_usage",
+        "batches",
+        "head",
+        "num_events",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_hop: bool = True) -> None:
         self.head: bytes | None = None
         self.batches = bytearray()
         self.num_events = 0
@@ -59,7 +74,8 @@ class EventRelay:
         self._last = b""
         self._before_last = b""
         self._usage: Usage | None = None
-        self._is_first = True
+        self._is_hop = is_hop
+        self._is_first = is_hop
         self._is_marked = False
 
     def rejoin(self) -> None:
@@ -97,7 +113,7 @@ class EventRelay:
             chunk = chunk[:end]
         if self.head is not None and TOKENS_MARK in chunk:
             chunk = self._without_marks(chunk)  # A write was too much to hold; what follows is marked all the same.
-        if USAGE_MARK in chunk:
+        if self._is_hop and USAGE_MARK in chunk:
             chunk = self._lift_usage(chunk)
         if chunk:
             self.num_events += chunk.count(b"\n\n")
@@ -116,7 +132,7 @@ class EventRelay:
         """From the neuron's block, else (an older neuron) from the last events, if they carried any."""
         if self._usage is not None:
             return self._usage
-        return scan_usage(self._before_last + self._last)
+        return scan_usage(self._before_last[-USAGE_TAIL:] + self._last[-USAGE_TAIL:])
 
     def _open(self, chunk: bytes) -> bytes:
         """Take the head off the first bytes, if they are one."""
@@ -162,18 +178,21 @@ class EventRelay:
         """Several writes in one read: book their marks in order, keep their events."""
         if TOKENS_MARK not in chunk:
             return chunk
-        events, *marked = chunk.split(TOKENS_MARK)
+        first, *marked = chunk.split(TOKENS_MARK)
+        events = [first]
         for part in marked:
             batch, _, rest = part.partition(MARK_END)
             self.batches += batch
             self.batches += b","
-            events += rest
-        return events
+            events.append(rest)
+        return b"".join(events)
 
     def _lift_usage(self, chunk: bytes) -> bytes:
+        events: list[bytes] = []
+        done = 0
         start = chunk.find(USAGE_MARK)
         while start >= 0:
-            if start > 0 and chunk[start - 1] != 0x0A:
+            if start > done and chunk[start - 1] != 0x0A:
                 start = chunk.find(USAGE_MARK, start + 1)
                 continue
             end = chunk.find(b"\n\n", start)
@@ -182,9 +201,10 @@ class EventRelay:
                 self._usage = _usage_decoder.decode(chunk[start + len(USAGE_MARK) : end])
             except msgspec.DecodeError:
                 self._usage = None
-            chunk = chunk[:start] + chunk[end:]
-            start = chunk.find(USAGE_MARK, start)
-        return chunk
+            events.append(chunk[done:start])
+            done = end
+            start = chunk.find(USAGE_MARK, end)
+        return b"".join((*events, chunk[done:])) if events else chunk
 
 
 def _end_of_last_event(chunk: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import aiohttp
 import msgspec
+from cortex_core.dialects.limits import MAX_FOREIGN_ERROR_BYTES
 from cortex_core.errors import ApiError
 
 from cortex_gateway.fleet.neuron import GATEWAY_REFUSALS, refusal
@@ -79,6 +80,8 @@ _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 def _param(body: bytes) -> str | None:
     """The field that an OpenAI envelope names; Anthropic's has it in the message."""
+    if len(body) > MAX_FOREIGN_ERROR_BYTES:
+        return None
     try:
         return _decode_envelope(body).error.param
     except (msgspec.DecodeError, RecursionError):

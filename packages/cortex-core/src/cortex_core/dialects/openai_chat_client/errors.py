@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from cortex_core.dialects.limits import MAX_FOREIGN_ERROR_BYTES
 from cortex_core.errors import ApiError, ErrorKind
 
 _decode = msgspec.json.Decoder().decode
@@ -44,7 +45,7 @@ def error_of(status: int, body: bytes, *, retry_after: int | None = None) -> Api
     kind = _KIND_OF_STATUS.get(status, "internal")
     message, code, param = f"The upstream server answered {status}", None, None
     try:
-        value = _decode(body)
+        value = _decode(body) if len(body) <= MAX_FOREIGN_ERROR_BYTES else None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         value = None
     error = value.get("error", value) if isinstance(value, dict) else value

@@ -10,7 +10,12 @@ from typing import Any
 
 import msgspec
 
-from cortex_core.dialects.limits import MAX_FOREIGN_CHOICES, MAX_WHOLE_ANSWER_BYTES
+from cortex_core.dialects.limits import (
+    MAX_FOREIGN_CHOICES,
+    MAX_FOREIGN_CONTAINERS,
+    MAX_FOREIGN_EVENT_BYTES,
+    MAX_WHOLE_ANSWER_BYTES,
+)
 from cortex_core.dialects.openai_chat_client.errors import error_of
 from cortex_core.dialects.openai_chat_client.object_scan import ObjectScan
 from cortex_core.errors import ApiError
@@ -33,6 +38,9 @@ from cortex_core.sse import SseDecoder, SseError, SseEvent
 _decode = msgspec.json.Decoder().decode
 
 _CALL_PREFIX = "call_"
+
+_SMALL_BYTES = 64 * 1024
+"""What is smaller cannot hold so many that it matters."""
 
 
 class _Chunk(msgspec.Struct):
@@ -230,7 +238,7 @@ class StreamReader:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._stop = tuple(stop)
         self._tail_len = max(map(len, stop), default=0)
-        self._decoder = SseDecoder()
+        self._decoder = SseDecoder(max_event_bytes=MAX_FOREIGN_EVENT_BYTES)
         self._choices: dict[int, _ChoiceState] = {}
         self._usage: Usage | None = None
         self._num_deltas = 0
@@ -279,6 +287,9 @@ class StreamReader:
     def _read(self, data: str, events: list[Event]) -> None:
         if data == "[DONE]":
             self._finish_stream(events)
+            return
+        if len(data) > _SMALL_BYTES and data.count("{") + data.count("[") > MAX_FOREIGN_CONTAINERS:
+            self._fail(_too_many_values(), events)
             return
         try:
             chunk = _decode_chunk(data)
@@ -381,14 +392,23 @@ class AnswerReader:
         if self.is_done:
             return []
         self.is_done = True
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        if data.count(b"{") + data.count(b"[") > MAX_FOREIGN_CONTAINERS:
+            return [Failure(_too_many_values())]
         try:
-            answer = _decode_answer(b"".join(self._pieces))
+            answer = _decode_answer(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             error = ApiError("internal", "The upstream server sent an answer that cannot be read", status=502)
             return [Failure(error)]
         if answer.error is not None:
             return [Failure(error_of(500, msgspec.json.encode({"error": answer.error})))]
         return StreamReader(self._stop).read_whole(answer)
+
+
+def _too_many_values() -> ApiError:
+    message = f"The upstream server sent more than {MAX_FOREIGN_CONTAINERS} objects and arrays at once"
+    return ApiError("internal", message, code="upstream_malformed_response", status=502)
 
 
 def _finish_reason(choice: _Choice, stop: tuple[str, ...], tail: str) -> tuple[FinishReason, str | None]:
