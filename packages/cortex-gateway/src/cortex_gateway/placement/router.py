@@ -273,7 +273,9 @@ def _rank(
         not room.fits_later,
         node.health == "suspect",
         -(room.free_mb // FREE_STEP_MB),
-        sum(situation.load_of(node, model) for model in node.models if node.status(model) not in ("failed", "unloaded")),
+        sum(
+            situation.load_of(node, model) for model in node.models if node.status(model) not in ("failed", "unloaded")
+        ),
         node.name,
     )
 
