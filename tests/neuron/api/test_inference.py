@@ -323,5 +323,5 @@ async def test_one_log_line_tells_how_each_request_ended(
     lines = {re.search(r"req_id=(\S+)", line)[1]: line for line in said}
     assert len(said) == 3
     assert "chat_completion: done" in lines["req_1"] and "completion_tokens=3" in lines["req_1"]
-    assert "outcome=model_not_found" in lines["req_2"] and "asked=x?y/z" in lines["req_2"]
+    assert "outcome=model_not_found" in lines["req_2"] and "asked=x\\ny/z" in lines["req_2"]
     assert "messages: " in lines["req_3"] and "outcome=invalid_schema" in lines["req_3"]
