@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from cortex_core.errors import ApiError
-from cortex_gateway.relay.blame import MAX_REMEMBERED, REMEMBERED_S, Blame, has_died
+from cortex_gateway.fleet.transitions import has_died
+from cortex_gateway.relay.blame import MAX_REMEMBERED, REMEMBERED_S, Blame
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -122,6 +122,19 @@ class NeuronClient:
         """
         return await self._session.post(self.url(path), data=body, headers=headers, allow_redirects=False)
 
+    async def refuses_connections(self, timeout_s: float) -> bool:
+        """Whether its host is there and nothing listens on its port."""
+        url = URL(self._base)
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, writer = await asyncio.open_connection(url.host, url.port)
+        except ConnectionRefusedError:
+            return True
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return False
+
     async def discovery(self, timeout_s: float) -> DiscoveryResponse:
         return await self._get("/discovery", DiscoveryResponse, timeout_s)
 

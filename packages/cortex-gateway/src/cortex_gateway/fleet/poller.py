@@ -12,7 +12,7 @@ from cortex_core.fleet import DiscoveryResponse, HealthResponse
 from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused
+from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused, has_died
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,20 @@ class Poller:
             return False
         async with self._polled[neuron].lock:
             return await self._poll(neuron)
+
+    async def has_ended(self, node: str) -> bool:
+        """Whether the process that answered the last poll is gone: nothing listens there, or what does is younger."""
+        neuron = self._neurons.get(node)
+        if neuron is None:
+            return False
+        before = self._fleet.snapshot.nodes[node].uptime_secs
+        answered = await self.refresh(node)
+        known = self._fleet.snapshot.nodes.get(node)
+        return has_died(
+            uptime_before_s=before,
+            uptime_after_s=known.uptime_secs if answered and known is not None else None,
+            refuses_connections=not answered and await neuron.refuses_connections(self._current.config.poll.timeout_s),
+        )
 
     async def refresh_stale(self, max_age_s: float) -> None:
         """Poll every healthy node whose last answer is older than that; however many ask, each is polled once."""

@@ -220,6 +220,16 @@ def _pinned(node: NodeSnapshot, event: Pinned) -> NodeSnapshot:
     return msgspec.structs.replace(node, pins=pins, models=models)
 
 
+def has_died(*, uptime_before_s: int, uptime_after_s: int | None, refuses_connections: bool) -> bool:
+    """Whether a neuron's process has ended since it was last heard of.
+
+    uptime_after_s: None where it does not answer. refuses_connections: its host is there, and nothing listens.
+    """
+    if uptime_after_s is None:
+        return refuses_connections
+    return uptime_after_s < uptime_before_s
+
+
 def _failed(node: NodeSnapshot, event: OperationEnded, failure: LoadFailure) -> NodeSnapshot:
     before = node.load_failures.get(event.model)
     count = 1 if before is None else before.count + 1

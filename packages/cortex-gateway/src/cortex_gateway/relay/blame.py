@@ -60,16 +60,6 @@ class Blame:
         self._lengths += Counter()  # those that are zero go
 
 
-def has_died(*, uptime_before_s: int, uptime_after_s: int | None, refuses_connections: bool) -> bool:
-    """Whether a neuron's process has ended since it was last heard of.
-
-    uptime_after_s: None where it does not answer. refuses_connections: its host is there, and nothing listens.
-    """
-    if uptime_after_s is None:
-        return refuses_connections
-    return uptime_after_s < uptime_before_s
-
-
 def request_kills_engine(model: str) -> ApiError:
     """Not retryable, in the statuses that clients do not repeat."""
     return ApiError(

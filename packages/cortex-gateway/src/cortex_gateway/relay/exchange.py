@@ -65,6 +65,7 @@ class Exchange:
         "model",
         "node",
         "num_attempts",
+        "num_deaths",
         "num_resumes",
         "opening",
         "outcome",
@@ -105,6 +106,7 @@ class Exchange:
         self.node: str | None = None
         self.route: str | None = None
         self.num_attempts = 0
+        self.num_deaths = 0
         self.num_resumes = 0
         self.is_stream = False
         self.is_sending = False

@@ -8,8 +8,10 @@ a watch.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ from cortex_gateway.observability.captures import Captures
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.placement import Lease, Placement
 from cortex_gateway.relay.answers import MAX_ATTEMPTS, MAX_RESUMES, AnswerRelay, BrokenStream, StaleRoute
+from cortex_gateway.relay.blame import MAX_DEATHS, Blame, request_kills_engine
 from cortex_gateway.relay.body import BodyMemory, ClientGone, RequestBody
 from cortex_gateway.relay.charge import used
 from cortex_gateway.relay.departure import DepartureWatch
@@ -88,6 +91,7 @@ class Relay:
         self._tracing = tracing
         self._body_memory = BodyMemory(self._settings.max_body_memory_bytes)
         self._answers = AnswerRelay(self._own_headers, current)
+        self._blame = Blame(time.monotonic)
         self._active: set[Exchange] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
@@ -232,6 +236,7 @@ class Relay:
     ) -> None:
         assert exchange.model is not None
         model = exchange.resolved = self._placement.resolve(exchange.model)
+        self._blame.check(model, len(payload), lambda: _digest(payload))
         if exchange.principal is not None:
             exchange.grant = await self._identity.admit(
                 exchange.principal, exchange.model, model, payload, is_metered=exchange.surface.generates
@@ -301,6 +306,7 @@ class Relay:
         series.requests.inc()
         if lease.route == "cold":
             series.cold_starts.inc()
+        client_payload = payload
         path, payload, request = self._outgoing(exchange, lease, payload, headers)
         if exchange.trace is not None:
             begin_attempt(exchange.trace, exchange, lease, path, request)
@@ -318,8 +324,9 @@ class Relay:
             silence_s=self._settings.stream_silence_s,
             cut=cut,
         )
+        began_at = loop.time()
         if exchange.sent_at is None:
-            exchange.sent_at = loop.time()
+            exchange.sent_at = began_at
         try:
             response = await lease.neuron.post(path, payload, request)
             lease.answered(response.status, exchange)
@@ -328,6 +335,9 @@ class Relay:
             series.duration.observe(loop.time() - exchange.started_at)
             await self._answers.relay(exchange, response, lease.neuron, send, loop)
         except (aiohttp.ClientError, OSError) as exc:
+            if exchange.last_byte_at < began_at and await self._ended_again(exchange, lease, exc):
+                self._blame.remember(lease.model, len(client_payload), _digest(client_payload))
+                raise request_kills_engine(lease.model) from exc
             if exchange.stream is not None and exchange.stream.is_resumable and exchange.num_resumes < MAX_RESUMES:
                 lease.failed()
                 self._poller.nudge(lease.neuron.name)
@@ -357,6 +367,14 @@ class Relay:
                 end_attempt(exchange.trace, exchange, sys.exc_info()[1])
             if response is not None:
                 response.release() if response.content.at_eof() else response.close()
+
+    async def _ended_again(self, exchange: Exchange, lease: Lease, exc: BaseException) -> bool:
+        """Whether, under this request and without a byte of answer, the last process that may has ended."""
+        if isinstance(exc, aiohttp.ClientConnectorError) or not await self._poller.has_ended(lease.neuron.name):
+            return False
+        exchange.num_deaths += 1
+        log.warning("request %s: node %s ended while it was asked", exchange.request_id, lease.neuron.name)
+        return exchange.num_deaths >= MAX_DEATHS
 
     def _outgoing(
         self, exchange: Exchange, lease: Lease, payload: bytes, headers: RawHeaders
@@ -437,3 +455,7 @@ class Relay:
     def _stream_headers(self, exchange: Exchange) -> RawHeaders:
         """For a stream that opens before the neuron answers, and maybe before a node is known."""
         return [*EVENT_STREAM_HEADERS, *self._own_headers(exchange)]
+
+
+def _digest(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=16).digest()
