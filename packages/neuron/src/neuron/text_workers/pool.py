@@ -8,12 +8,12 @@ import logging
 from collections.abc import Callable
 
 from cortex_core.errors import ApiError
+from cortex_core.turns import Turns
 
 from neuron.text_workers.host_process import HostProcess, TextLoadError
 from neuron.text_workers.limits import cpu_budget_s, wall_budget_s
 from neuron.text_workers.messages import Done, Job, Refused, Result, Stage, TextInfo, Work, WorkerEnded
 from neuron.text_workers.settings import TextSettings
-from neuron.text_workers.turns import Turns
 from neuron.text_workers.worker_handle import LostReason, WorkerHandle
 
 logger = logging.getLogger(__name__)

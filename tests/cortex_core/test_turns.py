@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from cortex_core.turns import Turns
 from hypothesis import given
 from hypothesis import strategies as st
-from neuron.text_workers.turns import Turns
 
 Jobs = st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.booleans()), max_size=40)
 
