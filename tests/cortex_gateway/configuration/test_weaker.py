@@ -387,6 +387,16 @@ def test_H3_what_comes_back_is_held_to_what_it_was() -> None:
     assert gone.after(cut, whole) == NOTHING_GONE
 
 
+def test_H3_no_neuron_is_told_the_secret_of_the_others_because_its_own_is_gone() -> None:
+    def configuration(*secret: str) -> Configuration:
+        entry = NeuronEntry(name="n", endpoint="http://n", secret=secret or None)
+        return Configuration(GatewayConfig(neurons=(entry,)), Catalogue())
+
+    own, other, none = configuration("env:OWN"), configuration("env:NEW"), configuration()
+    assert weaker(own, none) == ["neurons `n`: would be told the secret of the others"]
+    assert weaker(own, other) == weaker(none, own) == []
+
+
 def test_H3_each_setting_is_known_to_be_a_limit_or_not() -> None:
     """A new one needs an entry in `SETTINGS`: until then any change of it by a file is refused."""
     keys = {key for key, _ in settings_of(GatewayConfig())}

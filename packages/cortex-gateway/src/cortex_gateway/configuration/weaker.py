@@ -333,6 +333,8 @@ def _neurons(old: tuple[NeuronEntry, ...], new: tuple[NeuronEntry, ...]) -> Iter
             continue
         if entry.kind == "openai" and now.kind == "neuron":
             yield f"neurons `{entry.name}`: would be trusted as a neuron, and told who asks"
+        if entry.secret and not now.secret and now.kind == "neuron":
+            yield f"neurons `{entry.name}`: would be told the secret of the others"
         added = sorted(_lowered(now.forward_headers) - _lowered(entry.forward_headers))
         if added:
             yield f"neurons `{entry.name}`: forward_headers: {' '.join(added)} of clients would go there"
