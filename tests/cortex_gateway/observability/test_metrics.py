@@ -71,13 +71,15 @@ OWN = {
     "cortex_config_valid": "gauge",
     "cortex_leaving_requests": "gauge",
     "cortex_access_refused_total": "counter",
+    "cortex_body_workers_ended_total": "counter",
     "cortex_node_refusing": "gauge",
 }
 MOVED_ELSEWHERE = {
     *("cortex_leaving_requests", "cortex_config_reloads_total", "cortex_node_refusing"),
-    *("cortex_connections_ended_total", "cortex_log_lines_left_out_total"),
+    *("cortex_connections_ended_total", "cortex_log_lines_left_out_total", "cortex_body_workers_ended_total"),
 }
-"""In tests of their own: `configuration/test_reload.py`, `e2e/test_connections.py`, `access/test_fleet_secret.py`."""
+"""In tests of their own: `configuration/test_reload.py`, `e2e/test_connections.py`, `access/test_fleet_secret.py`,
+`relay/test_large_bodies.py`."""
 
 
 async def scrape(client: Client) -> str:

@@ -103,10 +103,17 @@ def tokens_comment(batch: Batch) -> bytes:
     return TOKENS_MARK + _encode(batch) + MARK_END
 
 
-def resume_body(head: bytes, batches: bytes, request: bytes) -> tuple[bytes, str]:
-    """The body that continues a stream, and its header value. `batches`: their JSON texts, each with a comma behind."""
+def resume_state(head: bytes, batches: bytes) -> tuple[bytes, str]:
+    """What stands in front of the request in the body that continues a stream, and the header's value. `batches`: their
+    JSON texts, each with a comma behind."""
     state = b'{"head":%s,"batches":[%s]}' % (head, batches[:-1])
-    return state + request, str(len(state))
+    return state, str(len(state))
+
+
+def resume_body(head: bytes, batches: bytes, request: bytes) -> tuple[bytes, str]:
+    """The body that continues a stream, and its header value."""
+    state, length = resume_state(head, batches)
+    return state + request, length
 
 
 def split_resume(header: bytes, body: bytes) -> tuple[ResumeState, bytes]:

@@ -30,6 +30,7 @@ from starlette.routing import Route
 from cortex_gateway.access import Access, answer_options, close_websocket
 from cortex_gateway.admission import admission_of, admit
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
+from cortex_gateway.body_workers.pool import BodyWorkers
 from cortex_gateway.configuration.reload import Reloader
 from cortex_gateway.configuration.value import NO_TEXTS, Configuration, Current, texts_now, with_secrets
 from cortex_gateway.fleet.activity import Activity
@@ -96,6 +97,7 @@ class Gateway:
             )
         )
         self.metrics = Metrics()
+        self._body_workers = BodyWorkers(self.metrics.body_worker_ended)
         self.access_log = AccessLog()
         self.fleet = Fleet(config.neurons, Activity(), config.breaker)
         self._waiting = Waiting()
@@ -161,6 +163,7 @@ class Gateway:
             self.access_log,
             current,
             captures,
+            self._body_workers,
             self._telemetry.tracing,
         )
         models = ModelRoutes(fleet, current)
@@ -219,6 +222,7 @@ class Gateway:
         await self.upkeep.stop()
         await self._poller.stop()
         await self.placement.loads.stop()
+        await self._body_workers.close()
         await self._session.close()
         await self.identity.stop()
         await self._telemetry.close()

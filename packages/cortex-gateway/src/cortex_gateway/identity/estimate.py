@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import msgspec
 from cortex_core.dialects.limits import MAX_PROMPTS
@@ -31,7 +32,7 @@ MAX_AMOUNT = 2**62
 """Amounts live in 64-bit columns; a client chooses `max_tokens`."""
 
 
-class Ask(msgspec.Struct, frozen=True):
+class _Ask(msgspec.Struct, frozen=True):
     """The few fields that bound an answer, of every dialect. Wrong types are for the neuron to refuse."""
 
     max_tokens: Any = None
@@ -40,6 +41,23 @@ class Ask(msgspec.Struct, frozen=True):
     n: Any = None
     best_of: Any = None
     prompt: msgspec.Raw = msgspec.Raw(b"")
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What an estimate needs to know of a body of `num_bytes`. output, output_bound: the smallest and the largest
+    number of tokens that it asks for in each of its `num_choices` answers; 0 where it does not say."""
+
+    num_bytes: int
+    output: int = 0
+    output_bound: int = 0
+    num_choices: int = 1
+    num_prompts: int = 1
+
+
+class Body(Protocol):
+    """A request's body, of which somebody has read that already."""
+
+    def asked(self) -> Asked | None: ...
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -67,29 +85,62 @@ class Estimate(msgspec.Struct, frozen=True):
 
 NOTHING = Estimate()
 NOTHING_USED = Usage()
-_decoder = msgspec.json.Decoder(Ask)
+_decoder = msgspec.json.Decoder(_Ask)
 _FIRST = re.compile(rb"\[\s*+")
 _PROMPT = re.compile(rb'\s*+(?:"(?:[^"\\]++|\\.)*+"|\[[^\["\]]*+\])\s*+,?', re.DOTALL)
 """One of a list of prompts: a text, or token ids."""
 
 
-def estimate(body: bytes, limit: ContextLimit | None, *, min_bytes_per_token: float = 1.0) -> Estimate:
-    """What `body` may cost on a model with this window. A body that is no request costs nothing: it is refused."""
+def asked_of(body: bytes) -> Asked | None:
+    """None for a body that is no request."""
     try:
         ask = _decoder.decode(body)
         num_prompts = _num_prompts(bytes(ask.prompt))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return NOTHING
-    num_choices = max(_count(ask.n), _count(ask.best_of), 1) * num_prompts
-    prompt = len(body) // TYPICAL_BYTES_PER_TOKEN + 1
-    prompt_bound = math.ceil(len(body) / min_bytes_per_token) + TEMPLATE_TOKENS * num_prompts
-    asked = [
+        return None
+    return _asked(ask, num_prompts, len(body))
+
+
+def asked_of_fields(fields: Mapping[str, msgspec.Raw], num_bytes: int) -> Asked | None:
+    """`asked_of` a body of so many bytes, from its fields."""
+    named = {name: bytes(fields[name]) for name in _Ask.__struct_fields__ if name in fields}
+    try:
+        num_prompts = _num_prompts(named.pop("prompt", b""))
+        ask = _decoder.decode(b"{%b}" % b",".join(b'"%b":%b' % (name.encode(), text) for name, text in named.items()))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None
+    return _asked(ask, num_prompts, num_bytes)
+
+
+def _asked(ask: _Ask, num_prompts: int, num_bytes: int) -> Asked:
+    outputs = [
         count
         for value in (ask.max_tokens, ask.max_completion_tokens, ask.max_output_tokens)
         if (count := _count(value))
     ]
-    if asked:
-        output, output_bound = min(asked), max(asked)
+    return Asked(
+        num_bytes=num_bytes,
+        output=_bounded(min(outputs, default=0)),
+        output_bound=_bounded(max(outputs, default=0)),
+        num_choices=_bounded(max(_count(ask.n), _count(ask.best_of), 1) * num_prompts),
+        num_prompts=num_prompts,
+    )
+
+
+def estimate(body: bytes, limit: ContextLimit | None, *, min_bytes_per_token: float = 1.0) -> Estimate:
+    """What `body` may cost on a model with this window. A body that is no request costs nothing: it is refused."""
+    return estimate_of(asked_of(body), limit, min_bytes_per_token=min_bytes_per_token)
+
+
+def estimate_of(asked: Asked | None, limit: ContextLimit | None, *, min_bytes_per_token: float = 1.0) -> Estimate:
+    """`estimate` of a body that has been read."""
+    if asked is None:
+        return NOTHING
+    num_choices, num_prompts = asked.num_choices, asked.num_prompts
+    prompt = asked.num_bytes // TYPICAL_BYTES_PER_TOKEN + 1
+    prompt_bound = math.ceil(asked.num_bytes / min_bytes_per_token) + TEMPLATE_TOKENS * num_prompts
+    if asked.output_bound:
+        output, output_bound = asked.output, asked.output_bound
     else:
         output = (limit.output if limit is not None else None) or DEFAULT_OUTPUT_TOKENS
         # A neuron may fill what the prompt leaves of the window.

@@ -20,9 +20,11 @@ from cortex_gateway.identity.credentials import digest_of, presented_keys
 from cortex_gateway.identity.estimate import (
     NOTHING,
     NOTHING_USED,
+    Body,
     Estimate,
     Usage,
-    estimate,
+    asked_of,
+    estimate_of,
     reserved_amount,
     used_amount,
 )
@@ -198,13 +200,19 @@ class Identity:
 
     # ------------------------------------------------------------------------------------------ how much
 
-    async def admit(self, principal: Principal, asked: str, model: str, body: bytes, *, is_metered: bool) -> Grant:
+    async def admit(
+        self, principal: Principal, asked: str, model: str, body: bytes | Body, *, is_metered: bool
+    ) -> Grant:
         """A place within the key's limits, or `ApiError` 403, 429, 503. `is_metered`: the request uses tokens."""
         if not principal.may_use(asked, model):
             raise self.refuse(principal, "model", model_not_allowed(principal.key_id, asked))
         expected, cost = NOTHING, None
         if is_metered and principal.counts_tokens:
-            expected = estimate(body, self._limit_of(model), min_bytes_per_token=self._section.min_bytes_per_token)
+            expected = estimate_of(
+                asked_of(body) if isinstance(body, bytes) else body.asked(),
+                self._limit_of(model),
+                min_bytes_per_token=self._section.min_bytes_per_token,
+            )
             cost = self._cost_of(model)
         grant = Grant(self, principal, expected, cost)
         grant.take()

@@ -7,9 +7,10 @@ taken out before anything is kept.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +18,12 @@ from cortex_gateway.asgi import Message, Scope, Send
 from cortex_gateway.configuration.value import Current
 from cortex_gateway.observability.access_log import AccessRecord
 from cortex_gateway.observability.redaction import clean_body, clean_headers, clean_query, without_images
+
+if TYPE_CHECKING:
+    from cortex_gateway.relay.payload import Payload
+
+MAX_INLINE_BYTES = 64 * 1024
+"""What is larger is searched for images and secrets in a thread: it may take a fifth of a second for each megabyte."""
 
 EVENT_OVERHEAD = 64
 """What a piece of an answer is charged beside its bytes, so that a stream of empty ones is bounded too."""
@@ -80,6 +87,7 @@ class Captures:
         self._current = current
         self._clock = clock
         self._kept: OrderedDict[str, Exchanged] = OrderedDict()
+        self._making: set[asyncio.Task[None]] = set()
         self.num_bytes = 0
         self.override: int | None = None
 
@@ -124,6 +132,19 @@ class Captures:
         self._kept[exchanged.summary.id] = exchanged
         self.trim()
 
+    def keep_later(self, making: Coroutine[Any, Any, Exchanged], num_bytes: int) -> None:
+        """As `keep`, once it has been made."""
+        task = asyncio.create_task(self._keep_when_made(making, num_bytes))
+        self._making.add(task)
+        task.add_done_callback(self._making.discard)
+
+    async def _keep_when_made(self, making: Coroutine[Any, Any, Exchanged], num_bytes: int) -> None:
+        try:
+            self.keep(await making)
+        except BaseException:
+            self.num_bytes -= num_bytes
+            raise
+
     def trim(self) -> None:
         """Forget what is more than is wanted now."""
         while len(self._kept) > self.max_exchanges:
@@ -143,6 +164,7 @@ class Capture:
         "_attempts",
         "_began",
         "_body",
+        "_body_is_clean",
         "_captures",
         "_clock",
         "_headers",
@@ -165,6 +187,7 @@ class Capture:
         self._num_bytes = 0
         self._reserve(sum(len(name) + len(value) for name, value in scope["headers"]) + EVENT_OVERHEAD)
         self._body: bytes | None = None
+        self._body_is_clean = False
         self._request_bytes = 0
         self._request_is_cut = False
         self._request_is_shortened = False
@@ -188,44 +211,63 @@ class Capture:
 
         return send_noted
 
-    def came(self, body: bytes) -> None:
-        """The request's body. It may have half the room; what it leaves is the answer's."""
-        self._request_bytes = len(body)
-        body = without_images(body)
-        kept = body[: self._max_bytes // 2]
+    @property
+    def max_request_bytes(self) -> int:
+        """The request's body may have half the room; what it leaves is the answer's."""
+        return self._max_bytes // 2
+
+    async def came(self, payload: Payload) -> None:
+        """The request's body."""
+        self._request_bytes = payload.num_bytes
+        if payload.facts is not None:
+            shown = payload.facts.shown
+            if shown is None:
+                self._request_is_cut = True
+                return
+            kept, is_cut, self._request_is_shortened = shown.data, shown.is_cut, shown.is_shortened
+            self._body_is_clean = True
+        else:
+            body = payload.whole()
+            is_small = len(body) <= MAX_INLINE_BYTES
+            plain = without_images(body) if is_small else await asyncio.to_thread(without_images, body)
+            kept = plain[: self.max_request_bytes]
+            is_cut, self._request_is_shortened = len(kept) < len(plain), len(plain) < len(body)
         if self._reserve(len(kept)):
             self._body = kept
-        self._request_is_cut = self._body is None or len(kept) < len(body)
-        self._request_is_shortened = len(body) < self._request_bytes
+        self._request_is_cut = self._body is None or is_cut
 
     def attempt(self, node: str, route: str) -> None:
         self._attempts.append(Attempt(self._now_ms(), node, route))
 
     def end(self, summary: AccessRecord) -> None:
-        """Over: from now on it can be looked at."""
-        self._captures.keep(
-            Exchanged(
-                summary=summary,
-                request=CapturedRequest(
-                    method=self._scope["method"],
-                    path=self._scope["path"],
-                    query=clean_query(self._scope.get("query_string", b"")).decode("utf-8", "replace"),
-                    headers=_shown(clean_headers(self._scope["headers"])),
-                    body=None if self._body is None else clean_body(self._body),
-                    num_bytes=self._request_bytes,
-                    is_cut=self._request_is_cut,
-                    is_shortened=self._request_is_shortened,
-                ),
-                attempts=self._attempts,
-                answer=CapturedAnswer(
-                    status=self._status,
-                    headers=_shown(clean_headers(self._headers)),
-                    pieces=self._clean_pieces(),
-                    num_bytes=self._answer_bytes,
-                    is_cut=self._answer_is_cut,
-                ),
-                num_bytes=self._num_bytes,
-            )
+        """Over: from now on it can be looked at; a large one a moment later, when its secrets have been taken out."""
+        if self._num_bytes <= MAX_INLINE_BYTES:
+            self._captures.keep(self._exchanged(summary))
+        else:
+            self._captures.keep_later(asyncio.to_thread(self._exchanged, summary), self._num_bytes)
+
+    def _exchanged(self, summary: AccessRecord) -> Exchanged:
+        return Exchanged(
+            summary=summary,
+            request=CapturedRequest(
+                method=self._scope["method"],
+                path=self._scope["path"],
+                query=clean_query(self._scope.get("query_string", b"")).decode("utf-8", "replace"),
+                headers=_shown(clean_headers(self._scope["headers"])),
+                body=self._body if self._body is None or self._body_is_clean else clean_body(self._body),
+                num_bytes=self._request_bytes,
+                is_cut=self._request_is_cut,
+                is_shortened=self._request_is_shortened,
+            ),
+            attempts=self._attempts,
+            answer=CapturedAnswer(
+                status=self._status,
+                headers=_shown(clean_headers(self._headers)),
+                pieces=self._clean_pieces(),
+                num_bytes=self._answer_bytes,
+                is_cut=self._answer_is_cut,
+            ),
+            num_bytes=self._num_bytes,
         )
 
     def _note(self, data: bytes) -> None:

@@ -11,6 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from cortex_gateway.body_workers.pool import ENDED
+from cortex_gateway.body_workers.process import Lost
 from cortex_gateway.fleet.breaker import BreakerState
 from cortex_gateway.fleet.snapshot import FleetSnapshot
 from cortex_gateway.fleet.state import Fleet
@@ -177,6 +179,14 @@ class Metrics:
         )
         for reason in ("host", "origin"):
             self.access_refusals.labels(reason)
+        self.body_workers_ended = Counter(
+            "cortex_body_workers_ended",
+            "Processes that read large bodies and ended with the one they were at, by reason.",
+            ("reason",),
+            registry=registry,
+        )
+        for ended in ENDED:
+            self.body_workers_ended.labels(ended)
         self.reloads = Counter(
             "cortex_config_reloads",
             "Times the configuration was read again, by what asked for it and what came of it.",
@@ -199,6 +209,9 @@ class Metrics:
     def observe_connections(self, tables: Mapping[str, ConnectionTable]) -> None:
         """Expose how many connections each listener has, by the listeners' names."""
         self.registry.register(ConnectionCollector("cortex", tables))
+
+    def body_worker_ended(self, reason: Lost) -> None:
+        self.body_workers_ended.labels(reason).inc()
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -29,6 +29,10 @@ class Blame:
         self._until: OrderedDict[tuple[str, int, bytes], float] = OrderedDict()
         self._lengths: Counter[int] = Counter()
 
+    def is_suspect(self, num_bytes: int) -> bool:
+        """Whether a body of this length is remembered."""
+        return num_bytes in self._lengths
+
     def check(self, model: str, num_bytes: int, digest: Digest) -> None:
         """Raises `ApiError` for a body that is remembered; digest is asked for where one of its length is."""
         if not self._until:

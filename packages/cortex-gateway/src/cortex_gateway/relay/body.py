@@ -17,6 +17,8 @@ from cortex_gateway.asgi import RawHeaders, Receive, Send, Shortcut, respond
 
 DISCARD_TIMEOUT_S = 10.0
 BODY_MEMORY_RETRY_S = 5
+INFLATED_BYTES = 256 * 1024
+"""As much comes out of a compressed body at a time."""
 DISCARD_FACTOR = 8
 """How much of a refused body is swallowed so that its sender gets to read the answer, in body limits."""
 
@@ -61,7 +63,13 @@ class RequestBody:
         self.is_complete = False
 
     async def read(self, headers: RawHeaders) -> bytes:
-        """The whole body. Raises `ApiError` 413 (by declared length or by count), 408, 415 and `ClientGone`."""
+        """The whole body, put together. For small ones; raises as `read_pieces`."""
+        pieces = await self.read_pieces(headers)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def read_pieces(self, headers: RawHeaders) -> list[bytes]:
+        """The whole body, at least one piece. Raises `ApiError` 413 (by declared length or by count), 408, 415 and
+        `ClientGone`."""
         encoding = None
         for name, value in headers:
             if name == b"content-length":
@@ -70,12 +78,27 @@ class RequestBody:
             elif name == b"content-encoding":
                 encoding = value.strip().lower()
         whole = self._shortcut.whole_body() if self._shortcut is not None else None
-        body = await self._receive_in_time() if whole is None else self._at_once(whole)
+        pieces = await self._receive_in_time() if whole is None else [self._at_once(whole)]
         if encoding is None or encoding == b"identity":
-            return body
-        plain = decompress(body, encoding, self.max_bytes)
-        self._count(len(plain))
-        return plain
+            return pieces
+        return await self._inflated(pieces, encoding)
+
+    async def _inflated(self, pieces: list[bytes], encoding: bytes) -> list[bytes]:
+        """A little of it here, the rest in a thread, which needs no lock of the interpreter for it."""
+        inflating = Inflating(encoding, self.max_bytes)
+        plain: list[bytes] = []
+        is_here = True
+        for piece in pieces:
+            inflating.feed(piece)
+            while True:
+                found = inflating.take() if is_here else await asyncio.to_thread(inflating.take)
+                if not found:
+                    break
+                is_here = False
+                self._count(len(found))
+                plain.append(found)
+        inflating.end()
+        return plain or [b""]
 
     def release(self) -> None:
         """The body is not needed any more."""
@@ -104,7 +127,7 @@ class RequestBody:
         self._count(len(body))
         return body
 
-    async def _receive_in_time(self) -> bytes:
+    async def _receive_in_time(self) -> list[bytes]:
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await self._receive_all()
@@ -113,13 +136,13 @@ class RequestBody:
                 "timeout", "The request body did not arrive in time.", code="request_timeout", status=408
             ) from None
 
-    async def _receive_all(self) -> bytes:
+    async def _receive_all(self) -> list[bytes]:
         message = await self._receive()
         if message["type"] != "http.request":
             raise ClientGone
         first: bytes = message.get("body", b"")
         if not message.get("more_body", False):
-            return self._at_once(first)
+            return [self._at_once(first)]
         self._count(len(first))
         parts = [first]
         num_bytes = len(first)
@@ -139,7 +162,7 @@ class RequestBody:
                 break
         if num_bytes > self.max_bytes:
             raise too_large(self.max_bytes)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
 
     async def respond(self, send: Send, status: int, headers: RawHeaders, body: bytes) -> None:
         """Answer, and swallow (within bounds) what the client is still sending."""
@@ -181,24 +204,44 @@ def too_large(max_bytes: int) -> ApiError:
     )
 
 
-def decompress(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
-    """Undo `content-encoding: gzip` or `deflate`. Raises `ApiError` 415 for others, 413 for a bomb, 400 for noise."""
-    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
-        raise ApiError(
-            "invalid_request",
-            f"content-encoding `{encoding.decode('latin-1')}` is not supported; send the body plain or with gzip.",
-            code="unsupported_media_type",
-            status=415,
-        )
-    inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-    try:
-        plain = inflate.decompress(body, max_bytes + 1)
-    except zlib.error:
-        raise ApiError(
-            "invalid_request", "The body is not what its content-encoding says.", code="invalid_encoding"
-        ) from None
-    if len(plain) > max_bytes:
-        raise too_large(max_bytes)
-    if not inflate.eof:
-        raise ApiError("invalid_request", "The compressed body is truncated.", code="invalid_encoding")
-    return plain
+class Inflating:
+    """Undoes `content-encoding: gzip` or `deflate`, a piece at a time. Raises `ApiError` 415 for other encodings, 413
+    where more than `max_bytes` come out of it (a bomb, often), 400 for noise."""
+
+    def __init__(self, encoding: bytes, max_bytes: int) -> None:
+        if encoding not in (b"gzip", b"x-gzip", b"deflate"):
+            raise ApiError(
+                "invalid_request",
+                f"content-encoding `{encoding[:64].decode('latin-1')}` is not supported; send the body plain or with "
+                "gzip.",
+                code="unsupported_media_type",
+                status=415,
+            )
+        self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._fed = b""
+
+    def feed(self, data: bytes) -> None:
+        """Once everything that was fed before has been taken."""
+        self._fed = data
+
+    def take(self) -> bytes:
+        """The next piece of what was fed; empty where there is no more of it."""
+        if self._inflate.eof:
+            return b""
+        try:
+            plain = self._inflate.decompress(self._fed, INFLATED_BYTES)
+        except zlib.error:
+            raise ApiError(
+                "invalid_request", "The body is not what its content-encoding says.", code="invalid_encoding"
+            ) from None
+        self._fed = self._inflate.unconsumed_tail
+        self._num_bytes += len(plain)
+        if self._num_bytes > self._max_bytes:
+            raise too_large(self._max_bytes)
+        return plain
+
+    def end(self) -> None:
+        if not self._inflate.eof:
+            raise ApiError("invalid_request", "The compressed body is truncated.", code="invalid_encoding")

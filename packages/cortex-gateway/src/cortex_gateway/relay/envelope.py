@@ -16,6 +16,9 @@ class Envelope(msgspec.Struct, frozen=True):
     stream: bool | None = None
 
 
+MAX_FIELDS = 10_000
+"""At the top of a body whose fields are looked at one by one. No dialect has a hundred."""
+
 _decoder = msgspec.json.Decoder(Envelope)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -39,10 +42,43 @@ def read_envelope(body: bytes) -> Envelope:
     return envelope
 
 
-MAX_FIELDS = 10_000
-"""Fields of a body that has to be put together anew."""
 _MODEL = re.compile(rb'"model"\s*+:\s*+("(?:[^"\\]++|\\.)*+")', re.DOTALL)
 _KEY = re.compile(rb'[\s,{]*+"(?:[^"\\]++|\\.)*+"\s*+:\s*+', re.DOTALL)
+
+
+def top_fields(body: bytes) -> dict[str, msgspec.Raw]:
+    """The fields at the top of a body that `read_envelope` has read; of one that is given twice, the last.
+
+    Raises `ApiError` 400 where there are more than `MAX_FIELDS`.
+    """
+    fields = _fields(body)
+    if len(fields) > MAX_FIELDS:
+        raise ApiError(
+            "invalid_request",
+            f"The body has {len(fields)} fields at its top; at most {MAX_FIELDS} may be.",
+            code="too_many_fields",
+            extras={"fields": len(fields), "max_fields": MAX_FIELDS},
+        )
+    return fields
+
+
+def model_place(body: bytes, fields: dict[str, msgspec.Raw]) -> tuple[int, int] | None:
+    """Where the model's name stands, quotes included. None where a field is given twice: of that, only the last is
+    known.
+
+    The fields are gone through by their lengths. Those that are given twice are not all among `fields`, so that their
+    lengths do not lead to the body's end.
+    """
+    place: tuple[int, int] | None = None
+    position = 0
+    for key, value in fields.items():
+        found = _KEY.match(body, position)
+        if found is None:
+            return None
+        position = found.end() + memoryview(value).nbytes
+        if key == "model":
+            place = found.end(), position
+    return place if body[position:].strip() == b"}" else None
 
 
 def with_model(body: bytes, name: str) -> bytes:
@@ -56,19 +92,10 @@ def with_model(body: bytes, name: str) -> bytes:
         renamed = body[: first.start(1)] + encoded + body[first.end(1) :]
         if _decoder.decode(renamed).model == name:  # it is the last, too
             return renamed
-    fields = _fields(body)
-    if len(fields) > MAX_FIELDS:
-        raise invalid(f"The body has {len(fields)} fields, at most {MAX_FIELDS}.")
-    position = 0
-    for key, value in fields.items():
-        found = _KEY.match(body, position)
-        if found is None or not body.startswith(bytes(value), found.end()):
-            break  # a key that is given twice: only its last value is known
-        position = found.end() + len(bytes(value))
-        if key == "model":
-            renamed = body[: found.end()] + encoded + body[position:]
-            if _decoder.decode(renamed).model == name:
-                return renamed
+    fields = top_fields(body)
+    place = model_place(body, fields)
+    if place is not None:
+        return body[: place[0]] + encoded + body[place[1] :]
     rest = b",".join(
         b"%b:%b" % (msgspec.json.encode(key), bytes(value)) for key, value in fields.items() if key != "model"
     )

@@ -7,6 +7,7 @@ Claude Code also inside `metadata.user_id`. Everybody else is recognised by the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -26,6 +27,8 @@ AGENT_HEADER = b"x-claude-code-agent-id"
 """Agents of one Claude Code session have prompts of their own."""
 
 MAX_KEY = 256
+PROMPT_SLACK = 4
+"""Of a large body so many times the bytes are taken that are wanted of its prompt: marks are taken out of them."""
 
 ATTRIBUTION = b"x-anthropic-billing-header"
 _CACHE_MARK = re.compile(rb',?"cache_control":\{[^{}]*\}')
@@ -71,6 +74,15 @@ class RequestHints:
         self._session_known = False
         self._prompt: bytes | None = None
 
+    @classmethod
+    def known(cls, headers: RawHeaders, session: str | None, prompt: bytes) -> RequestHints:
+        """Of a body that has been read elsewhere: the session that it names, and the beginning of its prompt."""
+        hints = cls(headers, b"")
+        hints._session = hints._session_of_headers() or session
+        hints._session_known = True
+        hints._prompt = prompt
+        return hints
+
     def session(self) -> str | None:
         if not self._session_known:
             self._session = self._session_of_headers() or self._session_of_body()
@@ -104,21 +116,46 @@ class RequestHints:
             keys = _keys.decode(self._body)
         except (msgspec.DecodeError, RecursionError):
             return None
-        if keys.prompt_cache_key:
-            return keys.prompt_cache_key[:MAX_KEY]
-        user = keys.metadata.user_id if keys.metadata is not None else None
-        # A session id inside it makes it a session's; without one it is a person, who may have many.
-        return user[: 2 * MAX_KEY] if user and "session" in user else None
+        return _session_in(keys)
 
 
-def _stable(prompt: _Prompt) -> bytes:
+def _session_in(keys: _Keys) -> str | None:
+    if keys.prompt_cache_key:
+        return keys.prompt_cache_key[:MAX_KEY]
+    user = keys.metadata.user_id if keys.metadata is not None else None
+    # A session id inside it makes it a session's; without one it is a person, who may have many.
+    return user[: 2 * MAX_KEY] if user and "session" in user else None
+
+
+def read_hints(fields: Mapping[str, msgspec.Raw], num_bytes: int) -> tuple[str | None, bytes]:
+    """The session that a body names and the first `num_bytes` of its prompt, from its fields."""
+    try:
+        keys = msgspec.json.decode(encoded(fields, _Keys.__struct_fields__), type=_Keys)
+        session = _session_in(keys)
+    except (msgspec.DecodeError, RecursionError):
+        session = None
+    try:
+        parts = {name: fields[name] for name in _Prompt.__struct_fields__ if name in fields}
+        prompt = _stable(_Prompt(**parts), PROMPT_SLACK * num_bytes)[:num_bytes]
+    except (msgspec.DecodeError, RecursionError):
+        prompt = b""
+    return session, prompt
+
+
+def encoded(fields: Mapping[str, msgspec.Raw], names: Iterable[str]) -> bytes:
+    """A body of these fields alone."""
+    members = (b"%b:%b" % (msgspec.json.encode(name), bytes(fields[name])) for name in names if name in fields)
+    return b"{%b}" % b",".join(members)
+
+
+def _stable(prompt: _Prompt, num_bytes: int | None = None) -> bytes:
     """The prompt as bytes, without what changes from turn to turn although the text does not: the marks of where to
-    cache, and the attribution block whose hash is new in every request."""
+    cache, and the attribution block whose hash is new in every request. num_bytes: as many of them are enough."""
     system = bytes(prompt.system)
     if ATTRIBUTION in system[:512] and system.startswith(b"["):
         first = _FIRST_BLOCK.match(system)
         if first is not None and ATTRIBUTION in first[1][:256]:
             system = system[first.end() :]
     parts = (prompt.tools, system, prompt.instructions, prompt.messages, prompt.input, prompt.prompt)
-    text = b"\n".join(bytes(part) for part in parts)
+    text = b"\n".join(bytes(memoryview(part)[:num_bytes]) for part in parts)[:num_bytes]
     return _CACHE_MARK.sub(b"", text) if b'"cache_control"' in text else text

@@ -8,7 +8,6 @@ a watch.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import sys
 import time
@@ -19,10 +18,11 @@ import aiohttp
 from cortex_core.dialects.errors import error_body, headers_of, status_of
 from cortex_core.errors import ApiError
 from cortex_core.gateway_config import GatewaySection
-from cortex_core.hop import RESUME_HEADER, resume_body
+from cortex_core.hop import RESUME_HEADER, resume_state
 from multidict import CIMultiDict
 
 from cortex_gateway.asgi import JSON_CONTENT_TYPE, SHORTCUT, Message, RawHeaders, Receive, Scope, Send, Shortcut
+from cortex_gateway.body_workers.pool import BodyWorkers
 from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import describe
 from cortex_gateway.fleet.openai_server import OpenAIServer
@@ -38,7 +38,6 @@ from cortex_gateway.relay.blame import MAX_DEATHS, Blame, request_kills_engine
 from cortex_gateway.relay.body import BodyMemory, ClientGone, RequestBody
 from cortex_gateway.relay.charge import used
 from cortex_gateway.relay.departure import DepartureWatch
-from cortex_gateway.relay.envelope import read_envelope
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
 from cortex_gateway.relay.failures import (
     is_dead_connection,
@@ -52,12 +51,13 @@ from cortex_gateway.relay.headers import (
     identity_headers,
     request_headers,
 )
-from cortex_gateway.relay.hints import RequestHints
 from cortex_gateway.relay.idle import IdleWatch
+from cortex_gateway.relay.large_bodies import LargeBodies
 from cortex_gateway.relay.opening import StreamOpening
+from cortex_gateway.relay.payload import Payload
 from cortex_gateway.relay.record import record
 from cortex_gateway.relay.spans import begin_attempt, end_attempt
-from cortex_gateway.relay.translation import translation_of
+from cortex_gateway.relay.translation import PassingThrough, Translation, is_translated, translation_of
 from cortex_gateway.relay.translation_errors import UpstreamFault
 from cortex_gateway.routes.surface import Surface
 
@@ -79,6 +79,7 @@ class Relay:
         access_log: AccessLog,
         current: Current,
         captures: Captures,
+        body_workers: BodyWorkers,
         tracing: Tracing | None = None,
     ) -> None:
         self._identity = identity
@@ -92,6 +93,7 @@ class Relay:
         self._body_memory = BodyMemory(self._settings.max_body_memory_bytes)
         self._answers = AnswerRelay(self._own_headers, current)
         self._blame = Blame(time.monotonic)
+        self._large_bodies = LargeBodies(body_workers)
         self._active: set[Exchange] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
@@ -187,13 +189,15 @@ class Relay:
                     raise too_many_requests(self.max_active)
                 if not self._identity.is_off:
                     exchange.principal = await self._identity.authenticate(headers)
-                payload = await body.read(headers)
+                payload = Payload(await body.read_pieces(headers))
+                watch = DepartureWatch(exchange, receive, shortcut)
+                if payload.is_large:
+                    await self._large_bodies.read(payload, exchange)
                 if exchange.capture is not None:
-                    exchange.capture.came(payload)
-                envelope = read_envelope(payload)
+                    await exchange.capture.came(payload)
+                envelope = payload.envelope()
                 exchange.model = envelope.model
                 exchange.is_stream = bool(envelope.stream) and exchange.surface.can_stream
-                watch = DepartureWatch(exchange, receive, shortcut)
                 if exchange.is_stream:
                     exchange.opening = StreamOpening(
                         send,
@@ -229,19 +233,21 @@ class Relay:
     async def _route(
         self,
         exchange: Exchange,
-        payload: bytes,
+        payload: Payload,
         headers: RawHeaders,
         send: Send,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         assert exchange.model is not None
         model = exchange.resolved = self._placement.resolve(exchange.model)
-        self._blame.check(model, len(payload), lambda: _digest(payload))
+        if self._blame.is_suspect(payload.num_bytes):
+            digest = await payload.digest()
+            self._blame.check(model, payload.num_bytes, lambda: digest)
         if exchange.principal is not None:
             exchange.grant = await self._identity.admit(
                 exchange.principal, exchange.model, model, payload, is_metered=exchange.surface.generates
             )
-        hints = RequestHints(headers, payload)
+        hints = payload.hints(headers)
         while True:
             lease = None if exchange.num_resumes else self._placement.try_now(model, hints)
             if lease is None:
@@ -297,7 +303,7 @@ class Relay:
         self,
         exchange: Exchange,
         lease: Lease,
-        payload: bytes,
+        payload: Payload,
         headers: RawHeaders,
         send: Send,
         loop: asyncio.AbstractEventLoop,
@@ -306,8 +312,7 @@ class Relay:
         series.requests.inc()
         if lease.route == "cold":
             series.cold_starts.inc()
-        client_payload = payload
-        path, payload, request = self._outgoing(exchange, lease, payload, headers)
+        path, outgoing, request = await self._outgoing(exchange, lease, payload, headers)
         if exchange.trace is not None:
             begin_attempt(exchange.trace, exchange, lease, path, request)
         response: aiohttp.ClientResponse | None = None
@@ -328,7 +333,7 @@ class Relay:
         if exchange.sent_at is None:
             exchange.sent_at = began_at
         try:
-            response = await lease.neuron.post(path, payload, request)
+            response = await lease.neuron.post(path, outgoing.data(), request)
             lease.answered(response.status, exchange)
             if exchange.trace is not None:
                 exchange.trace.answered(response.status)
@@ -336,7 +341,7 @@ class Relay:
             await self._answers.relay(exchange, response, lease.neuron, send, loop)
         except (aiohttp.ClientError, OSError) as exc:
             if exchange.last_byte_at < began_at and await self._ended_again(exchange, lease, exc):
-                self._blame.remember(lease.model, len(client_payload), _digest(client_payload))
+                self._blame.remember(lease.model, payload.num_bytes, await payload.digest())
                 raise request_kills_engine(lease.model) from exc
             if exchange.stream is not None and exchange.stream.is_resumable and exchange.num_resumes < MAX_RESUMES:
                 lease.failed()
@@ -376,9 +381,9 @@ class Relay:
         log.warning("request %s: node %s ended while it was asked", exchange.request_id, lease.neuron.name)
         return exchange.num_deaths >= MAX_DEATHS
 
-    def _outgoing(
-        self, exchange: Exchange, lease: Lease, payload: bytes, headers: RawHeaders
-    ) -> tuple[str, bytes, CIMultiDict[str]]:
+    async def _outgoing(
+        self, exchange: Exchange, lease: Lease, payload: Payload, headers: RawHeaders
+    ) -> tuple[str, Payload, CIMultiDict[str]]:
         """Path, body and headers of the request as this node understands it.
 
         Raises `ApiError` where the request is read here, to be translated, and is bad.
@@ -386,10 +391,8 @@ class Relay:
         assert exchange.model is not None
         neuron = lease.neuron
         if isinstance(neuron, OpenAIServer):
-            if exchange.translation is None:
-                filters = self._current.config.prompt_filters
-                exchange.translation = translation_of(exchange.surface, payload, exchange.model, filters)
-            translation = exchange.translation
+            translation, outgoing = await self._translated(exchange, neuron, lease.neuron_model, payload)
+            exchange.translation = translation
             request = foreign_headers(
                 headers,
                 request_id=exchange.request_id,
@@ -397,7 +400,7 @@ class Relay:
                 secrets=neuron.secret_headers,
                 also=neuron.forward_headers,
             )
-            return translation.path, translation.body(lease.neuron_model, extensions=neuron.extensions), request
+            return translation.path, outgoing, request
         exchange.translation = None
         principal = exchange.principal.upstream_headers if exchange.principal is not None else ()
         request = request_headers(
@@ -409,8 +412,25 @@ class Relay:
         )
         stream = exchange.stream
         if stream is not None and stream.head is not None:
-            payload, request[RESUME_HEADER] = resume_body(stream.head, bytes(stream.batches), payload)
+            state, request[RESUME_HEADER] = resume_state(stream.head, bytes(stream.batches))
+            payload = payload.behind(state)
         return exchange.surface.upstream_path, payload, request
+
+    async def _translated(
+        self, exchange: Exchange, neuron: OpenAIServer, model: str, payload: Payload
+    ) -> tuple[Translation, Payload]:
+        """model: as the server calls it. Raises `ApiError` where the request is bad, or cannot be said there."""
+        assert exchange.model is not None
+        surface, filters = exchange.surface, self._current.config.prompt_filters
+        if not is_translated(surface):
+            translation: Translation = PassingThrough(surface.upstream_path, b"", exchange.model)
+            if model == exchange.model:
+                return translation, payload
+            return translation, await self._large_bodies.renamed(payload, model, exchange)
+        if payload.is_quickly_translated:
+            translation = exchange.translation or translation_of(surface, payload.whole(), exchange.model, filters)
+            return translation, Payload([translation.body(model, extensions=neuron.extensions)])
+        return await self._large_bodies.translated(payload, model, exchange, filters, extensions=neuron.extensions)
 
     async def _fail(self, exchange: Exchange, error: ApiError, body: RequestBody, send: Send) -> None:
         """Say `error` in the surface's dialect: as a status while that is possible, else as the stream's last event."""
@@ -455,7 +475,3 @@ class Relay:
     def _stream_headers(self, exchange: Exchange) -> RawHeaders:
         """For a stream that opens before the neuron answers, and maybe before a node is known."""
         return [*EVENT_STREAM_HEADERS, *self._own_headers(exchange)]
-
-
-def _digest(payload: bytes) -> bytes:
-    return hashlib.blake2b(payload, digest_size=16).digest()

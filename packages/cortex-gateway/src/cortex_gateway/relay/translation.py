@@ -65,6 +65,11 @@ class Translation(Protocol):
     @property
     def dropped(self) -> tuple[str, ...]: ...
 
+    @property
+    def request(self) -> Request | None:
+        """What it was read as; None where nothing was read."""
+        ...
+
     def body(self, model: str, *, extensions: bool) -> bytes:
         """What to post; model is the server's own name for it. Raises `ApiError` where it cannot be said there."""
         ...
@@ -82,6 +87,14 @@ class Translation(Protocol):
         ...
 
 
+TRANSLATED = frozenset(("messages", "responses", "count_tokens", "responses_input_tokens"))
+
+
+def is_translated(surface: Surface) -> bool:
+    """Whether a request of this surface is read and written anew; any other passes."""
+    return surface.name in TRANSLATED
+
+
 def translation_of(surface: Surface, payload: bytes, model: str, filters: PromptFiltersSection) -> Translation:
     """How a request of this surface goes there. model: as the client named it.
 
@@ -90,15 +103,30 @@ def translation_of(surface: Surface, payload: bytes, model: str, filters: Prompt
     messages = MessagesDialect(drops_attribution=filters.claude_code_attribution)
     match surface.name:
         case "messages":
-            return ThroughChat("messages", messages, payload, model)
+            return read_translation(surface, messages.parse(payload), model)
         case "responses":
-            return ThroughChat("responses", openai_responses, payload, model)
+            return read_translation(surface, openai_responses.parse(payload), model)
         case "count_tokens":
-            return Counting(messages.parse_count_tokens(payload), "count_tokens")
+            return read_translation(surface, messages.parse_count_tokens(payload), model)
         case "responses_input_tokens":
-            return Counting(openai_responses.parse_input_tokens(payload), "responses/input_tokens")
+            return read_translation(surface, openai_responses.parse_input_tokens(payload), model)
         case _:
             return PassingThrough(surface.upstream_path, payload, model)
+
+
+def read_translation(surface: Surface, request: Request, model: str) -> Translation:
+    """The same for a request that has been read, here or elsewhere. Raises `ValueError` for a surface that passes."""
+    match surface.name:
+        case "messages":
+            return ThroughChat("messages", MessagesDialect(), request, model)
+        case "responses":
+            return ThroughChat("responses", openai_responses, request, model)
+        case "count_tokens":
+            return Counting(request, "count_tokens")
+        case "responses_input_tokens":
+            return Counting(request, "responses/input_tokens")
+        case _:
+            raise ValueError(f"{surface.name} is not translated")
 
 
 class PassingThrough:
@@ -106,6 +134,7 @@ class PassingThrough:
 
     label = None
     dropped = ()
+    request = None
 
     def __init__(self, path: str, payload: bytes, model: str) -> None:
         self.path = path
@@ -116,7 +145,7 @@ class PassingThrough:
         return self._payload if model == self._model else with_model(self._payload, model)
 
     def stream(self, *, is_events: bool) -> EventRelay | None:
-        return EventRelay() if is_events else None
+        return EventRelay(is_hop=False) if is_events else None
 
     def whole(self, *, is_events: bool) -> None:
         return None
@@ -130,10 +159,10 @@ class ThroughChat:
 
     path = CHAT_PATH
 
-    def __init__(self, name: str, dialect: Dialect, payload: bytes, model: str) -> None:
+    def __init__(self, name: str, dialect: Dialect, request: Request, model: str) -> None:
         self.label = f"{name}->chat"
-        self.request = dialect.parse(payload)
-        self.dropped = self.request.dropped
+        self.request: Request = request
+        self.dropped = request.dropped
         self._dialect = dialect
         self._model = model
 
@@ -164,11 +193,11 @@ class Counting:
     def __init__(self, request: Request, name: str) -> None:
         self.label = f"{name}->tokenize"
         self.dropped = request.dropped
-        self._request = request
+        self.request: Request = request
         self._name = name
 
     def body(self, model: str, *, extensions: bool) -> bytes:
-        return write_count_request(self._request, model=model)
+        return write_count_request(self.request, model=model)
 
     def stream(self, *, is_events: bool) -> None:
         return None
@@ -179,7 +208,7 @@ class Counting:
     def refused(self, status: int, body: bytes, retry_after: str | None) -> ApiError:
         if status in NO_COUNT_STATUSES:
             return cannot_count(self._name)
-        return _in_own_words(self._request, refused(status, body, retry_after))
+        return _in_own_words(self.request, refused(status, body, retry_after))
 
 
 def _reader(request: Request, is_events: bool) -> StreamReader | AnswerReader:
