@@ -276,7 +276,11 @@ async def test_H13_a_process_finds_what_only_a_launcher_has_told_the_gateway_of(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     process = await BodyProcess.start()
-    given = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    environ = Path(f"/proc/{process.pid}/environ")
+    async with asyncio.timeout(20):
+        while not environ.read_bytes():  # the kernel shows it a moment after the program has been replaced
+            await asyncio.sleep(0.01)
+    given = environ.read_bytes().split(b"\0")
     (path,) = [value.removeprefix(b"PYTHONPATH=") for value in given if value.startswith(b"PYTHONPATH=")]
     assert path.decode().split(os.pathsep)[0] == str(tmp_path)
     await process.stop()
