@@ -249,7 +249,12 @@ HOSTILE: list[Hostile] = [
     Hostile("token far away", "tokenizer", with_tokenizer(_with_id(2**31)), "a token has the id 2147483648"),
     Hostile("token of a negative id", "tokenizer", with_tokenizer(_with_id(-1)), "tokenizer cannot be used"),
     Hostile("tokenizer with gaps", "tokenizer", with_tokenizer(_with_id(9_000))),
-    Hostile("tokenizer with 100,000 added tokens", "tokenizer", with_tokenizer(_with_added_tokens)),
+    Hostile(
+        "tokens that the weights have no row for",
+        "vocabulary",
+        with_tokenizer(_with_added_tokens),
+        asked="This is <50000>.",
+    ),
     Hostile("tokenizer of 500 megabytes", "tokenizer", with_size("tokenizer.json", 500 * 2**20), "is too long"),
     Hostile("tokenizer is no JSON", "tokenizer", with_content("tokenizer.json", "{"), "tokenizer cannot be used"),
     Hostile("tokenizer nested deeply", "tokenizer", with_content("tokenizer.json", '{"a":' * 9_999), "tokenizer"),

@@ -9,12 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neuron.checkpoint.errors import CheckpointError
-from neuron.checkpoint.hyperparameters import FLAGS, INTEGERS, ROPE_NUMBERS, check_values
+from neuron.checkpoint.errors import CheckpointError, NotSupported
+from neuron.checkpoint.hyperparameters import (
+    FLAGS,
+    INTEGERS,
+    ROPE_NUMBERS,
+    check_supported,
+    check_values,
+    quantization_of,
+)
 from neuron.checkpoint.tensor_shapes import check_shapes
 from neuron.engine.errors import ModelError
 from neuron.layers.rotary import inverse_frequencies
 from neuron.lifecycle.estimate import ModelShape
+from neuron.models.errors import UnsupportedArchitecture
 from neuron.models.registry import build_model, family_of
 
 from tests.neuron.checkpoint_folders import TINY
@@ -143,11 +151,16 @@ def test_H8_what_passes_is_built_or_refused_with_a_reason(change: dict[str, Any]
                 family_of(config).read_config(config)
         return
     shape = ModelShape.from_hf(config)
+    family = family_of(config)
     try:
-        family = family_of(config)
-        known = family.read_config(config)
-    except ModelError:
+        check_supported(config)
+    except CheckpointError:
+        with pytest.raises(ModelError):
+            family.read_config(config)
         return
+    if quantization_of(config) is not None or _has_windows(config):
+        return  # known to the preflight otherwise, or only to the engine
+    known = family.read_config(config)
     assert known.num_layers == shape.num_layers <= 1024
     assert known.max_position_embeddings == shape.max_positions
     assert known.head_dim == shape.head_dim
@@ -156,6 +169,33 @@ def test_H8_what_passes_is_built_or_refused_with_a_reason(change: dict[str, Any]
     if known.num_layers <= 4:
         model = build_model(config, device=torch.device("cpu"), dtype=torch.float32)
         assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+def _has_windows(config: dict[str, Any]) -> bool:
+    values = config.get("text_config", config)
+    return bool(values.get("use_sliding_window") and values.get("sliding_window") is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
+        ({"hidden_act": ["silu"] * 10_000}, "activation \\['silu'"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not supported, only",
+        ),
+        ({"rope_scaling": {"rope_type": {"a": 1}}}, "differ between layer types"),
+        ({"rope_scaling": {"rope_type": 7}}, "rope type 7 is not supported"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_no_layer_has_is_known_before_an_engine_starts(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(NotSupported, match=words) as caught:
+        check_supported(TINY | change)
+    assert len(caught.value.message) < 300
+    with pytest.raises(UnsupportedArchitecture):
+        family_of(TINY).read_config(TINY | change)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "head_dim"])

@@ -87,6 +87,8 @@ class Inference:
                 )
                 del body
                 record.prepared(request, choices)
+                if model.loaded is not None and text.tokens.vocab_size > model.loaded.vocab_size:
+                    _check_ids(request, choices, model.loaded.vocab_size)
                 with request.own_words():
                     events, head = self._begun(request, choices, text, record, state)
                     ticket.request(model.need(events.needs(), num_choices=request.num_choices))
@@ -145,6 +147,20 @@ class Inference:
         collector.feed(record.usage)
         await exchange.respond(200, collector.body())
         record.end("ok")
+
+
+def _check_ids(request: Request, choices: list[Choice], vocab_size: int) -> None:
+    """Refuse tokens that the weights have no row for: of a checkpoint whose tokenizer knows more than its matrices do.
+
+    Raises `ApiError` 400.
+    """
+    for choice in choices:
+        largest = max((*choice.prompt.token_ids, *choice.sampling.logit_bias), default=0)
+        if largest >= vocab_size:
+            raise invalid(
+                f"token id {largest} has no row in the model's weights, whose ids end at {vocab_size - 1}",
+                param="prompt" if request.prompts else "messages",
+            )
 
 
 def no_engine() -> ApiError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 _NAMES_SHOWN = 8
 
@@ -10,14 +11,23 @@ _NAMES_SHOWN = 8
 class CheckpointError(Exception):
     """What a checkpoint's files say cannot be served. `file` is the file's name; `tensors` those concerned, if any.
 
-    Names are what the files say; where they hold what is not printable, they show as Python escapes it.
+    Names are what the files say; where they hold what is not printable, they show as Python escapes it. `kind` is that
+    of the refusal, as clients see it.
     """
+
+    kind: ClassVar[str] = "bad_checkpoint"
 
     def __init__(self, message: str, *, file: str | None = None, tensors: Sequence[str] = ()) -> None:
         self.file = None if file is None else printable(file)
         self.tensors = tuple(tensors)
         self.message = printable(with_names(message, self.tensors))
         super().__init__(self.message)
+
+
+class NotSupported(CheckpointError):
+    """A checkpoint that makes sense, and asks for what no layer here has."""
+
+    kind = "unsupported_architecture"
 
 
 class NotJson(CheckpointError):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.errors import CheckpointError, NotSupported
 
 FILE = "config.json"
 
@@ -46,6 +46,13 @@ ROPE_NUMBERS: Mapping[str, tuple[float, float]] = {
     "mscale_all_dim": (0.0, 1e6),
     "attention_factor": (1e-6, 1e6),
 }
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
+"""Rotary scalings that layers here have, and the numbers that each cannot do without."""
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _SHOWN = 80
@@ -89,6 +96,36 @@ def check_values(config: Mapping[str, Any], *, is_complete: bool = False) -> Non
         model_type = holder.get("model_type")
         if model_type is not None and not (isinstance(model_type, str) and len(model_type) <= _LONGEST_NAME):
             raise _wrong("model_type", model_type, "a name")
+
+
+def check_supported(config: Mapping[str, Any]) -> None:
+    """Refuse a config that no layer here can follow; the engine decides the same when it builds the model.
+
+    config: one that `check_values` has passed as complete. Raises `NotSupported`, `CheckpointError`.
+    """
+    values = language_model(config)
+    activation = values.get("hidden_act") or values.get("hidden_activation") or "silu"
+    if activation not in ("silu", "swish"):
+        raise NotSupported(f"{FILE}: activation {_brief(activation)} is not supported, only silu is", file=FILE)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise NotSupported(f"{FILE}: rope parameters that differ between layer types are not supported", file=FILE)
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise NotSupported(
+            f"{FILE}: rope type {_brief(rope_type)} is not supported, only {', '.join(ROPE_TYPES)} are", file=FILE
+        )
+    for key in ROPE_TYPES[rope_type]:
+        if rope.get(key) is None:
+            raise CheckpointError(f"{FILE}: {key} is missing, which the rope type {rope_type} needs", file=FILE)
+    partial = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+    head_dim = values.get("head_dim") or default_head_dim(config)
+    head_dim = head_dim or values["hidden_size"] // values["num_attention_heads"]
+    rotated = int(head_dim * partial)
+    if rotated < 2 or rotated % 2:
+        raise CheckpointError(
+            f"{FILE}: of heads of {head_dim} elements, {rotated} would be rotated, which are no pairs", file=FILE
+        )
 
 
 def default_head_dim(config: Mapping[str, Any]) -> int | None:

@@ -113,7 +113,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
             raise CheckpointError("config.json is not a JSON object")
         check_values(config)
     except CheckpointError as exc:
-        raise ModelError("bad_checkpoint", f"{path}: {exc.message}") from exc
+        raise ModelError(exc.kind, f"{path}: {exc.message}") from exc
     except OSError as exc:
         raise ModelError("bad_checkpoint", f"{file} cannot be read: {exc}") from exc
     return config

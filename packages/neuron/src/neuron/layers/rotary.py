@@ -40,9 +40,6 @@ class RopeScaling:
     attention_factor: float = 1.0
 
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
 def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
     """Temperature of attention under YaRN (Peng et al. 2023, section 3.4); the two mscales as DeepSeek uses them."""
 

@@ -26,7 +26,7 @@ from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 
 from neuron.checkpoint.files import list_files, read_json
-from neuron.checkpoint.hyperparameters import check_values, default_head_dim
+from neuron.checkpoint.hyperparameters import check_supported, check_values, default_head_dim
 from neuron.checkpoint.tensor_shapes import check_shapes
 from neuron.checkpoint.weight_files import headers_of, merge, read_index, select
 from neuron.lifecycle.download import FetchCancelled
@@ -67,6 +67,7 @@ def inspect(spec: ModelSpec, path: Path) -> Inspection:
         config = read_json(path / "config.json")
         check_config(spec, config)
         check_values(config, is_complete=True)
+        check_supported(config)
         weight_map = read_index(path)
         files = select(names, weight_map)
         found = merge(headers_of(path, files), weight_map)

@@ -209,7 +209,7 @@ def refusing(spec: ModelSpec, path: Path | None = None) -> Iterator[None]:
         facts: dict[str, Any] = {"file": exc.file} if exc.file else {}
         if exc.tensors:
             facts["tensors"] = [printable(name[:200]) for name in exc.tensors[:_TENSORS_NAMED]]
-        raise refusal("bad_checkpoint", f"`{spec.model_id}`: {exc}.", model_id=spec.model_id, **facts) from exc
+        raise refusal(exc.kind, f"`{spec.model_id}`: {exc}.", model_id=spec.model_id, **facts) from exc
     except OSError as exc:
         raise refusal(
             "repo_fetch_failed", f"`{path}` cannot be read: {exc}", model_id=spec.model_id, cause=str(exc)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from neuron.checkpoint.errors import CheckpointError
-from neuron.checkpoint.hyperparameters import check_values, language_model, quantization_of
-from neuron.layers.rotary import SUPPORTED_ROPE_TYPES, RopeScaling, yarn_attention_factor
+from neuron.checkpoint.hyperparameters import ROPE_TYPES, check_values, language_model, quantization_of
+from neuron.layers.rotary import RopeScaling, yarn_attention_factor
 from neuron.models.errors import BadCheckpoint, UnsupportedArchitecture
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,9 +164,9 @@ def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeScaling:
     if any(isinstance(value, Mapping) for value in values.values()):
         raise UnsupportedArchitecture("rope parameters that differ between layer types are not supported")
     rope_type = str(values.get("rope_type") or values.get("type") or "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
+    if rope_type not in ROPE_TYPES:
         raise UnsupportedArchitecture(
-            f"rope type {rope_type[:80]!r} is not supported, only {', '.join(SUPPORTED_ROPE_TYPES)} are"
+            f"rope type {rope_type[:80]!r} is not supported, only {', '.join(ROPE_TYPES)} are"
         )
     theta = _number(values, "rope_theta", hf.get("rope_theta") or 10_000.0)
     partial = _number(values, "partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
