@@ -33,8 +33,9 @@ PAUSES_S = (1.0, 5.0, 15.0, 30.0)
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+DIRECT = (signal.SIGTERM, signal.SIGINT)
 SENT_ON = signal.SIGRTMIN
-"""What SIGTERM and SIGINT become on their way to a daemon that serves: it tells them from those that it gets itself."""
+"""What `DIRECT` become on their way to a daemon that serves: it tells them from those that it gets itself."""
 WATCHED = (*FORWARDED, signal.SIGCHLD, signal.SIGCONT, signal.SIGTSTP)
 
 _CREDENTIALS_BYTES = 12
@@ -191,15 +192,16 @@ class Keeper:
             numbers = os.read(self._wake, 256)
         except BlockingIOError:
             numbers = b""
+        self._read_messages()  # first: what the daemon had said before a signal came decides how that is sent on
         for number in numbers:
             self._heed(number)
-        self._read_messages()
         self._reap()
 
     def _heed(self, number: int) -> None:
         if number in FORWARDED:
             self._is_asked_to_end = self._is_asked_to_end or number in ENDING
-            if self._is_ready and number in (signal.SIGTERM, signal.SIGINT):
+            # By one way or the other, not by both: the daemon takes those for one signal that came twice.
+            if self._is_ready and number in DIRECT and self._sent.isdisjoint(DIRECT):
                 number = SENT_ON
             self._sent.add(number)
             self._kill(number)
