@@ -22,13 +22,13 @@ Place = tuple["Place", str] | None
 TYPES = frozenset({"string", "integer", "number", "boolean", "object", "array", "null"})
 
 IN_PLACE_LISTS = ("allOf", "anyOf", "oneOf")
-_SUBSCHEMA = ("additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames", "contains")
-_SUBSCHEMA_MORE = ("not", "if", "then", "else", "additionalItems")
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_SCHEMA_LISTS = (*IN_PLACE_LISTS, "prefixItems")
-_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_COMPARED = ("properties", "required", *_SCHEMA_LISTS)
+_OF_OTHERS = ("additionalProperties", "additionalItems", "unevaluatedProperties", "unevaluatedItems")
+_SUBSCHEMA = frozenset((*_OF_OTHERS, "propertyNames", "contains", "items", "not", "if", "then", "else"))
+_SCHEMA_LISTS = frozenset((*IN_PLACE_LISTS, "prefixItems", "items"))
+_COUNTS = frozenset(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"))
+_NUMBERS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
+_COMPARED = frozenset(("properties", "required", "prefixItems", *IN_PLACE_LISTS))
 
 _FOREIGN = re.compile(r"\\p|\(\?<|\\u\{|\\/|\(\?[a-zA-Z-]+[:)]")
 """What ECMAScript has and Python writes otherwise, or what makes Python fold the case of each letter of a range."""
@@ -98,26 +98,21 @@ def check(schema: Any) -> SchemaSize:
 
 def _children(node: dict[str, Any], place: Place) -> Iterator[tuple[Any, Place]]:
     """Subschemas under the keywords of `node`, and where they stand. Raises `SchemaError` where there can be none."""
-    for key in (*_SUBSCHEMA, *_SUBSCHEMA_MORE):
-        if key in node:
-            yield node[key], (place, key)
-    for key in SCHEMA_MAPS:
-        if key in node:
-            if not isinstance(node[key], dict):
-                raise SchemaError(f"`{key}` must be an object", _pointer((place, key)))
+    for key, value in node.items():
+        if key in _SCHEMA_LISTS and isinstance(value, list):
             inside: Place = (place, key)
-            for name, nested in node[key].items():
-                yield nested, (inside, name)
-    for key in (*_SCHEMA_LISTS, "items"):
-        if key in node:
+            for index, nested in enumerate(value):
+                yield nested, (inside, str(index))
+        elif key in _SUBSCHEMA:
+            yield value, (place, key)
+        elif key in _SCHEMA_LISTS:
+            raise SchemaError(f"`{key}` must be an array", _pointer((place, key)))
+        elif key in SCHEMA_MAPS:
+            if not isinstance(value, dict):
+                raise SchemaError(f"`{key}` must be an object", _pointer((place, key)))
             inside = (place, key)
-            if isinstance(node[key], list):
-                for index, nested in enumerate(node[key]):
-                    yield nested, (inside, str(index))
-            elif key == "items":
-                yield node[key], inside
-            else:
-                raise SchemaError(f"`{key}` must be an array", _pointer(inside))
+            for name, nested in value.items():
+                yield nested, (inside, name)
 
 
 def subschemas(node: Any) -> Iterator[Any]:
@@ -128,50 +123,62 @@ def subschemas(node: Any) -> Iterator[Any]:
 
 
 def _check_keywords(schema: dict[str, Any], place: Place, size: SchemaSize) -> None:
-    def fault(message: str, key: str) -> SchemaError:
-        return SchemaError(message, _pointer((place, key)))
-
-    kinds = schema.get("type", [])
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if not isinstance(kind, str) or kind not in TYPES:
-            raise fault(f"unknown type {json.dumps(kind)[:80]}", "type")
-    for key in ("required", "enum"):
-        if key in schema and not isinstance(schema[key], list):
-            raise fault(f"`{key}` must be an array", key)
-    if any(not isinstance(name, str) for name in schema.get("required", ())):
-        raise fault("`required` must hold strings", "required")
-    for key in ("pattern", "format", "$ref"):
-        if key in schema and not isinstance(schema[key], str):
-            raise fault(f"`{key}` must be a string", key)
-    for key in _COUNTS:
-        value = schema.get(key, 0)
-        # 2.0 is an integer in JSON Schema
-        is_count = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not is_count or value < 0:
-            raise fault(f"`{key}` must be a non-negative integer", key)
-    for key in _NUMBERS:
-        value = schema.get(key, 1)
-        is_draft4_flag = isinstance(value, bool) and key.startswith("exclusive")
-        if not is_draft4_flag and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise fault(f"`{key}` must be a number", key)
-    if not isinstance(schema.get("multipleOf", 1), bool) and schema.get("multipleOf", 1) <= 0:
-        raise fault("`multipleOf` must be greater than 0", "multipleOf")
-    for key in _COMPARED:
-        entries = schema.get(key)
-        if isinstance(entries, list | dict) and len(entries) > limits.MAX_SCHEMA_BRANCHES:
-            raise fault(f"`{key}` has {len(entries)} entries, at most {limits.MAX_SCHEMA_BRANCHES}", key)
-    size.num_enum_values += len(schema.get("enum", ()))
-    if size.num_enum_values > limits.MAX_ENUM_VALUES:
-        raise fault(f"the schema has more than {limits.MAX_ENUM_VALUES} values in `enum`", "enum")
+    for key, value in schema.items():
+        fault = None
+        if key == "type":
+            fault = _fault_of_types(value)
+        elif key in _COUNTS:
+            # 2.0 is an integer in JSON Schema
+            is_count = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if isinstance(value, bool) or not is_count or value < 0:
+                fault = f"`{key}` must be a non-negative integer"
+        elif key in _NUMBERS:
+            fault = _fault_of_number(key, value)
+        elif key in ("pattern", "format", "$ref"):
+            fault = None if isinstance(value, str) else f"`{key}` must be a string"
+        elif key in ("required", "enum"):
+            fault = _fault_of_list(key, value, size)
+        num_entries = len(value) if key in _COMPARED and isinstance(value, list | dict) else 0
+        if num_entries > limits.MAX_SCHEMA_BRANCHES:
+            fault = fault or f"`{key}` has {num_entries} entries, at most {limits.MAX_SCHEMA_BRANCHES}"
+        if fault is not None:
+            raise SchemaError(fault, _pointer((place, key)))
     if "pattern" in schema:
         _check_pattern(schema["pattern"], (place, "pattern"), size)
     by_pattern = schema.get("patternProperties")
     if isinstance(by_pattern, dict):
         if len(by_pattern) > limits.MAX_PATTERN_PROPERTIES:
             what = f"{len(by_pattern)} entries, at most {limits.MAX_PATTERN_PROPERTIES}"
-            raise fault(f"`patternProperties` has {what}", "patternProperties")
+            raise SchemaError(f"`patternProperties` has {what}", _pointer((place, "patternProperties")))
         for pattern in by_pattern:
             _check_pattern(pattern, (place, "patternProperties"), size)
+
+
+def _fault_of_types(kinds: Any) -> str | None:
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if not isinstance(kind, str) or kind not in TYPES:
+            return f"unknown type {json.dumps(kind)[:80]}"
+    return None
+
+
+def _fault_of_number(key: str, value: Any) -> str | None:
+    if isinstance(value, bool):
+        is_draft4_flag = key.startswith("exclusive")
+        return None if is_draft4_flag else f"`{key}` must be a number"
+    if not isinstance(value, int | float):
+        return f"`{key}` must be a number"
+    return "`multipleOf` must be greater than 0" if key == "multipleOf" and value <= 0 else None
+
+
+def _fault_of_list(key: str, value: Any, size: SchemaSize) -> str | None:
+    if not isinstance(value, list):
+        return f"`{key}` must be an array"
+    if key == "required":
+        return None if all(isinstance(name, str) for name in value) else "`required` must hold strings"
+    size.num_enum_values += len(value)
+    if size.num_enum_values > limits.MAX_ENUM_VALUES:
+        return f"the schema has more than {limits.MAX_ENUM_VALUES} values in `enum`"
+    return None
 
 
 def _check_pattern(pattern: str, place: Place, size: SchemaSize) -> None:

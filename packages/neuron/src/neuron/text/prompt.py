@@ -68,5 +68,6 @@ def offered_tools(request: Request) -> tuple[ToolDefinition, ...]:
     if choice.mode == "none":
         return ()
     if choice.allowed is not None:
-        return tuple(tool for tool in request.tools if tool.name in choice.allowed)
+        allowed = frozenset(choice.allowed)  # up to a thousand, asked for by each choice of an answer
+        return tuple(tool for tool in request.tools if tool.name in allowed)
     return request.tools

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from neuron.text.json_schema import resolve, subschemas
+from neuron.text.json_schema import IN_PLACE_LISTS, resolve, subschemas
 
 Node = dict[str, Any]
 Edges = Callable[[Node], list[Node]]
@@ -58,18 +58,18 @@ def demands(root: Any) -> Demands:
     """Of a schema that `json_schema.check` has passed."""
     if not isinstance(root, dict):
         return Demands()
-    references = _References(root)
-    nodes = references.nodes
-    totals = _conjunctions(nodes, references.targets)
+    graph = _Graph(root)
+    nodes = graph.nodes
+    totals = _conjunctions(graph)
     merge_work = multiple_states = 0
     for node in nodes:
-        total, own = totals[id(node)], _own(node)
+        total, own = totals[id(node)], graph.own[id(node)]
         if own != _NOTHING or "allOf" in node or ("$ref" in node and len(node) > 1):
             merge_work += total.pattern_properties**2 + total.names
         if own.multiple_bits:
             multiple_states += 2 ** min(total.multiple_bits, _MOST_BITS)
     return Demands(
-        levels=_levels(nodes, references.targets),
+        levels=_levels(graph),
         patterns=max(total.patterns for total in totals.values()),
         pattern_properties=max(total.pattern_properties for total in totals.values()),
         matched_values=max((total.values for total in totals.values() if total.patterns), default=0),
@@ -85,40 +85,40 @@ def _folded_classes(node: Node) -> int:
     return sum(p.count("[") for p in patterns if isinstance(p, str) and _IGNORES_CASE.search(p))
 
 
-def _inner(node: Node) -> list[Node]:
-    return [child for child in subschemas(node) if isinstance(child, dict)]
-
-
-class _References:
-    """All schemas of a document, and where their references lead: by place, or by anchor to whichever has it."""
+class _Graph:
+    """All schemas of a document, by identity: what stands in each, and where its reference leads (by place, or by
+    anchor to whichever has it)."""
 
     def __init__(self, root: Node) -> None:
-        self._root = root
-        self._anchored: dict[str, list[Node]] = {}
         self.nodes = [root]
+        self.inner: dict[int, list[Node]] = {}
+        self.targets: dict[int, list[Node]] = {}
+        self.own: dict[int, _Total] = {}
+        anchored: dict[str, list[Node]] = {}
         seen = {id(root)}
         for node in self.nodes:  # grows on the way
+            self.own[id(node)] = _own(node)
+            self.inner[id(node)] = [child for child in subschemas(node) if isinstance(child, dict)]
             for key in ("$anchor", "$dynamicAnchor"):
                 if isinstance(node.get(key), str):
-                    self._anchored.setdefault(f"#{node[key]}", []).append(node)
-            for child in (*_inner(node), *self.targets(node)):
+                    anchored.setdefault(f"#{node[key]}", []).append(node)
+            reference = node.get("$ref")
+            target = resolve(reference, root) if isinstance(reference, str) and reference.startswith("#") else None
+            self.targets[id(node)] = [target] if isinstance(target, dict) else []
+            for child in (*self.inner[id(node)], *self.targets[id(node)]):
                 if id(child) not in seen:
                     seen.add(id(child))
                     self.nodes.append(child)
-
-    def targets(self, node: Node) -> list[Node]:
-        reference = node.get("$ref")
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            return []
-        target = resolve(reference, self._root)
-        return [target] if isinstance(target, dict) else self._anchored.get(reference, [])
+        for node in self.nodes if anchored else ():
+            if not self.targets[id(node)]:
+                self.targets[id(node)] = anchored.get(str(node.get("$ref")), [])
 
 
-def _levels(nodes: list[Node], targets: Edges) -> int:
+def _levels(graph: _Graph) -> int:
     """The longest way through the schema on which no subschema comes twice; of a cycle, all of it is counted."""
-    edges = {id(node): [*_inner(node), *targets(node)] for node in nodes}
+    edges = {id(node): [*graph.inner[id(node)], *graph.targets[id(node)]] for node in graph.nodes}
     longest: dict[int, int] = {}
-    for component in _components(nodes, lambda node: edges[id(node)]):
+    for component in _components(graph.nodes, lambda node: edges[id(node)]):
         inside = {id(node) for node in component}
         below = max(
             (longest[id(child)] for node in component for child in edges[id(node)] if id(child) not in inside),
@@ -129,23 +129,28 @@ def _levels(nodes: list[Node], targets: Edges) -> int:
     return max(longest.values())
 
 
-def _conjunctions(nodes: list[Node], targets: Edges) -> dict[int, _Total]:
+def _branches(node: Node, key: str) -> list[Node]:
+    listed = node.get(key)
+    return [child for child in listed if isinstance(child, dict)] if isinstance(listed, list) else []
+
+
+def _conjunctions(graph: _Graph) -> dict[int, _Total]:
     """For each subschema, by its identity."""
-
-    def branches(node: Node, key: str) -> list[Node]:
-        listed = node.get(key)
-        return [child for child in listed if isinstance(child, dict)] if isinstance(listed, list) else []
-
-    def in_place(node: Node) -> list[Node]:
-        return [*targets(node), *(c for key in ("allOf", "anyOf", "oneOf") for c in branches(node, key))]
-
+    in_place = {
+        id(node): [*graph.targets[id(node)], *(c for key in IN_PLACE_LISTS for c in _branches(node, key))]
+        for node in graph.nodes
+    }
     totals: dict[int, _Total] = {}
-    for component in _components(nodes, in_place):
+    for component in _components(graph.nodes, lambda node: in_place[id(node)]):
         for node in component:  # of a cycle, each adds what it says itself
-            parts = [_own(node)]
-            parts += [totals.get(id(child), _NOTHING) for child in (*targets(node), *branches(node, "allOf"))]
+            own = graph.own[id(node)]
+            if not in_place[id(node)]:
+                totals[id(node)] = own
+                continue
+            parts = [own]
+            parts += [totals.get(id(c), _NOTHING) for c in (*graph.targets[id(node)], *_branches(node, "allOf"))]
             for key in ("anyOf", "oneOf"):  # one branch at a time
-                options = [totals.get(id(child), _NOTHING) for child in branches(node, key)]
+                options = [totals.get(id(child), _NOTHING) for child in _branches(node, key)]
                 if options:
                     parts.append(_Total(*map(max, zip(*options, strict=True))))
             totals[id(node)] = _Total(*(min(sum(column), _MOST) for column in zip(*parts, strict=True)))
