@@ -1,4 +1,4 @@
-"""What the relay has done to bodies that are too large for the loop: the body workers do it."""
+"""What is done to bodies that take time: on the loop, in its turns, or by body workers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from cortex_gateway.body_workers.messages import Facts, Read, Rename, Renamed, T
 from cortex_gateway.body_workers.pool import BodyWorkers
 from cortex_gateway.relay.envelope import with_model
 from cortex_gateway.relay.exchange import Exchange
+from cortex_gateway.relay.loop_turns import LoopTurns
 from cortex_gateway.relay.payload import Payload
-from cortex_gateway.relay.translation import Translation, read_translation
+from cortex_gateway.relay.translation import Translation, read_translation, translation_of
 
 
 class LargeBodies:
@@ -18,9 +19,19 @@ class LargeBodies:
 
     def __init__(self, workers: BodyWorkers) -> None:
         self._workers = workers
+        self._turns = LoopTurns()
+
+    async def turn(self, payload: Payload) -> None:
+        """Before something is looked for in all of a body on the loop: until the next time that something is awaited,
+        no other one is."""
+        if not payload.is_quick and not payload.is_large:
+            await self._turns.next()
 
     async def read(self, payload: Payload, exchange: Exchange) -> None:
-        """Sets `payload.facts`."""
+        """Of a large one, set `payload.facts`; of any other, wait for its turn."""
+        if not payload.is_large:
+            await self.turn(payload)
+            return
         shown_bytes = 0 if exchange.capture is None else exchange.capture.max_request_bytes
         facts, _ = await self._workers.run(
             Read(payload.num_bytes, shown_bytes),
@@ -50,7 +61,12 @@ class LargeBodies:
     async def translated(
         self, payload: Payload, model: str, exchange: Exchange, filters: PromptFiltersSection, *, extensions: bool
     ) -> tuple[Translation, Payload]:
+        """The request as a server that speaks only chat takes it, and how its answer is read."""
         assert exchange.model is not None
+        if payload.is_quickly_translated:
+            await self.turn(payload)
+            here = exchange.translation or translation_of(exchange.surface, payload.whole(), exchange.model, filters)
+            return here, Payload([here.body(model, extensions=extensions)])
         translated, pieces = await self._workers.run(
             Translate(
                 payload.num_bytes,

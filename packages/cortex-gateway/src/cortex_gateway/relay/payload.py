@@ -22,6 +22,9 @@ from cortex_gateway.relay.hints import RequestHints
 MAX_INLINE_BYTES = 2**20
 """Up to here a body is read on the loop: a decoder skips a megabyte in 1 to 6 ms, whatever is in it."""
 
+MAX_QUICK_BYTES = 64 * 1024
+"""Up to here that is done at any time, above it for one body in each round of the loop."""
+
 MAX_INLINE_CONTAINERS = 4_096
 MAX_INLINE_COMMAS = 65_536
 """Up to here a body is translated on the loop. Each object costs up to 10 µs there, each other value less than 1."""
@@ -44,6 +47,10 @@ class Payload:
     @property
     def is_large(self) -> bool:
         return self.num_bytes > MAX_INLINE_BYTES
+
+    @property
+    def is_quick(self) -> bool:
+        return self.num_bytes <= MAX_QUICK_BYTES
 
     def whole(self) -> bytes:
         """All of a small one."""

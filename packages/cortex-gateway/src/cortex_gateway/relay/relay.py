@@ -57,7 +57,7 @@ from cortex_gateway.relay.opening import StreamOpening
 from cortex_gateway.relay.payload import Payload
 from cortex_gateway.relay.record import record
 from cortex_gateway.relay.spans import begin_attempt, end_attempt
-from cortex_gateway.relay.translation import PassingThrough, Translation, is_translated, translation_of
+from cortex_gateway.relay.translation import PassingThrough, Translation, is_translated
 from cortex_gateway.relay.translation_errors import UpstreamFault
 from cortex_gateway.routes.surface import Surface
 
@@ -191,7 +191,7 @@ class Relay:
                     exchange.principal = await self._identity.authenticate(headers)
                 payload = Payload(await body.read_pieces(headers))
                 watch = DepartureWatch(exchange, receive, shortcut)
-                if payload.is_large:
+                if not payload.is_quick:
                     await self._large_bodies.read(payload, exchange)
                 if exchange.capture is not None:
                     await exchange.capture.came(payload)
@@ -247,6 +247,8 @@ class Relay:
             exchange.grant = await self._identity.admit(
                 exchange.principal, exchange.model, model, payload, is_metered=exchange.surface.generates
             )
+        if not payload.is_quick:
+            await self._large_bodies.turn(payload)
         hints = payload.hints(headers)
         while True:
             lease = None if exchange.num_resumes else self._placement.try_now(model, hints)
@@ -427,9 +429,6 @@ class Relay:
             if model == exchange.model:
                 return translation, payload
             return translation, await self._large_bodies.renamed(payload, model, exchange)
-        if payload.is_quickly_translated:
-            translation = exchange.translation or translation_of(surface, payload.whole(), exchange.model, filters)
-            return translation, Payload([translation.body(model, extensions=neuron.extensions)])
         return await self._large_bodies.translated(payload, model, exchange, filters, extensions=neuron.extensions)
 
     async def _fail(self, exchange: Exchange, error: ApiError, body: RequestBody, send: Send) -> None:
