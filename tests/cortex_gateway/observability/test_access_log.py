@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import pytest
-from cortex_core.log_lines import REQUESTS_BURST
+from cortex_core.log_lines import REQUESTS_BURST, left_out
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
@@ -145,3 +145,12 @@ def test_O2_a_flood_of_refusals_is_not_a_flood_of_lines_and_hides_no_work(caplog
     written = ids(log.last(10_000))
     assert written.count("w") == 5000
     assert REQUESTS_BURST <= written.count("r") < 2 * REQUESTS_BURST
+
+
+def test_O2_probes_that_the_log_does_not_show_take_no_other_requests_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cortex_gateway.access")
+    log, before = AccessLog(), left_out["requests"]
+    for number in range(2 * int(REQUESTS_BURST)):
+        log.write(access(number), logging.DEBUG)
+    log.write(access(9))
+    assert ids(log.last(10)) == ["req_9"] and left_out["requests"] == before

@@ -87,6 +87,8 @@ class AccessLog:
 
     def write(self, record: AccessRecord, level: int = logging.INFO) -> None:
         """Levels below INFO are for the log alone: probes and polls would push everything else out."""
+        if level < logging.INFO and not log.isEnabledFor(level):
+            return
         if record.attempts == 0 and not self._own.admits(str(record.status)):
             return
         line = _encode(record)
