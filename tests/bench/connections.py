@@ -4,9 +4,10 @@
         [--loop uvloop|asyncio] [--source CHECKOUT]
 
 A real gateway and a real neuron, each started with a soft limit of 256 descriptors, as a login shell or a unit without
-`LimitNOFILE` gives it. Connections are opened and left alone (`idle`), or send a head that never ends, a byte now and
-then (`heads`), or each asks once and keeps its connection (`kept`). Meanwhile a fresh connection asks for `/health` ten
-times a second, with five seconds of patience. `--source` measures another checkout with this one's environment.
+`LimitNOFILE` gives it. Connections are opened and left alone (`idle`), or send a head or a body that never ends, a byte
+now and then (`heads`, `bodies`), or each asks once and keeps its connection (`kept`). Meanwhile a fresh connection asks
+for `/health` ten times a second, with five seconds of patience. `--source` measures another checkout with this one's
+environment.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ PATIENCE_S = 5.0
 CHECKOUT = Path(__file__).parents[2]
 SENT = {
     "idle": b"",
-    "heads": b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: ",
-    "kept": b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n",
+    "heads": b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-slow: ",
+    "bodies": b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{",
+    "kept": b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n",
 }
 
 
@@ -148,7 +150,7 @@ def measure(server: Server, *, sent: bytes, num_idle: int, seconds: float) -> st
                 connections.append(connection)
         opening_s = time.monotonic() - began
         while not watching.done():
-            if sent == SENT["heads"]:
+            if sent in (SENT["heads"], SENT["bodies"]):
                 for connection in connections:
                     with suppress(OSError):
                         connection.send(b"x")

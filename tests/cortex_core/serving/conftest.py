@@ -18,7 +18,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 class Served:
     """num_asked: requests that reached the application, at_work: those that it has not answered; it answers none before
-    `gate` is set."""
+    `gate` is set, or none of the method `held` where there is one."""
 
     def __init__(self, table: ConnectionTable) -> None:
         self.table = table
@@ -27,6 +27,7 @@ class Served:
         self.at_work = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.held = ""
         self.stop = asyncio.Event()
         self.opened: list[asyncio.StreamWriter] = []
         self.answer = b"ok"
@@ -37,8 +38,10 @@ class Served:
         self.at_work += 1
         gone = asyncio.ensure_future(self._until_gone(receive))
         try:
-            await asyncio.wait({gone, opened := asyncio.ensure_future(self.gate.wait())}, return_when="FIRST_COMPLETED")
-            opened.cancel()
+            if scope["method"].startswith(self.held):
+                opened = asyncio.ensure_future(self.gate.wait())
+                await asyncio.wait({gone, opened}, return_when="FIRST_COMPLETED")
+                opened.cancel()
             length = (b"content-length", b"%d" % len(self.answer))
             await send({"type": "http.response.start", "status": 200, "headers": [length]})
             await send({"type": "http.response.body", "body": self.answer, "more_body": False})
@@ -68,8 +71,11 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(*, limit: int = 100, idle_s: float = 75, head_s: float = 30) -> AsyncIterator[Served]:
-    table = ConnectionTable(limit, idle_s=idle_s, head_s=head_s, clock=asyncio.get_running_loop().time)
+async def serving(
+    *, limit: int = 100, idle_s: float = 75, head_s: float = 30, unread_s: float = 0
+) -> AsyncIterator[Served]:
+    clock = asyncio.get_running_loop().time
+    table = ConnectionTable(limit, idle_s=idle_s, head_s=head_s, unread_s=unread_s, clock=clock)
     served, config, opened = Served(table), Config(), asyncio.Event()
     config.graceful_timeout = 5
     with socket.socket() as listener:

@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cortex_core.serving import door
+from cortex_core.serving import connection_table, door
 from cortex_core.serving.door import PAUSE_S
 
 from .conftest import Served, serving, until
 
+SLOW_BODY = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"
+ASK = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 OK, FULL = b"HTTP/1.1 200 ", b"HTTP/1.1 503 Service Unavailable"
 
 
@@ -140,6 +142,41 @@ async def test_O2_a_request_that_takes_long_is_no_idle_connection() -> None:
         assert served.table.ended["idle"] == 1 and not asking.done()
         served.gate.set()
         assert await asking == OK
+
+
+async def test_O2_bodies_that_do_not_come_keep_nobody_from_being_served() -> None:
+    async with serving(limit=8) as served:
+        served.gate.clear()
+        whole = asyncio.create_task(served.ask())
+        await until(lambda: served.at_work == 1)
+        slow = []
+        for number in range(30):
+            slow.append(await served.connect(SLOW_BODY))
+            await until(lambda number=number: served.num_asked == number + 2)
+        asking = asyncio.create_task(served.ask())
+        await until(lambda: served.num_asked == 32)
+        assert served.table.ended["body"] == 24 and not asking.done()
+        served.gate.set()
+        assert await asking == OK and await whole == OK, "and who is at work is left alone"
+        assert await slow[0][0].read() == b""
+
+
+async def test_O2_a_client_that_does_not_read_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_table, "STALLED_S", 0.1)
+    async with serving(limit=1) as served:
+        served.answer = b"x" * 10_000_000
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(deaf, ("127.0.0.1", served.port))
+        await asyncio.get_running_loop().sock_sendall(deaf, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await until(lambda: served.table.num_in("stalled") == 1)
+        served.answer = b"ok"
+        while (await (await served.connect(ASK))[0].read()).startswith(FULL):
+            await asyncio.sleep(0.01)
+        assert served.table.ended["unread"] == 1
+        await until(lambda: served.at_work == 0)
+        deaf.close()
 
 
 async def test_the_end_closes_idle_connections_and_waits_for_those_at_work() -> None:

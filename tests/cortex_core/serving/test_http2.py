@@ -123,7 +123,7 @@ async def test_requests_over_http_2_are_answered_and_an_upgrade_is_heeded(served
     for _ in range(50):
         client.ask()
     await client.until(h2.events.StreamEnded, 50)
-    assert served.table.num_idle == 1 and served.num_asked == 50
+    assert served.table.num_in("idle") == 1 and served.num_asked == 50
     reader, _ = await served.connect(UPGRADE % b"AAMAAABk")
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
     await until(lambda: served.num_asked == 51)
@@ -215,6 +215,64 @@ async def test_O2_what_is_no_http_2_ends_the_connection_without_a_traceback(
     assert not [record for record in caplog.records if record.exc_info]
     assert await served.ask() == OK
     await until(lambda: served.table.num_open == 1)
+
+
+async def test_O2_a_window_that_stays_shut_is_a_client_that_does_not_read() -> None:
+    """Nothing in TCP shows it, and whoever answers would wait for ever."""
+    async with serving(unread_s=1) as served:
+        served.answer = b"x" * 1000
+        deaf, slow = await Client.of(served), await Client.of(served)
+        for client in (deaf, slow):
+            client.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+            client.flush()
+            stream_id = client.ask()
+        async with asyncio.timeout(20):
+            while served.table.ended["unread"] == 0:
+                slow.h2.increment_flow_control_window(2, stream_id)
+                slow.flush()
+                deaf.h2.ping(b"12345678")  # that it is there, and asks for more, is no reading
+                deaf.ask()
+                await asyncio.sleep(0.2)
+        slow.h2.increment_flow_control_window(1000, stream_id)
+        slow.flush()
+        await slow.until(h2.events.StreamEnded)
+        assert served.table.ended["unread"] == 1
+        assert not [event for event in deaf.events if isinstance(event, h2.events.DataReceived)]
+        await until(lambda: served.at_work == 0 and served.table.num_open == 1)
+
+
+async def test_O2_http_2_bodies_that_do_not_come_make_room() -> None:
+    async with serving(limit=4) as served:
+        served.gate.clear()
+        slow = [await Client.of(served) for _ in range(4)]
+        for client in slow:
+            client.h2.send_headers(1, [(":method", "POST"), *HEADERS[1:]])
+            client.flush()
+        await until(lambda: served.table.num_in("receiving") == 4)
+        slow[3].h2.end_stream(1)
+        slow[3].flush()
+        await until(lambda: served.table.num_in("receiving") == 3)
+        asking = asyncio.create_task(served.ask())
+        await until(lambda: served.num_asked == 5)
+        served.gate.set()
+        assert await asking == OK
+        assert served.table.ended["body"] == 1
+        await slow[3].until(h2.events.StreamEnded)
+
+
+async def test_O2_an_answer_beside_an_http_2_body_that_does_not_come_is_no_work_once_it_is_given() -> None:
+    async with serving() as served:
+        client = await Client.of(served)
+        client.ask()
+        await client.until(h2.events.StreamEnded)
+        await until(lambda: served.table.num_in("idle") == 1)
+        served.gate.clear()
+        served.held = "POST"
+        client.events.clear()
+        client.h2.send_headers(3, [(":method", "POST"), *HEADERS[1:]])
+        client.ask()
+        await client.until(h2.events.StreamEnded)
+        await until(lambda: served.table.num_in("receiving") == 1)
 
 
 @pytest.mark.parametrize("num_streams", [1, 30])

@@ -90,10 +90,10 @@ async def running(
         connections.has_httptools(config.gateway.http1_parser)  # raises before anything is open
         await gateway.startup()  # before the first request can arrive
         http1 = config.gateway.http1_parser
-        table = _table(_max_connections(config.gateway.max_connections))
+        table = _table(_max_connections(config.gateway.max_connections), unread_s=write_timeout_s)
         gateway.relay.max_active = max(descriptor_limit() - OWN_DESCRIPTORS - table.limit, table.limit)
         server = _start(gateway, listener, stop, "listener", http1, table)
-        metrics_table = _table(METRICS_CONNECTIONS)
+        metrics_table = _table(METRICS_CONNECTIONS, unread_s=write_timeout_s)
         gateway.metrics.observe_connections({"api": table, "metrics": metrics_table})
         metrics_app = MetricsApp(gateway.metrics, gateway.access)
         metrics_server = _start(metrics_app, metrics_listener, stop_metrics, "metrics listener", http1, metrics_table)
@@ -263,8 +263,9 @@ def _max_connections(asked: int | None) -> int:
     return limit
 
 
-def _table(limit: int) -> ConnectionTable:
-    return ConnectionTable(limit, idle_s=KEEP_ALIVE_S, head_s=HEAD_S, clock=asyncio.get_running_loop().time)
+def _table(limit: int, *, unread_s: float = 0.0) -> ConnectionTable:
+    clock = asyncio.get_running_loop().time
+    return ConnectionTable(limit, idle_s=KEEP_ALIVE_S, head_s=HEAD_S, unread_s=unread_s, clock=clock)
 
 
 def _start(

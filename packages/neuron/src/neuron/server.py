@@ -35,7 +35,7 @@ from neuron.api.app import NeuronApp
 from neuron.api.metrics import Metrics
 from neuron.api.services import Services
 from neuron.build_info import read_build_info
-from neuron.config import HARNESS, NeuronConfig, without_effect
+from neuron.config import HARNESS, NeuronConfig, ServerSection, without_effect
 from neuron.hardware.host import memory_free_mb
 from neuron.hardware.monitor import HardwareMonitor
 from neuron.lifecycle.activation import Activator
@@ -127,7 +127,7 @@ class Daemon:
             on_loaded=self._on_loaded,
             on_text_end=self._on_text_end,
         )
-        self._connections = _connection_table(config.server.max_connections)
+        self._connections = _connection_table(config.server)
         metrics = Metrics(
             build=build,
             models=manager.all,
@@ -303,11 +303,13 @@ async def _serve_http(
         await serve_http(app, config, listener, table, stop, name="listener", on_open=on_open)
 
 
-def _connection_table(asked: int | None) -> ConnectionTable:
+def _connection_table(server: ServerSection) -> ConnectionTable:
+    asked = server.max_connections
     limit = connection_limit(descriptor_limit(), reserve=OWN_DESCRIPTORS, descriptors_each=1, asked=asked)
     if asked is not None and limit < asked:
         logger.warning("server.max_connections: %d of %d, as descriptors allow no more", limit, asked)
-    return ConnectionTable(limit, idle_s=KEEP_ALIVE_S, head_s=HEAD_S, clock=time.monotonic)
+    unread_s = server.write_timeout_s
+    return ConnectionTable(limit, idle_s=KEEP_ALIVE_S, head_s=HEAD_S, unread_s=unread_s, clock=time.monotonic)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,59 +1,99 @@
-"""The connections of one listener: how many there are, which of them wait for a request, and who has to go.
+"""The connections of one listener: how many there are, what their clients are at, and who has to go.
 
-Decides and counts; whoever accepts connections and speaks HTTP on them calls it. A connection is *idle* while no
-request of it is being worked on: it is new, it is kept, or its next head has not ended yet. Only idle connections are
-ever closed from here. When another one comes and there is no room, it is the oldest of the client that has the most
-connections, so that whoever opens many makes way for whoever opens few; and each of them when its time is over.
+Decides and counts; whoever accepts connections and speaks HTTP on them calls it. A connection is
+
+- *idle* while there is no request: it is new, it is kept, or its next head has not ended,
+- *receiving* while a request's body is still to come,
+- *stalled* while its client does not take what it is sent,
+- *working* otherwise: a request is being answered.
+
+When another one comes and there is no room, an idle connection goes, else a receiving one, else one that has been
+stalled for a while; never one that is working. Of those it is the oldest of the client that has the most connections,
+so that whoever opens many makes way for whoever opens few. And each of them goes when its time is over.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from typing import Literal
 
-Reason = Literal["room", "idle", "head", "refused", "flood"]
-REASONS: tuple[Reason, ...] = ("room", "idle", "head", "refused", "flood")
-"""Why connections were ended here: to make room, without a request for too long, a head that did not end, no room and
-nobody to make any, more control frames than a client has use for."""
+State = Literal["idle", "receiving", "stalled", "working"]
+STATES: tuple[State, ...] = ("idle", "receiving", "stalled", "working")
+
+Reason = Literal["room", "body", "unread", "idle", "head", "refused", "flood"]
+REASONS: tuple[Reason, ...] = ("room", "body", "unread", "idle", "head", "refused", "flood")
+"""Why connections were ended here: to make room, one that was idle, in the middle of a body, or unread; without a
+request for too long, or unread; a head that did not end; no room and nobody to make any; more control frames than a
+client has use for."""
 
 MAX_CLIENTS_TRIED = 32
-"""Clients without an idle connection that are passed over before the oldest idle one of all goes."""
+"""Clients without a connection to give up that are passed over before the oldest of all goes."""
 MAX_UNREAD_TRIED = 8
-"""Connections whose clients have not taken all of their last answer yet that are spared before one of them is cut."""
+"""Idle connections whose clients have not taken all of their last answer yet that are spared before one is cut."""
+STALLED_S = 5.0
+"""How long a client must not have read until its connection can go for another."""
+SHARES = 16
+"""One client has at most all but one of so many shares of the room; the last is for others."""
 
 Close = Callable[[bool], bool]
-"""Close a connection and return True, or return False where its client has not taken all of its last answer yet. With
-True it is closed all the same."""
+"""Close a connection and return True, or return False where the kernel still has to be given what was written to it.
+With True it is closed all the same."""
+
+GIVEN_UP: tuple[State, ...] = ("idle", "receiving", "stalled")
+"""To make room, the first that there is."""
+_REASON_TO_MAKE_ROOM: dict[State, Reason] = {"idle": "room", "receiving": "body", "stalled": "unread"}
 
 
 class Connection:
-    """One of them."""
+    """One of them. `state` is what its client is at."""
 
-    __slots__ = ("_client", "_close", "_table", "is_idle", "is_in_head")
+    __slots__ = ("_client", "_close", "_num_unread", "_request", "_table", "is_in_head", "state")
 
     def __init__(self, table: ConnectionTable, client: _Client, close: Close) -> None:
         self._table = table
         self._client = client
         self._close = close
-        self.is_idle = True
+        self._request: State = "idle"  # what it is at where all that was written is taken
+        self._num_unread = 0
+        self.state: State = "idle"
         self.is_in_head = False
 
     def head_began(self) -> None:
         """A byte of a head has come. May be called for each."""
-        if self.is_idle and not self.is_in_head:
+        if self.state == "idle" and not self.is_in_head:
             self._table._head_began(self)
 
-    def became_busy(self) -> None:
-        """A request has come."""
-        if self.is_idle:
-            self._table._became_busy(self)
+    def works(self, *, is_receiving: bool = False) -> None:
+        """A request has come, with all of its body or without."""
+        self._request = "receiving" if is_receiving else "working"
+        self._settle()
 
-    def became_idle(self) -> None:
+    def rests(self) -> None:
         """Every request is answered."""
-        if not self.is_idle:
-            self._table._became_idle(self)
+        self._request = "idle"
+        self._settle()
+
+    def stalls(self) -> None:
+        """Something that is written waits for its client; `moves` is called as often."""
+        self._num_unread += 1
+        self._settle()
+
+    def takes(self) -> None:
+        """Its client has taken some of what waits for it."""
+        if self.state == "stalled":
+            self._table._become(self, "stalled")
+
+    def moves(self) -> None:
+        """That does not wait any more."""
+        self._num_unread -= 1
+        self._settle()
+
+    def _settle(self) -> None:
+        state: State = "stalled" if self._num_unread and self._request != "idle" else self._request
+        if state != self.state:
+            self._table._become(self, state)
 
     def left(self) -> None:
         """It has ended, for whatever reason. May be called again."""
@@ -64,31 +104,38 @@ class Connection:
         self._table.ended["flood"] += 1
 
 
-class _Client:
-    """idle: its idle connections, oldest first."""
+_Queue = OrderedDict[Connection, float]
+"""Connections in one state, and since when, the oldest first."""
 
-    __slots__ = ("address", "idle", "num_open")
+
+class _Client:
+    __slots__ = ("address", "num_open", "queues")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.num_open = 0
-        self.idle: OrderedDict[Connection, None] = OrderedDict()
+        self.queues: dict[State, _Queue] = {state: OrderedDict() for state in STATES}
 
 
 class ConnectionTable:
     """limit: connections at once. idle_s: how long one may be without a request. head_s: how long a head may take from
-    its first byte. clock: in seconds, monotonic."""
+    its first byte. unread_s: how long a client may take nothing of what waits for it, 0 for ever; what waits in the
+    kernel is the kernel's to end. clock: in seconds, monotonic."""
 
-    def __init__(self, limit: int, *, idle_s: float, head_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, limit: int, *, idle_s: float, head_s: float, clock: Callable[[], float], unread_s: float = 0.0
+    ) -> None:
         self.limit = limit
         self.ended: dict[Reason, int] = dict.fromkeys(REASONS, 0)
         self.num_accepted = 0
         self.idle_s = idle_s
         self.head_s = head_s
+        self.unread_s = unread_s
         self._clock = clock
+        self._most_of_one = limit - limit // SHARES
         self._open: set[Connection] = set()
-        self._idle: OrderedDict[Connection, float] = OrderedDict()  # and since when, the oldest first
-        self._heads: OrderedDict[Connection, float] = OrderedDict()
+        self._queues: dict[State, _Queue] = {state: OrderedDict() for state in STATES}
+        self._heads: _Queue = OrderedDict()
         self._clients: dict[str, _Client] = {}
         self._by_size: dict[int, OrderedDict[_Client, None]] = {}
 
@@ -96,15 +143,19 @@ class ConnectionTable:
     def num_open(self) -> int:
         return len(self._open)
 
-    @property
-    def num_idle(self) -> int:
-        return len(self._idle)
+    def num_in(self, state: State) -> int:
+        return len(self._queues[state])
 
     # ------------------------------------------------------------------ coming and going
 
     def admit(self, address: str, close: Close) -> Connection | None:
-        """A connection has been accepted. None: it has to be refused, as all the others are at work."""
-        if len(self._open) >= self.limit and not self.make_room():
+        """A connection has been accepted. None: it has to be refused, as all that could go for it are at work."""
+        client = self._clients.get(address)
+        if client is not None and client.num_open >= self._most_of_one:
+            has_room = self.make_room(client)
+        else:
+            has_room = len(self._open) < self.limit or self.make_room()
+        if not has_room:
             self.ended["refused"] += 1
             return None
         client = self._clients.get(address)
@@ -117,23 +168,27 @@ class ConnectionTable:
         self.num_accepted += 1
         return connection
 
-    def make_room(self) -> bool:
-        """Close one idle connection. False: there is none."""
+    def make_room(self, client: _Client | None = None, *, of: Sequence[State] = GIVEN_UP) -> bool:
+        """Close one that is in one of these states, of the client if one is given. False: there is none."""
         for tried in range(MAX_UNREAD_TRIED + 1):
-            victim = self._victim()
-            if victim is None:
+            connection = self._victim(client, of)
+            if connection is None:
                 return False
-            if self._end(victim, "room", force=tried == MAX_UNREAD_TRIED):
+            must = tried == MAX_UNREAD_TRIED or connection.state != "idle"
+            if self._end(connection, _REASON_TO_MAKE_ROOM[connection.state], force=must):
                 return True
         return False
 
     def close_overdue(self) -> None:
-        """Close whatever has been idle, or in the middle of a head, for too long."""
+        """Close whatever has been idle, in the middle of a head, or unread for too long."""
         now = self._clock()
-        queues: tuple[tuple[Reason, OrderedDict[Connection, float], float], ...]
-        queues = (("head", self._heads, self.head_s), ("idle", self._idle, self.idle_s))
+        queues: tuple[tuple[Reason, _Queue, float], ...] = (
+            ("head", self._heads, self.head_s),
+            ("idle", self._queues["idle"], self.idle_s),
+            ("unread", self._queues["stalled"], self.unread_s),
+        )
         for reason, queue, limit_s in queues:
-            while queue:
+            while queue and limit_s > 0:
                 connection, since = next(iter(queue.items()))
                 if now - since < limit_s:
                     break
@@ -141,26 +196,40 @@ class ConnectionTable:
 
     def close_idle(self) -> None:
         """Close all that are idle: the server ends."""
-        for connection in list(self._idle):
+        for connection in list(self._queues["idle"]):
             self._end(connection, None, force=False)
 
-    def _victim(self) -> Connection | None:
-        if not self._idle:
-            return None
+    def _victim(self, client: _Client | None, states: Sequence[State]) -> Connection | None:
+        for state in states:
+            queue = client.queues[state] if client is not None else self._queues[state]
+            if not queue:
+                continue
+            since_longest = next(iter(queue))
+            connection = since_longest if client is not None else self._of_whoever_has_most(state)
+            if state != "stalled":
+                return connection
+            for each in (connection, since_longest):
+                if self._clock() - queue[each] >= STALLED_S:
+                    return each
+        return None
+
+    def _of_whoever_has_most(self, state: State) -> Connection:
+        """The oldest in this state, in which there are some, of the client that has the most connections."""
+        queue = self._queues[state]
         tried = 0
         for size in sorted(self._by_size, reverse=True):
             for client in self._by_size[size]:
-                if client.idle:
-                    return next(iter(client.idle))
+                if own := client.queues[state]:
+                    return next(iter(own))
                 tried += 1
                 if tried >= MAX_CLIENTS_TRIED:
-                    return next(iter(self._idle))
-        return next(iter(self._idle))
+                    return next(iter(queue))
+        return next(iter(queue))
 
     def _end(self, connection: Connection, reason: Reason | None, *, force: bool) -> bool:
         if not connection._close(force):
             self._delist(connection)
-            self._enlist(connection)  # as the youngest: it has been idle for as long as it takes to read
+            self._enlist(connection)  # as the youngest: its client may still read
             return False
         self._remove(connection)
         if reason is not None:
@@ -174,12 +243,10 @@ class ConnectionTable:
             connection.is_in_head = True
             self._heads[connection] = self._clock()
 
-    def _became_busy(self, connection: Connection) -> None:
+    def _become(self, connection: Connection, state: State) -> None:
         if connection in self._open:
             self._delist(connection)
-
-    def _became_idle(self, connection: Connection) -> None:
-        if connection in self._open:
+            connection.state = state
             self._enlist(connection)
 
     def _remove(self, connection: Connection) -> None:
@@ -193,15 +260,15 @@ class ConnectionTable:
             del self._clients[client.address]
 
     def _enlist(self, connection: Connection) -> None:
-        connection.is_idle = True
-        self._idle[connection] = self._clock()
-        connection._client.idle[connection] = None
+        now, state = self._clock(), connection.state
+        self._queues[state][connection] = connection._client.queues[state][connection] = now
 
     def _delist(self, connection: Connection) -> None:
-        connection.is_idle = connection.is_in_head = False
-        self._idle.pop(connection, None)
-        self._heads.pop(connection, None)
-        connection._client.idle.pop(connection, None)
+        state = connection.state
+        del self._queues[state][connection], connection._client.queues[state][connection]
+        if connection.is_in_head:
+            connection.is_in_head = False
+            del self._heads[connection]
 
     def _resize(self, client: _Client, change: int) -> None:
         """Keep clients by how many connections they have."""

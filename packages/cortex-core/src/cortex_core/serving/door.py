@@ -44,6 +44,8 @@ Speak = Callable[[asyncio.StreamReader, asyncio.StreamWriter, Connection], Await
 
 _TOLD: tuple[tuple[Reason, str], ...] = (
     ("room", "%d idle ones closed to make room"),
+    ("body", "%d closed in the middle of a body to make room"),
+    ("unread", "%d closed whose clients do not read"),
     ("refused", "%d refused, as all others are at work"),
     ("head", "%d closed in a head that did not end"),
     ("flood", "%d ended for a flood of HTTP/2 control frames"),
@@ -162,7 +164,7 @@ class Door:
         self._failures.append(exc)
         self._loop.remove_reader(self._listener)
         for _ in range(CLOSED_IN_A_PAUSE):
-            if not self._table.make_room():
+            if not self._table.make_room(of=("idle",)):
                 break
         self._resuming = self._loop.call_later(PAUSE_S, self._resume)
 

@@ -8,16 +8,20 @@ as nghttp2 and Go do it, and without credit the connection ends with ENHANCE_YOU
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import h2.errors
 import h2.events
 import h2.exceptions
+from h2.stream import StreamState
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol.events import Body, EndBody
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
 from hyperframe.exceptions import HyperframeError
 from priority.priority import PriorityError
+
+from cortex_core.serving.connection_table import Connection
 
 SLICE = 4 * 1024
 """Handed to h2 at a time: it takes frames apart at some 20 µs each, and does not stop before the end."""
@@ -31,11 +35,11 @@ _FREE = (h2.events.RequestReceived, h2.events.StreamEnded, h2.events.TrailersRec
 
 
 class BoundedH2(H2Protocol):  # type: ignore[misc]
-    """on_flood: called when the connection is ended for what its client sends."""
+    """entry: of the connection in the table."""
 
-    def __init__(self, *arguments: Any, on_flood: Callable[[], None]) -> None:
+    def __init__(self, *arguments: Any, entry: Connection) -> None:
         super().__init__(*arguments)
-        self._on_flood = on_flood
+        self._entry = entry
         self._credit = CREDIT
         self._credited_at = self.context.time()
 
@@ -68,7 +72,7 @@ class BoundedH2(H2Protocol):  # type: ignore[misc]
             if self.closed:
                 return
             if not self._affords(event):
-                self._on_flood()
+                self._entry.flooded()
                 await self._end(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
                 return
             stream_id = getattr(event, "stream_id", None)
@@ -82,9 +86,29 @@ class BoundedH2(H2Protocol):  # type: ignore[misc]
                 await self.stream_buffers[stream_id].close()
             await super()._handle_events([event])
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether of every request that there is the body is still to come."""
+        streams = (self.connection.streams.get(number) for number in self.streams)
+        return all(stream is not None and stream.state_machine.state is StreamState.OPEN for stream in streams)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if not isinstance(event, Body | EndBody):
+            await super().stream_send(event)
+            return
+        self._entry.stalls()  # where the client's window is shut it waits here, and nothing in TCP shows it
+        try:
+            await super().stream_send(event)
+        finally:
+            self._entry.moves()
+
     async def _send_data(self, stream_id: int) -> None:
         self._credit += CREDIT_PER_CHUNK
+        buffer = self.stream_buffers.get(stream_id)
+        before = len(buffer.buffer) if buffer is not None else 0
         await super()._send_data(stream_id)
+        if buffer is not None and len(buffer.buffer) < before:
+            self._entry.takes()
 
     def _affords(self, event: h2.events.Event) -> bool:
         if isinstance(event, _FREE) or (isinstance(event, h2.events.DataReceived) and event.data):

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import h11
 from hypercorn.asyncio.task_group import TaskGroup
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
@@ -48,6 +49,7 @@ class HttpConnection(TCPServer):  # type: ignore[misc]
     ) -> None:
         super().__init__(app, asyncio.get_running_loop(), config, context, {}, reader, writer)
         self.connection = connection
+        self._high_water = writer.transport.get_write_buffer_limits()[1]
 
     async def run(self) -> None:
         peer = self.writer.get_extra_info("socket")
@@ -60,7 +62,7 @@ class HttpConnection(TCPServer):  # type: ignore[misc]
                     *(self.app, self.config, self.context, task_group, ConnectionState(self.state)),
                     *(False, client, server, self.protocol_send, "http/1.1"),
                 )
-                self.protocol.on_flood = self.connection.flooded
+                self.protocol.entry = self.connection
                 await self.protocol.initiate()
                 await self._read_data()
         except OSError:
@@ -69,14 +71,32 @@ class HttpConnection(TCPServer):  # type: ignore[misc]
             await self._close()
 
     async def protocol_send(self, event: Event) -> None:
-        if not isinstance(event, Updated):
+        if isinstance(event, RawData):
+            await self._write(event.data)
+        elif not isinstance(event, Updated):
             await super().protocol_send(event)
         elif not event.idle:
-            self.connection.became_busy()
+            # Of HTTP/1 it is not known before all is looked at that has been read.
+            self.connection.works(is_receiving=self.protocol.is_http2 and self.protocol.is_receiving)
         elif self.context.terminated.is_set():
             self._task_group.spawn(self._initiate_server_close)
         else:
-            self.connection.became_idle()
+            self.connection.rests()
+
+    async def _write(self, data: bytes) -> None:
+        is_unread = False
+        async with self.send_lock:
+            try:
+                self.writer.write(data)
+                if self.writer.transport.get_write_buffer_size() > self._high_water:
+                    is_unread = True
+                    self.connection.stalls()
+                await self.writer.drain()
+            except (ConnectionError, RuntimeError):
+                await self.protocol.handle(Closed())
+            finally:
+                if is_unread:
+                    self.connection.moves()
 
     async def _read_data(self) -> None:
         while not self.reader.at_eof():
@@ -84,17 +104,32 @@ class HttpConnection(TCPServer):  # type: ignore[misc]
                 data = await self.reader.read(MAX_RECV)
             except OSError:
                 break
-            if not isinstance(self.protocol.protocol, BoundedH2):  # whose clients may ping while they are idle
+            if not self.protocol.is_http2:  # whose clients may ping while they are idle
                 self.connection.head_began()
             await self.protocol.handle(RawData(data))
+            if self.connection.state != "idle":
+                self.connection.works(is_receiving=self.protocol.is_receiving)
         await self.protocol.handle(Closed())
 
 
 class _Protocols(ProtocolWrapper):  # type: ignore[misc]
     """HTTP/1 until the client wants HTTP/2, by its preface or by an upgrade."""
 
-    on_flood: Callable[[], None]
+    entry: Connection
     protocol: Any
+
+    @property
+    def is_http2(self) -> bool:
+        return isinstance(self.protocol, BoundedH2)
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether of every request that there is the body is still to come."""
+        if isinstance(self.protocol, BoundedH2):
+            return self.protocol.is_receiving
+        return isinstance(self.protocol.connection, h11.Connection) and (
+            self.protocol.connection.their_state is h11.SEND_BODY
+        )
 
     async def handle(self, event: Event) -> None:
         try:
@@ -103,7 +138,7 @@ class _Protocols(ProtocolWrapper):  # type: ignore[misc]
             self.protocol = BoundedH2(
                 *(self.app, self.config, self.context, self.task_group, self.state),
                 *(self.ssl, self.client, self.server, self.send),
-                on_flood=self.on_flood,
+                entry=self.entry,
             )
             if isinstance(wish, H2CProtocolRequiredError):
                 await self.protocol.initiate(wish.headers, wish.settings)

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cortex_core.log_lines import left_out
-from cortex_core.serving.connection_table import REASONS, ConnectionTable
+from cortex_core.serving.connection_table import REASONS, STATES, ConnectionTable
 
 
 class ConnectionCollector(Collector):
@@ -25,7 +25,8 @@ class ConnectionCollector(Collector):
         prefix = self._prefix
         connections = GaugeMetricFamily(
             f"{prefix}_connections",
-            "Clients' connections that are open: idle ones wait for a request, busy ones have one.",
+            "Clients' connections that are open, by what they are at: idle, receiving a body, stalled by a client that "
+            "does not read, working.",
             labels=("listener", "state"),
         )
         limit = GaugeMetricFamily(
@@ -40,8 +41,8 @@ class ConnectionCollector(Collector):
             labels=("listener", "reason"),
         )
         for name, table in self._tables.items():
-            connections.add_metric((name, "idle"), table.num_idle)
-            connections.add_metric((name, "busy"), table.num_open - table.num_idle)
+            for state in STATES:
+                connections.add_metric((name, state), table.num_in(state))
             limit.add_metric((name,), table.limit)
             accepted.add_metric((name,), table.num_accepted)
             for reason in REASONS:

@@ -115,9 +115,11 @@ class Http1Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.is_blocked = True
+        self._entry.stalls()
 
     def resume_writing(self) -> None:
         self.is_blocked = False
+        self._entry.moves()
         if self._drain is not None and not self._drain.done():
             self._drain.set_result(None)
         self._drain = None
@@ -164,7 +166,7 @@ class Http1Connection(asyncio.Protocol):
             self._begin(self._queue.popleft())
             self._loop.call_soon(self._go_on)
         else:
-            self._entry.became_idle()
+            self._entry.rests()
             if self._has_begun:
                 self._entry.head_began()
             if self._verdict:
@@ -244,6 +246,8 @@ class Http1Connection(asyncio.Protocol):
     def _hand_over(self, raw: bytes) -> None:
         """To hypercorn, with everything since the beginning of this request."""
         self._stop(is_handed_over=True)
+        if self.is_blocked:
+            self._entry.moves()  # whoever has the connection now says it by itself
         self._transport.set_protocol(self._parent)
         self._reader.feed_data(raw)
 
@@ -323,6 +327,8 @@ class Http1Connection(asyncio.Protocol):
         cycle, self._receiving = self._receiving, None
         if cycle is not None:
             cycle.end()
+            if cycle is self._cycle:
+                self._entry.works()
         self._has_begun = False
         self._is_in_head = True
         self._num_head_bytes = 0
@@ -331,7 +337,7 @@ class Http1Connection(asyncio.Protocol):
 
     def _begin(self, cycle: RequestCycle) -> None:
         self._cycle = cycle
-        self._entry.became_busy()
+        self._entry.works(is_receiving=not cycle.is_whole)
         headers: RawHeaders = cycle.scope["headers"]
         if cycle.scope["http_version"] == "1.0" or self._num_requests >= self._config.keep_alive_max_requests:
             self.is_last = True
