@@ -96,7 +96,7 @@ async def test_a_request_that_kills_its_engine_fails_alone(neuron: Neuron, undis
     streams = Streams(neuron, requests)
     await streams.have_begun()
     killer = await neuron.ask(deadly)
-    assert killer.error is not None and killer.error["code"] == "engine_fault", killer
+    assert killer.error is not None and killer.error["code"] == "request_kills_engine", killer
     assert_same(await streams.answers(), expected)
     assert (await neuron.model())["status"] == "loaded"
     assert "42" in (await neuron.ask(SHORT)).text
@@ -205,6 +205,8 @@ async def test_where_no_engine_comes_back_the_model_says_why_and_a_later_load_st
         )
         assert streamed.error is not None and streamed.error["code"] == "engine_restarting"
         assert whole.status == 529 and whole.error is not None and "could not be rebuilt" in whole.error["message"]
+        ended = streamed.error["ended_engine"]
+        assert ended and whole.error["details"]["ended_engine"] == ended, "both were in the one that ended"
         model = await neuron.model()
         assert model["status"] == "failed" and "debug lever" in model["error"], model
         refused = await neuron.ask(SHORT)

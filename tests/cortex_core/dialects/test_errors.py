@@ -56,6 +56,11 @@ def test_the_anthropic_envelope() -> None:
     }
     coded = json.loads(anthropic_error_body(invalid("x", param="y"), None))
     assert coded["error"]["details"] == {"error_code": "invalid_value"}
+    lost = ApiError("overloaded", "x", code="engine_restarting", extras={"ended_engine": "a1-0", "other": 1})
+    assert json.loads(anthropic_error_body(lost, None))["error"]["details"] == {
+        "error_code": "engine_restarting",
+        "ended_engine": "a1-0",
+    }
     assert "request_id" not in coded
 
 

@@ -189,7 +189,7 @@ async def test_a_request_that_kills_its_engine_fails_alone(group: EngineGroup, e
     after = await read(group, request(9, max_tokens=LONG))
     await killer.done()
     assert killer.error is not None
-    assert (killer.error.code, killer.error.status, killer.error.is_retryable) == ("engine_fault", 500, False)
+    assert (killer.error.code, killer.error.status, killer.error.is_retryable) == ("request_kills_engine", 400, False)
     for reader in (before, after):
         await reader.done()
         reader.assert_whole(LONG)
@@ -202,7 +202,7 @@ async def test_two_requests_that_kill_their_engine_are_both_found(group: EngineG
     killers = [await read(group, request(DIE)) for _ in range(2)]
     for killer in killers:
         await killer.done()
-        assert killer.error is not None and killer.error.code == "engine_fault"
+        assert killer.error is not None and killer.error.code == "request_kills_engine"
     await innocent.done()
     innocent.assert_whole(LONG)
 
@@ -220,6 +220,7 @@ async def test_F6_where_no_engine_comes_back_requests_end_retryably(tmp_path: Pa
     assert reader.error is not None
     assert (reader.error.code, reader.error.status, reader.error.is_retryable) == ("engine_restarting", 503, True)
     assert "out of luck" in reader.error.message
+    assert reader.error.extras["ended_engine"].endswith("-0"), "a gateway is told which engine it was in at its end"
     with pytest.raises(ApiError):
         await group.generate([request(9)])
     await group.stop()

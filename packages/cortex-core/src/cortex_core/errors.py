@@ -33,6 +33,11 @@ STATUS_OF_KIND: dict[ErrorKind, int] = {
 }
 
 
+REQUEST_KILLS_ENGINE = "request_kills_engine"
+ENDED_ENGINE = "ended_engine"
+"""Extra of an error: the engine that ended while it held the request, by a name that no other engine has."""
+
+
 class ApiError(Exception):
     """An error a client is to read.
 
@@ -82,6 +87,18 @@ def model_not_found(model: str) -> ApiError:
         code="model_not_found",
         param="model",
         extras={"model_id": model},
+    )
+
+
+def request_kills_engine(model: str, deaths: int, consequence: str) -> ApiError:
+    """The request is the cause: processes ended whenever they held it. It would be the same elsewhere, so nobody is
+    asked to retry, in a status that clients do not repeat."""
+    return ApiError(
+        "invalid_request",
+        f"This request is not served: {deaths} processes that served `{model}` ended while they worked on it. "
+        f"{consequence}",
+        code=REQUEST_KILLS_ENGINE,
+        extras={"model_id": model, "deaths": deaths},
     )
 
 

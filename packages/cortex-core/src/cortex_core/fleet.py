@@ -98,7 +98,7 @@ class ModelLoad(msgspec.Struct, frozen=True):
 
 
 class HealthResponse(msgspec.Struct, frozen=True):
-    """`GET /health` of a neuron, answered from caches."""
+    """`GET /health` of a neuron, answered from caches. instance: another for each process; older peers have none."""
 
     uptime_secs: int = 0
     devices: tuple[DeviceHealth, ...] = ()
@@ -106,6 +106,7 @@ class HealthResponse(msgspec.Struct, frozen=True):
     models: tuple[ModelLoad, ...] = ()
     draining: bool = False
     memory_free_mb: int = 0
+    instance: str = ""
 
 
 class ModelSpec(msgspec.Struct, frozen=True):

@@ -9,7 +9,8 @@ A gateway sends `x-cortex-hop: 1`; the neuron then writes comments into an event
   those of text that is still held back (half a character, the beginning of a stop string) are due with it.
 - `: cortex-usage {…}`, just before the last event: the tokens, and in `finish` why each choice ended. The last write
   has no tokens behind it.
-- `: cortex-unfinished`, before an error that is no fault of the request: another neuron may go on.
+- `: cortex-unfinished`, before an error that is no fault of the request: another neuron may go on. Where an engine
+  ended while it held the request, `{"ended_engine": …}` follows in the same line.
 
 When a neuron dies in the middle, the gateway sends the client's request to another one with `x-cortex-resume: N`: the
 first N bytes of the body are a `ResumeState`, the rest is the request as it came. That neuron renders the prompt,
@@ -26,6 +27,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
+
+from cortex_core.errors import ENDED_ENGINE
 
 RESOLVED_MODEL_HEADER = "x-cortex-resolved-model"
 HOP_HEADER = "x-cortex-hop"
@@ -101,6 +104,12 @@ def stream_comment(head: StreamHead) -> bytes:
 
 def tokens_comment(batch: Batch) -> bytes:
     return TOKENS_MARK + _encode(batch) + MARK_END
+
+
+def unfinished_comment(ended_engine: str | None) -> bytes:
+    if ended_engine is None:
+        return UNFINISHED_MARK + MARK_END
+    return UNFINISHED_MARK + b" " + _encode({ENDED_ENGINE: ended_engine}) + MARK_END
 
 
 def resume_state(head: bytes, batches: bytes) -> tuple[bytes, str]:

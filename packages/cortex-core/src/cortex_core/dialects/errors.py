@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from cortex_core.errors import ApiError, ErrorKind
+from cortex_core.errors import ENDED_ENGINE, ApiError, ErrorKind
 
 DialectName = Literal["openai", "anthropic"]
 
@@ -79,6 +79,8 @@ def anthropic_error_body(err: ApiError, request_id: str | None) -> bytes:
     error: dict[str, Any] = {"type": ANTHROPIC_TYPES[err.kind], "message": anthropic_message(err)}
     if err.code is not None:
         error["details"] = {"error_code": err.code}
+        if ENDED_ENGINE in err.extras:
+            error["details"][ENDED_ENGINE] = err.extras[ENDED_ENGINE]
     body: dict[str, Any] = {"type": "error", "error": error}
     if request_id is not None:
         body["request_id"] = request_id

@@ -65,6 +65,7 @@ class Control:
                 models=tuple(services.manager.loads()),
                 draining=services.is_draining,
                 memory_free_mb=reading.memory_free_mb,
+                instance=services.instance,
             )
         )
 

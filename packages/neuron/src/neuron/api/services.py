@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -36,4 +37,5 @@ class Services:
     port: int = 0
     is_draining: bool = False
     began: float = field(default_factory=time.monotonic)
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
     lines: RequestLines = field(default_factory=lambda: RequestLines(later=later))

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import msgspec
 from cortex_core.conversation import Request
 from cortex_core.dialects.interface import Dialect
-from cortex_core.errors import ApiError, invalid
+from cortex_core.errors import ENDED_ENGINE, ApiError, invalid
 from cortex_core.events import Usage
 from cortex_core.hop import (
     MARK_END,
-    UNFINISHED_MARK,
     USAGE_MARK,
     ChoiceTokens,
     LoggedTokens,
@@ -24,6 +23,7 @@ from cortex_core.hop import (
     TokenLogprobs,
     stream_comment,
     tokens_comment,
+    unfinished_comment,
 )
 
 from neuron.api.exchange import Exchange
@@ -155,7 +155,7 @@ class StreamedAnswer:
         if self._exchange.has_started:
             last = self._projector.fail(error)
             if self._is_marked and error.is_retryable:
-                last = UNFINISHED_MARK + MARK_END + last
+                last = unfinished_comment(error.extras.get(ENDED_ENGINE)) + last
             await self._exchange.end_stream(last)
 
 

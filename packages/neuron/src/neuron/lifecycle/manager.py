@@ -226,7 +226,7 @@ class ModelManager:
         """End every request in flight with `shutting_down`."""
         for model in self._models.values():
             if model.group is not None:
-                model.group.fail_requests(shutting_down)
+                model.group.fail_requests(lambda _: shutting_down())
 
     async def shutdown(self, *, timeout_s: float) -> None:
         """Stop every model, each within `timeout_s`."""

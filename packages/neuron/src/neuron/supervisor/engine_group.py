@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -109,6 +110,7 @@ class EngineGroup:
         self.stats = EngineStats()
         self.num_restarts = 0
         self.stalled: str | None = None
+        self._name = secrets.token_hex(8)
         self._settings = settings
         self._on_event = on_event
         self._policy = policy or RestartPolicy()
@@ -141,7 +143,7 @@ class EngineGroup:
         was_loaded = self.state == "loaded"
         self._is_stopping = True
         self.state = "stopped"
-        self.fail_requests(engine_stopped)
+        self.fail_requests(lambda _: engine_stopped())
         incarnation = self._incarnation
         if was_loaded and incarnation is not None:
             await incarnation.stop()
@@ -188,11 +190,11 @@ class EngineGroup:
         """Seconds until a retry makes sense, while the group is down: the pause, and a load like the last one."""
         return self._policy.retry_after(self._retry_in_s or 0.0, self._load_seconds)
 
-    def fail_requests(self, error: Callable[[], ApiError]) -> None:
+    def fail_requests(self, error: Callable[[Generation], ApiError]) -> None:
         """End every request in flight with an error of its own, as when the daemon's time to drain is over."""
         live = [*self._waiting.values(), *self._in_engine.values()]
         for generation in {id(sequence.generation): sequence.generation for sequence in live}.values():
-            generation.fail(error())
+            generation.fail(error(generation))
 
     # ------------------------------------------------------------------ the loop of its life
 
@@ -290,6 +292,7 @@ class EngineGroup:
         self._failures = self._policy.failures_after(self._failures, lived_s)
         cause = suspicion.book_death(self._in_engine.values(), was_stable=self._policy.is_stable(lived_s))
         for sequence in self._in_engine.values():
+            sequence.generation.ended_engine = f"{self._name}-{self.num_restarts}"
             self._set_aside(sequence)
         self._in_engine.clear()
         if cause is not None:
@@ -298,7 +301,7 @@ class EngineGroup:
         self._announce_death(reason)
         if cause is not None:
             logger.error("a request kills its engine and is given up model=%s reason=%s", self.config.model_id, reason)
-            cause.generation.fail(engine_fault(reason), failed=cause)
+            cause.generation.fail(engine_fault(self.config.model_id, cause.num_faults + 1, reason), failed=cause)
 
     def _announce_death(self, reason: str) -> None:
         """Say so, unless there is no next attempt: then the end of the group is all there is to say."""
@@ -316,7 +319,7 @@ class EngineGroup:
         self.state = "failed"
         logger.error("engine group failed model=%s kind=%s reason=%s", self.config.model_id, kind, reason)
         self._on_event(GroupFailed(kind, reason))
-        self.fail_requests(lambda: engine_lost(reason, self.retry_after))
+        self.fail_requests(lambda each: engine_lost(reason, self.retry_after, ended_engine=each.ended_engine))
 
     def _on_progress(self, progress: LoadProgress) -> None:
         self._on_event(GroupLoading(progress))
@@ -344,7 +347,11 @@ class EngineGroup:
                 )
                 # What fitted once did so in a larger cache than this engine found memory for.
                 has_shrunk = failure.kind == "too_long" and sequence.num_faults > 0
-                error = engine_lost(failure.message, self.retry_after) if has_shrunk else sequence_error(failure)
+                error = (
+                    engine_lost(failure.message, self.retry_after, ended_engine=sequence.generation.ended_engine)
+                    if has_shrunk
+                    else sequence_error(failure)
+                )
                 sequence.generation.fail(error, failed=sequence)
         if self._waiting:
             self._release()

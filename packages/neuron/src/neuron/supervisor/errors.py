@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cortex_core.errors import ApiError, invalid
+from cortex_core.errors import ENDED_ENGINE, ApiError, invalid, request_kills_engine
 
 from neuron.protocol import LogitsHealth, SequenceFailed
 
@@ -28,25 +28,22 @@ def engine_restarting(retry_after: int) -> ApiError:
     )
 
 
-def engine_lost(reason: str, retry_after: int) -> ApiError:
-    """The engine that held the request died and could not be rebuilt. Another neuron may serve it: gateways know the
-    code as a reason to look for one."""
+def engine_lost(reason: str, retry_after: int, *, ended_engine: str | None) -> ApiError:
+    """The engine died and could not be rebuilt. Another neuron may serve the request: gateways know the code as a
+    reason to look for one. ended_engine: the last one that ended while it held the request, so that they know when a
+    request was the end of two."""
     return ApiError(
         "overloaded",
         f"The engine that was working on this request died and could not be rebuilt: {reason}",
         code="engine_restarting",
         retry_after=retry_after,
+        extras={} if ended_engine is None else {ENDED_ENGINE: ended_engine},
     )
 
 
-def engine_fault(reason: str) -> ApiError:
-    """The request is the cause: the engine died whenever it held it, the last time it held nothing else. It would do
-    the same elsewhere, so nobody is asked to retry."""
-    return ApiError(
-        "internal",
-        f"The engine died repeatedly while it worked on this request, at last on this request alone: {reason}",
-        code="engine_fault",
-    )
+def engine_fault(model_id: str, deaths: int, reason: str) -> ApiError:
+    """The request is the cause: the engine died whenever it held it, the last time it held nothing else."""
+    return request_kills_engine(model_id, deaths, f"The last one held nothing else, and its end was: {reason}")
 
 
 def engine_stopped() -> ApiError:

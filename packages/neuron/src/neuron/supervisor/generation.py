@@ -77,11 +77,13 @@ class Generation:
     A batch holds every update since the previous one; an empty batch means that nothing came for `heartbeat_s`.
     Iteration ends when every sequence has ended, and raises the `ApiError` of the first that failed. Leaving the
     context cancels what still runs. `heartbeat_s` may be changed at any time, for the beats that follow.
+    `ended_engine`: the last engine that ended while it held a sequence of the request.
     """
 
     def __init__(self, forget: Callable[[LiveSequence], None], *, heartbeat_s: float | None = None) -> None:
         self._forget = forget
         self.heartbeat_s = heartbeat_s
+        self.ended_engine: str | None = None
         self._live: dict[int, LiveSequence] = {}
         self._pending: list[Update] = []
         self._error: ApiError | None = None
