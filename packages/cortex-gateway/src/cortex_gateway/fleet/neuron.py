@@ -32,7 +32,7 @@ class NeuronError(Exception):
     """A neuron refused or could not be asked. `status` is None where there was no answer at all.
 
     `kind` is the machine-readable reason where the neuron gave one, `retry_after` its advice in seconds, `shortage`
-    what it said of memory.
+    what it said of memory, `is_gone` that its host is there and nothing listens on its port.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class NeuronError(Exception):
         kind: str | None = None,
         retry_after: int | None = None,
         shortage: Shortage | None = None,
+        is_gone: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -50,6 +51,7 @@ class NeuronError(Exception):
         self.kind = kind
         self.retry_after = retry_after
         self.shortage = shortage
+        self.is_gone = is_gone
 
     @property
     def refuses_gateway(self) -> bool:
@@ -122,19 +124,6 @@ class NeuronClient:
         """
         return await self._session.post(self.url(path), data=body, headers=headers, allow_redirects=False)
 
-    async def refuses_connections(self, timeout_s: float) -> bool:
-        """Whether its host is there and nothing listens on its port."""
-        url = URL(self._base)
-        try:
-            async with asyncio.timeout(timeout_s):
-                _, writer = await asyncio.open_connection(url.host, url.port)
-        except ConnectionRefusedError:
-            return True
-        except (OSError, TimeoutError):
-            return False
-        writer.close()
-        return False
-
     async def discovery(self, timeout_s: float) -> DiscoveryResponse:
         return await self._get("/discovery", DiscoveryResponse, timeout_s)
 
@@ -204,7 +193,8 @@ class NeuronClient:
         except TimeoutError as exc:
             raise NeuronError(f"{method} {path} of {self.name}: no answer within {timeout_s:g} s") from exc
         except (aiohttp.ClientError, OSError) as exc:
-            raise NeuronError(f"{method} {path} of {self.name}: {describe(exc)}") from exc
+            is_gone = isinstance(exc, aiohttp.ClientConnectorError) and isinstance(exc.os_error, ConnectionRefusedError)
+            raise NeuronError(f"{method} {path} of {self.name}: {describe(exc)}", is_gone=is_gone) from exc
         if response.status >= 400:
             answer = self.without_secrets(answer)
             raise refusal(response.status, answer, retry_after=response.headers.get("retry-after"))

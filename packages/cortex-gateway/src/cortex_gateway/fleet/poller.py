@@ -12,10 +12,12 @@ from cortex_core.fleet import DiscoveryResponse, HealthResponse
 from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused, has_died
+from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused
 
 log = logging.getLogger(__name__)
 
+MAX_LOOKS, LOOK_AGAIN_S, SILENCE_S = 10, 0.1, 1.0
+"""Whether a process has ended: so many looks, so far apart, none after one that was not answered for so long."""
 WATCH_INTERVAL_S = 0.25
 """How often a node is asked while a request or an operator waits for something to change there."""
 
@@ -45,6 +47,7 @@ class Poller:
         self._neurons = neurons
         self._current = current
         self._polled: dict[NeuronClient, _Polling] = {}
+        self._looks: dict[str, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         self.follow()
@@ -63,7 +66,7 @@ class Poller:
         tasks = [polling.task for polling in self._polled.values() if polling.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._looks.values(), return_exceptions=True)
 
     def nudge(self, node: str) -> None:
         """Poll soon: something was seen that the snapshot does not show."""
@@ -98,19 +101,44 @@ class Poller:
         async with self._polled[neuron].lock:
             return await self._poll(neuron)
 
-    async def has_ended(self, node: str) -> bool:
-        """Whether the process that answered the last poll is gone: nothing listens there, or what does is younger."""
+    async def has_ended(self, node: str, generation: int) -> bool:
+        """Whether that process is gone: nothing listens there, or another one does. However many ask, one looks.
+
+        Silence is no end: it may be a cut, a stop, or a host that is away with all it has. Nor is it one that the node
+        had announced: who drains is being stopped.
+        """
+        if (told := self._fleet.snapshot.nodes.get(node)) is not None and told.is_draining:
+            return False
+        loop = asyncio.get_running_loop()
+        for _ in range(MAX_LOOKS):
+            asked_at = loop.time()
+            look = self._looks.get(node)
+            if look is None:
+                look = self._looks[node] = asyncio.create_task(self._look(node), name=f"look-{node}")
+                look.add_done_callback(lambda _: self._looks.pop(node, None))
+            await asyncio.shield(look)
+            known = self._fleet.snapshot.nodes.get(node)
+            if known is None:
+                return False
+            if known.is_gone or known.generation != generation:
+                return True
+            if known.polled_at >= asked_at or loop.time() - asked_at > SILENCE_S:
+                return False
+            await asyncio.sleep(LOOK_AGAIN_S)  # a process that is ending may accept a last connection
+        return False
+
+    async def _look(self, node: str) -> None:
+        """A poll where the node answers. Where it does not, that is no missed poll: several looks are no patience."""
         neuron = self._neurons.get(node)
         if neuron is None:
-            return False
-        before = self._fleet.snapshot.nodes[node].uptime_secs
-        answered = await self.refresh(node)
-        known = self._fleet.snapshot.nodes.get(node)
-        return has_died(
-            uptime_before_s=before,
-            uptime_after_s=known.uptime_secs if answered and known is not None else None,
-            refuses_connections=not answered and await neuron.refuses_connections(self._current.config.poll.timeout_s),
-        )
+            return
+        try:
+            await neuron.health(self._current.config.poll.timeout_s)
+        except NeuronError as error:
+            if error.is_gone and self._is_configured(neuron):
+                self._fleet.apply(PollMissed(node=node, error=error.message, unhealthy_after=1, is_gone=True))
+            return
+        await self.refresh(node)
 
     async def refresh_stale(self, max_age_s: float) -> None:
         """Poll every healthy node whose last answer is older than that; however many ask, each is polled once."""
@@ -178,6 +206,7 @@ class Poller:
                     error=error.message,
                     unhealthy_after=settings.unhealthy_after,
                     is_alive=fleet.activity.is_heard_since(neuron.name, started_at),
+                    is_gone=error.is_gone,
                 )
             )
             return False

@@ -84,6 +84,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     `pins` are an operator's, on a neuron too old to keep them itself. lifecycle_cycles counts evictions;
     defrag_since is when so many of them had come together that every model older than that is to be recycled.
     refusal: the code of the error with which it refuses this gateway.
+    generation counts the processes that were seen here one after the other, by their `instance` or, where they say
+    none, by their uptime; is_gone: the last one has ended, for nothing listens there.
     polled_at and operated_at are monotonic seconds: the start of the last answered poll, and the end of the last
     load or unload. A poll that began before an operation ended describes the past and is not applied.
     """
@@ -100,6 +102,9 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     devices: tuple[DeviceHealth, ...] = ()
     memory_free_mb: int = 0
     uptime_secs: int = 0
+    instance: str = ""
+    generation: int = 0
+    is_gone: bool = False
     is_draining: bool = False
     discovery: DiscoveryResponse | None = None
     activation: Activation = Activation()

@@ -37,12 +37,14 @@ class Polled(msgspec.Struct, frozen=True):
 
 
 class PollMissed(msgspec.Struct, frozen=True):
-    """No answer to a poll. is_alive: bytes of an answer arrived from the node meanwhile, so it is busy and not dead."""
+    """No answer to a poll. is_alive: bytes of an answer arrived from the node meanwhile, so it is busy and not dead.
+    is_gone: its host is there, and nothing listens."""
 
     node: str
     error: str
     unhealthy_after: int = 3
     is_alive: bool = False
+    is_gone: bool = False
 
 
 class PollRefused(msgspec.Struct, frozen=True):
@@ -143,6 +145,8 @@ def reduce(snapshot: FleetSnapshot, event: FleetEvent) -> FleetSnapshot:
 def _missed(node: NodeSnapshot, event: PollMissed) -> NodeSnapshot:
     """healthy → suspect, which is still routable → unhealthy. Tokens that flow count as life: they make a node that
     misses polls suspect and no more."""
+    if event.is_gone:
+        node = msgspec.structs.replace(node, is_gone=True)
     if event.is_alive and node.is_routable:
         return msgspec.structs.replace(node, health="suspect", misses=0, last_error=event.error, refusal=None)
     misses = node.misses + 1
@@ -177,6 +181,9 @@ def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
             devices=health.devices,
             memory_free_mb=health.memory_free_mb,
             uptime_secs=health.uptime_secs,
+            instance=health.instance,
+            generation=node.generation + _is_another(node, health),
+            is_gone=False,
             is_draining=health.draining,
             activation=health.activation,
         )
@@ -220,14 +227,13 @@ def _pinned(node: NodeSnapshot, event: Pinned) -> NodeSnapshot:
     return msgspec.structs.replace(node, pins=pins, models=models)
 
 
-def has_died(*, uptime_before_s: int, uptime_after_s: int | None, refuses_connections: bool) -> bool:
-    """Whether a neuron's process has ended since it was last heard of.
-
-    uptime_after_s: None where it does not answer. refuses_connections: its host is there, and nothing listens.
-    """
-    if uptime_after_s is None:
-        return refuses_connections
-    return uptime_after_s < uptime_before_s
+def _is_another(node: NodeSnapshot, health: HealthResponse) -> bool:
+    """Whether another process answers than the last time."""
+    if node.is_gone:
+        return True
+    if node.instance and health.instance:
+        return node.instance != health.instance
+    return health.uptime_secs < node.uptime_secs
 
 
 def _failed(node: NodeSnapshot, event: OperationEnded, failure: LoadFailure) -> NodeSnapshot:

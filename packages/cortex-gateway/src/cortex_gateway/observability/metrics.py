@@ -32,7 +32,7 @@ _RESIDENT = ("node", "model")
 _KEY = ("account", "key")
 
 
-class _ModelSeries:
+class ModelSeries:
     """The children of one (model, node), looked up once."""
 
     __slots__ = (
@@ -100,6 +100,12 @@ class Metrics:
             "cortex_resumes",
             "Streams that were cut off on this node in their middle, and went on from there.",
             _PLACE,
+            registry=registry,
+        )
+        self.blamed = Counter(
+            "cortex_blamed_requests",
+            "Requests that end processes: found out (`died`), come again (`again`), found out by a neuron (`engine`).",
+            ("model", "stage"),
             registry=registry,
         )
         self.client_gone = Counter(
@@ -200,7 +206,7 @@ class Metrics:
             "cortex_config_valid", "0 if the files were refused when they were last read.", registry=registry
         )
         self.config_valid.set(1)
-        self._series: dict[tuple[str, str], _ModelSeries] = {}
+        self._series: dict[tuple[str, str], ModelSeries] = {}
 
     def observe_fleet(self, fleet: Fleet, waiting: Waiting, is_known: Callable[[str], bool]) -> None:
         """Expose the gauges of a fleet's snapshot, its breakers and the queue as well. is_known: of a model's id."""
@@ -216,10 +222,10 @@ class Metrics:
     def render(self) -> bytes:
         return generate_latest(self.registry)
 
-    def place(self, model: str, node: str) -> _ModelSeries:
+    def place(self, model: str, node: str) -> ModelSeries:
         series = self._series.get((model, node))
         if series is None:
-            series = self._series[(model, node)] = _ModelSeries(self, model, node)
+            series = self._series[(model, node)] = ModelSeries(self, model, node)
         return series
 
     def charged(self, principal: Principal, usage: Usage) -> None:

@@ -53,6 +53,7 @@ class Lease:
         "_is_try",
         "_neurons",
         "_status",
+        "generation",
         "model",
         "neuron",
         "neuron_model",
@@ -73,6 +74,7 @@ class Lease:
         self._neurons = neurons
         self._clock = clock
         self.neuron = neuron = neurons[node]
+        self.generation = fleet.snapshot.nodes[node].generation
         self.model = model
         self.neuron_model = neuron_model
         self.route = route

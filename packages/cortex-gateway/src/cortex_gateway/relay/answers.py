@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import NoReturn
 
 import aiohttp
 from cortex_core.dialects.limits import MAX_WHOLE_ANSWER_BYTES
@@ -17,10 +18,18 @@ from cortex_gateway.asgi import JSON_CONTENT_TYPE, RawHeaders, Send
 from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.fleet.openai_server import OpenAIServer
+from cortex_gateway.relay.blame import MOST_DEATHS
 from cortex_gateway.relay.charge import generated_tokens
 from cortex_gateway.relay.events import EventRelay, ForeignStream, scan_usage
 from cortex_gateway.relay.exchange import Exchange
-from cortex_gateway.relay.failures import as_api_error, gateway_refused, is_refusal_of_gateway, is_stale_route
+from cortex_gateway.relay.failures import (
+    as_api_error,
+    blames_request,
+    ended_engine,
+    gateway_refused,
+    is_refusal_of_gateway,
+    is_stale_route,
+)
 from cortex_gateway.relay.headers import EVENT_STREAM_HEADERS, response_headers
 from cortex_gateway.relay.silence import PingedSend
 from cortex_gateway.relay.translation import TranslatedStream, WholeAnswer
@@ -40,6 +49,26 @@ class StaleRoute(Exception):
 
 class BrokenStream(Exception):
     """The neuron was cut off in the middle of a stream, and another one can go on with it."""
+
+
+class Unanswered(Exception):
+    """A try ended without anything of an answer, and maybe with the process that worked on it.
+
+    engine: what the neuron says has ended. settle: where it says nothing, raises what comes of it if its own process
+    has not ended.
+    """
+
+    def __init__(self, *, engine: str | None = None, settle: Callable[[], NoReturn] | None = None) -> None:
+        super().__init__()
+        self.settle = settle
+        self.engine = engine
+
+
+def go_elsewhere(exchange: Exchange, how: StaleRoute | BrokenStream, engine: str | None) -> NoReturn:
+    """engine: that has ended while it held the request, if one has."""
+    if engine is not None and not exchange.has_answered:
+        raise Unanswered(engine=engine)
+    raise how
 
 
 class AnswerRelay:
@@ -126,15 +155,16 @@ class AnswerRelay:
         now = loop.time
         try:
             if data:
-                exchange.first_byte_at = exchange.last_byte_at = now()
+                exchange.last_byte_at = now()
+                exchange.answers(exchange.last_byte_at)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             while chunk := await readany():
                 data = feed(chunk)
                 exchange.last_byte_at = now()
                 if not data:
                     continue
-                if exchange.first_byte_at is None and not data.startswith((b":", b"event: ping")):
-                    exchange.first_byte_at = exchange.last_byte_at
+                if not exchange.has_answered and not data.startswith((b":", b"event: ping")):
+                    exchange.answers(exchange.last_byte_at)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except ForeignStream:
             raise ApiError(
@@ -144,8 +174,10 @@ class AnswerRelay:
             exchange.usage = events.usage()
             if exchange.grant is not None:
                 exchange.generated = generated_tokens(events)
-        if events.is_unfinished and exchange.num_resumes < MAX_RESUMES:
-            raise BrokenStream
+        if isinstance(events, EventRelay):
+            if events.is_unfinished and exchange.num_resumes < MAX_RESUMES:
+                go_elsewhere(exchange, BrokenStream(), ended_engine(events.unfinished_mark))
+            exchange.is_blamed = blames_request(events.last_error)
         exchange.settle()
         last = events.flush()
         exchange.usage = events.usage()
@@ -163,8 +195,8 @@ class AnswerRelay:
         num_bytes = 0
         while chunk := await response.content.readany():
             exchange.last_byte_at = loop.time()
-            if exchange.first_byte_at is None:
-                exchange.first_byte_at = exchange.last_byte_at
+            if not exchange.has_answered:
+                exchange.answers(exchange.last_byte_at)
             num_bytes += len(chunk)
             if num_bytes > MAX_WHOLE_ANSWER_BYTES:
                 raise UpstreamFault(ApiError("internal", "The server's answer is too large.", status=502))
@@ -185,7 +217,8 @@ class AnswerRelay:
         length = response.content_length
         if length is not None and length <= MAX_BUFFERED_ANSWER:
             data = await response.read()
-            exchange.first_byte_at = exchange.last_byte_at = loop.time()
+            exchange.last_byte_at = loop.time()
+            exchange.answers(exchange.last_byte_at)
             exchange.usage = scan_usage(data)
             exchange.status = response.status
             exchange.settle()
@@ -202,8 +235,8 @@ class AnswerRelay:
         tail = b""
         while chunk := await response.content.readany():
             exchange.last_byte_at = loop.time()
-            if exchange.first_byte_at is None:
-                exchange.first_byte_at = exchange.last_byte_at
+            if not exchange.has_answered:
+                exchange.answers(exchange.last_byte_at)
             tail = (tail + chunk)[-4096:]
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         exchange.usage = scan_usage(tail)
@@ -224,11 +257,13 @@ class AnswerRelay:
             num_bytes += len(piece)
         data = b"".join(pieces)[:MAX_BUFFERED_ANSWER]
         is_refused = not isinstance(neuron, OpenAIServer) and is_refusal_of_gateway(response.status, data)
+        engine = None if isinstance(neuron, OpenAIServer) else ended_engine(data)
         if is_refused or is_stale_route(response.status, data):
             if exchange.stream is not None and exchange.num_resumes < MAX_RESUMES:
-                raise BrokenStream
-            if exchange.num_attempts < MAX_ATTEMPTS:
-                raise StaleRoute
+                go_elsewhere(exchange, BrokenStream(), engine)
+            if exchange.num_attempts < (MAX_ATTEMPTS if engine is None else MOST_DEATHS):
+                go_elsewhere(exchange, StaleRoute(), engine)
+        exchange.is_blamed = not isinstance(neuron, OpenAIServer) and blames_request(data)
         translation = exchange.translation
         data = neuron.without_secrets(data)
         snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")

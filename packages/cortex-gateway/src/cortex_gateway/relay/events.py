@@ -121,6 +121,16 @@ class EventRelay:
             self._last = chunk
         return chunk
 
+    @property
+    def unfinished_mark(self) -> bytes:
+        return self._held.partition(MARK_END)[0]
+
+    @property
+    def last_error(self) -> bytes:
+        """At the end of the stream: the error that it ends with, in the shapes that neurons give it; else nothing."""
+        last = (self._last[-USAGE_TAIL:] + self._held).rstrip(b"\n").rpartition(b"\n\n")[2]
+        return last if last.startswith((b"event: error", b'data: {"error":')) else b""
+
     def flush(self) -> bytes:
         """What a stream that ended properly still holds: a last event without its blank line, or the last write."""
         held, self._held = self._held, b""

@@ -24,6 +24,7 @@ from cortex_gateway.routes.surface import Surface
 if TYPE_CHECKING:
     from cortex_gateway.observability.captures import Capture
     from cortex_gateway.observability.tracing import RequestTrace
+    from cortex_gateway.relay.blame import Trial
 
 Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeout", "client_gone", "shutdown", "error"]
 
@@ -46,7 +47,8 @@ class Exchange:
     the neurons that wrote it; None before the first byte. translation: how a server that is no neuron is asked, where
     one is. is_sending: something is on its way to the client, who may be slow. trace: its spans, where telemetry is on;
     trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
-    where exchanges are captured.
+    where exchanges are captured. has_answered: the node of this attempt has sent something of an answer, beyond pings.
+    trial: where processes have ended under the same body before. is_blamed: a neuron found that it ends its engine.
     """
 
     __slots__ = (
@@ -58,14 +60,15 @@ class Exchange:
         "first_byte_at",
         "generated",
         "grant",
+        "has_answered",
         "interruption",
+        "is_blamed",
         "is_sending",
         "is_stream",
         "last_byte_at",
         "model",
         "node",
         "num_attempts",
-        "num_deaths",
         "num_resumes",
         "opening",
         "outcome",
@@ -84,6 +87,7 @@ class Exchange:
         "trace",
         "trace_id",
         "translation",
+        "trial",
         "usage",
     )
 
@@ -106,7 +110,9 @@ class Exchange:
         self.node: str | None = None
         self.route: str | None = None
         self.num_attempts = 0
-        self.num_deaths = 0
+        self.has_answered = False
+        self.is_blamed = False
+        self.trial: Trial | None = None
         self.num_resumes = 0
         self.is_stream = False
         self.is_sending = False
@@ -127,6 +133,14 @@ class Exchange:
         self.stream: EventRelay | TranslatedStream | None = None
         self.translation: Translation | None = None
         self.interruption: ApiError | ClientGone | None = None
+
+    def answers(self, now: float) -> None:
+        """A piece of the answer itself has come."""
+        self.has_answered = True
+        if self.first_byte_at is None:
+            self.first_byte_at = now
+        if self.trial is not None:
+            self.trial.answered()
 
     def interrupt(self, reason: ApiError | ClientGone) -> None:
         """End the request from outside, wherever it is: the handler sees `reason` raised. The first reason wins."""

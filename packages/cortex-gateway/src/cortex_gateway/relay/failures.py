@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import aiohttp
 import msgspec
 from cortex_core.dialects.limits import MAX_FOREIGN_ERROR_BYTES
-from cortex_core.errors import ApiError
+from cortex_core.errors import ENDED_ENGINE, REQUEST_KILLS_ENGINE, ApiError
 
 from cortex_gateway.fleet.neuron import GATEWAY_REFUSALS, refusal
 
@@ -37,6 +39,23 @@ _STALE_CODES = (b"model_not_found", b"engine_restarting", b"model_loading", b"mo
 def is_stale_route(status: int, body: bytes) -> bool:
     """Whether a neuron refused because the model is not (or not yet) where our last poll saw it."""
     return status in (404, 503, 529) and any(b'"%s"' % code in body for code in _STALE_CODES)
+
+
+_BLAME = tuple(b'code":"%s"' % code for code in (REQUEST_KILLS_ENGINE.encode(), b"engine_fault"))
+
+
+def blames_request(body: bytes) -> bool:
+    """Whether a neuron says in an error that the request ends its engine, also one that calls it by its older name."""
+    return any(code in body for code in _BLAME)
+
+
+_ENDED_ENGINE = re.compile(rb'"%s":"([0-9a-z-]{1,64})"' % ENDED_ENGINE.encode())
+
+
+def ended_engine(error: bytes) -> str | None:
+    """The engine that ended while it held the request, where a neuron gives that as the reason of its error."""
+    found = _ENDED_ENGINE.search(error)
+    return None if found is None else found[1].decode()
 
 
 _GATEWAY_REFUSALS = tuple(b'"%s"' % code.encode() for code in sorted(GATEWAY_REFUSALS))

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import aiohttp
 from cortex_core.dialects.errors import error_body, headers_of, status_of
@@ -31,12 +30,13 @@ from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.principal import limit_headers
 from cortex_gateway.observability.access_log import AccessLog
 from cortex_gateway.observability.captures import Captures
-from cortex_gateway.observability.metrics import Metrics
+from cortex_gateway.observability.metrics import Metrics, ModelSeries
 from cortex_gateway.placement.placement import Lease, Placement
-from cortex_gateway.relay.answers import MAX_ATTEMPTS, MAX_RESUMES, AnswerRelay, BrokenStream, StaleRoute
-from cortex_gateway.relay.blame import MAX_DEATHS, Blame, request_kills_engine
+from cortex_gateway.relay.answers import MAX_ATTEMPTS, MAX_RESUMES, AnswerRelay, BrokenStream, StaleRoute, Unanswered
+from cortex_gateway.relay.blame import Body
 from cortex_gateway.relay.body import BodyMemory, ClientGone, RequestBody
 from cortex_gateway.relay.charge import used
+from cortex_gateway.relay.deaths import Deaths
 from cortex_gateway.relay.departure import DepartureWatch
 from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
 from cortex_gateway.relay.failures import (
@@ -92,7 +92,7 @@ class Relay:
         self._tracing = tracing
         self._body_memory = BodyMemory(self._settings.max_body_memory_bytes)
         self._answers = AnswerRelay(self._own_headers, current)
-        self._blame = Blame(time.monotonic)
+        self._deaths = Deaths(poller, metrics)
         self._large_bodies = LargeBodies(body_workers)
         self._active: set[Exchange] = set()
         self._idle: asyncio.Event = asyncio.Event()
@@ -240,9 +240,8 @@ class Relay:
     ) -> None:
         assert exchange.model is not None
         model = exchange.resolved = self._placement.resolve(exchange.model)
-        if self._blame.is_suspect(payload.num_bytes):
-            digest = await payload.digest()
-            self._blame.check(model, payload.num_bytes, lambda: digest)
+        body = Body(model, payload.num_bytes)
+        await self._deaths.check(body, payload)
         if exchange.principal is not None:
             exchange.grant = await self._identity.admit(
                 exchange.principal, exchange.model, model, payload, is_metered=exchange.surface.generates
@@ -264,21 +263,27 @@ class Relay:
                     is_resuming=exchange.num_resumes > 0,
                 )
             with lease:
-                exchange.node, exchange.route = lease.neuron.name, lease.route
-                exchange.num_attempts += 1
-                if exchange.capture is not None:
-                    exchange.capture.attempt(lease.neuron.name, lease.route)
-                try:
-                    await self._forward(exchange, lease, payload, headers, send, loop)
-                    return
-                except StaleRoute:
-                    lease.discard()
-                    self._metrics.retries.labels(model, lease.neuron.name).inc()
-                except BrokenStream:
-                    lease.discard()
-                    self._metrics.resumes.labels(model, lease.neuron.name).inc()
-                    await self._hold(exchange, send)
-            await self._poller.refresh(lease.neuron.name)
+                if not (is_taken := self._deaths.is_taken(body, lease.neuron.name)):
+                    exchange.node, exchange.route = lease.neuron.name, lease.route
+                    exchange.num_attempts += 1
+                    if exchange.capture is not None:
+                        exchange.capture.attempt(lease.neuron.name, lease.route)
+                    try:
+                        async with self._deaths.watched(exchange, lease, body, payload):
+                            await self._forward(exchange, lease, payload, headers, send, loop)
+                        return
+                    except StaleRoute:
+                        lease.discard()
+                        self._metrics.retries.labels(model, lease.neuron.name).inc()
+                    except BrokenStream:
+                        lease.discard()
+                        self._metrics.resumes.labels(model, lease.neuron.name).inc()
+                        await self._hold(exchange, send)
+            if is_taken:
+                await self._deaths.freed()
+            else:
+                await self._poller.refresh(lease.neuron.name)
+            await self._deaths.check(body, payload)
 
     def _ping(self, exchange: Exchange) -> bytes:
         """What keeps a waiting stream alive; where it is wanted, with a word on what it waits for."""
@@ -331,9 +336,8 @@ class Relay:
             silence_s=self._settings.stream_silence_s,
             cut=cut,
         )
-        began_at = loop.time()
         if exchange.sent_at is None:
-            exchange.sent_at = began_at
+            exchange.sent_at = loop.time()
         try:
             response = await lease.neuron.post(path, outgoing.data(), request)
             lease.answered(response.status, exchange)
@@ -342,22 +346,11 @@ class Relay:
             series.duration.observe(loop.time() - exchange.started_at)
             await self._answers.relay(exchange, response, lease.neuron, send, loop)
         except (aiohttp.ClientError, OSError) as exc:
-            if exchange.last_byte_at < began_at and await self._ended_again(exchange, lease, exc):
-                self._blame.remember(lease.model, payload.num_bytes, await payload.digest())
-                raise request_kills_engine(lease.model) from exc
-            if exchange.stream is not None and exchange.stream.is_resumable and exchange.num_resumes < MAX_RESUMES:
-                lease.failed()
-                self._poller.nudge(lease.neuron.name)
-                raise BrokenStream from exc
-            if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | ConnectionError):
-                self._poller.nudge(lease.neuron.name)
-            if response is None and exchange.num_attempts < MAX_ATTEMPTS and is_dead_connection(exc):
-                raise StaleRoute from exc
-            lease.failed()
-            series.errors.inc()
-            log.warning("request %s: node %s: %s", exchange.request_id, lease.neuron.name, describe(exc))
-            exchange.outcome = "upstream_failed"
-            raise upstream_failed(exc) from exc
+            settle = partial(self._broken_off, exchange, lease, series, exc, is_begun=response is not None)
+            is_neuron = not isinstance(lease.neuron, OpenAIServer)
+            if is_neuron and not exchange.has_answered and not isinstance(exc, aiohttp.ClientConnectorError):
+                raise Unanswered(settle=settle) from exc
+            settle()
         except UpstreamFault as fault:
             lease.failed()
             series.errors.inc()
@@ -375,13 +368,23 @@ class Relay:
             if response is not None:
                 response.release() if response.content.at_eof() else response.close()
 
-    async def _ended_again(self, exchange: Exchange, lease: Lease, exc: BaseException) -> bool:
-        """Whether, under this request and without a byte of answer, the last process that may has ended."""
-        if isinstance(exc, aiohttp.ClientConnectorError) or not await self._poller.has_ended(lease.neuron.name):
-            return False
-        exchange.num_deaths += 1
-        log.warning("request %s: node %s ended while it was asked", exchange.request_id, lease.neuron.name)
-        return exchange.num_deaths >= MAX_DEATHS
+    def _broken_off(
+        self, exchange: Exchange, lease: Lease, series: ModelSeries, exc: BaseException, *, is_begun: bool
+    ) -> NoReturn:
+        """A node could not be reached, or broke off. Raises where the request goes from here, or what ends it."""
+        if exchange.stream is not None and exchange.stream.is_resumable and exchange.num_resumes < MAX_RESUMES:
+            lease.failed()
+            self._poller.nudge(lease.neuron.name)
+            raise BrokenStream from exc
+        if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | ConnectionError):
+            self._poller.nudge(lease.neuron.name)
+        if not is_begun and exchange.num_attempts < MAX_ATTEMPTS and is_dead_connection(exc):
+            raise StaleRoute from exc
+        lease.failed()
+        series.errors.inc()
+        log.warning("request %s: node %s: %s", exchange.request_id, lease.neuron.name, describe(exc))
+        exchange.outcome = "upstream_failed"
+        raise upstream_failed(exc) from exc
 
     async def _outgoing(
         self, exchange: Exchange, lease: Lease, payload: Payload, headers: RawHeaders
