@@ -213,3 +213,33 @@ async def test_O2_a_client_that_reads_nothing_of_its_answers_is_cut_off() -> Non
         await eventually(lambda: daemon._connections.num_open == 0)
     daemon.request_stop()
     await serving
+
+
+IMPORTED = """
+import asyncio, http.client, sys
+from neuron.config import NeuronConfig
+from neuron.server import Daemon
+
+def ask(url):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection.request("GET", "/health")
+    return connection.getresponse().status
+
+async def main():
+    daemon = Daemon(NeuronConfig(host="127.0.0.1", port=0, state_dir=""))
+    url = daemon.bind()
+    before = set(sys.modules)
+    serving = asyncio.create_task(daemon.serve())
+    assert await asyncio.to_thread(ask, url) == 200
+    print(*sorted(set(sys.modules) - before))
+    daemon.request_stop()
+    await serving
+
+asyncio.run(main())
+"""
+
+
+def test_O2_once_it_listens_nothing_is_imported_before_it_answers() -> None:
+    """Whoever connects meanwhile waits for as long: seconds where the processor is busy."""
+    ended = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, timeout=120)
+    assert (ended.stdout.split(), ended.returncode) == ([], 0), ended.stderr

@@ -58,7 +58,7 @@ def test_O2_who_is_at_work_is_never_closed_and_another_is_refused() -> None:
     for name in "abcd":
         table.come(name).works()
     table.now = 10_000
-    table.close_overdue()
+    table.close_overdue(9)
     assert table.admit("192.0.2.9", lambda force: True) is None
     assert (table.closed, table.num_open, table.ended["refused"]) == ([], 4, 1)
 
@@ -117,11 +117,11 @@ def test_O2_who_takes_some_of_its_answer_is_not_unread() -> None:
     deaf.stalls()  # more that waits: nothing is taken by that
     deaf.moves()
     table.now = 100
-    table.close_overdue()
+    table.close_overdue(9)
     assert (table.closed, table.ended["unread"]) == (["deaf"], 1)
     slow.moves()
     table.now = 1000
-    table.close_overdue()
+    table.close_overdue(9)
     assert table.closed == ["deaf"] and slow.state == "working"
 
 
@@ -133,7 +133,7 @@ def test_O2_what_waits_in_the_kernel_is_ended_by_the_kernel() -> None:
     slow.stalls()
     table.unread = {"slow"}
     table.now = 1000
-    table.close_overdue()
+    table.close_overdue(9)
     assert table.closed == [] and slow.state == "stalled"
     table.now += STALLED_S
     table.come("new", "192.0.2.9")
@@ -205,19 +205,28 @@ def test_O2_idle_connections_and_heads_that_do_not_end_are_closed_in_time() -> N
     slow.head_began()
     table.now = 49
     slow.head_began()  # another byte of the same head
-    table.close_overdue()
+    table.close_overdue(9)
     assert table.closed == []
     table.now = 50
-    table.close_overdue()
+    table.close_overdue(9)
     assert (table.closed, table.ended["head"]) == (["slow"], 1)
     kept.works()
     kept.rests()
     table.now = 124
-    table.close_overdue()
+    table.close_overdue(9)
     assert table.closed == ["slow"]
     table.now = 125
-    table.close_overdue()
+    table.close_overdue(9)
     assert (table.closed, table.ended["idle"], table.num_open) == (["slow", "kept"], 1, 1)
+
+
+def test_O2_of_many_that_are_overdue_so_many_are_closed_at_once() -> None:
+    table = Table(limit=400, idle_s=75)
+    for number in range(200):
+        table.come(str(number), f"192.0.2.{number}")
+    table.now = 75
+    assert (table.close_overdue(150), len(table.closed)) == (True, 150)
+    assert (table.close_overdue(150), len(table.closed)) == (False, 200)
 
 
 def test_a_connection_that_has_left_is_not_closed_and_says_nothing_more() -> None:
@@ -229,7 +238,7 @@ def test_a_connection_that_has_left_is_not_closed_and_says_nothing_more() -> Non
     connection.works()
     connection.rests()
     table.now = 1000
-    table.close_overdue()
+    table.close_overdue(9)
     assert (table.num_open, table.num_in("idle"), table.closed) == (0, 0, [])
 
 
@@ -277,7 +286,7 @@ def test_O2_whatever_happens_the_bound_holds_and_the_books_agree(
                 alive[fresh] = connection
         elif deed == "wait":
             table.now += which * 10
-            table.close_overdue()
+            table.close_overdue(9)
         elif name and deed == "leave":
             alive.pop(name).left()
             busy.discard(name)

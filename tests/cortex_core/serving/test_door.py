@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cortex_core.serving import connection_table, door
-from cortex_core.serving.door import PAUSE_S
+from cortex_core.serving.door import CLOSED_AT_ONCE, PAUSE_S
 
 from .conftest import Served, serving, until
 
@@ -142,6 +142,21 @@ async def test_O2_a_request_that_takes_long_is_no_idle_connection() -> None:
         assert served.table.ended["idle"] == 1 and not asking.done()
         served.gate.set()
         assert await asking == OK
+
+
+async def test_O2_many_that_are_overdue_are_closed_some_in_a_turn_of_the_loop() -> None:
+    """All at once they are a stall: 0.15 s for a thousand."""
+    async with serving(limit=1000) as served:
+        connections = [await served.connect() for _ in range(3 * CLOSED_AT_ONCE)]
+        await until(lambda: served.table.num_open == len(connections))
+        served.table.idle_s = 0.001
+        before, most = 0, 0
+        async with asyncio.timeout(30):
+            while served.table.num_open:
+                await asyncio.sleep(0)
+                ended = served.table.ended["idle"]
+                before, most = ended, max(most, ended - before)
+        assert most == CLOSED_AT_ONCE
 
 
 async def test_O2_bodies_that_do_not_come_keep_nobody_from_being_served() -> None:

@@ -30,7 +30,9 @@ from cortex_gateway.observability.logs import configure_logging
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 1024
+BACKLOG = 4096
+"""What the kernel keeps before it is accepted, if `net.core.somaxconn` allows it. Beyond that, who connects tries again
+after a second."""
 MAX_HEADER_BYTES = 64 * 1024
 """Request line and headers together; more is a 431."""
 KEEP_ALIVE_S = 75

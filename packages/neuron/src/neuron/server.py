@@ -27,8 +27,10 @@ from cortex_core.fleet import DiscoveryResponse, ModelSpec
 from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
 from cortex_core.serving.heartbeat import Heartbeat
+from cortex_core.serving.http_connections import serve_http
 from cortex_core.serving.listener import prepare
 from cortex_core.telemetry import open_span_export
+from hypercorn.config import Config
 
 from neuron.api.access import Access, exposures
 from neuron.api.app import NeuronApp
@@ -60,7 +62,9 @@ HEAD_S = 30.0
 """How long the headers of a request may take, from their first byte."""
 OWN_DESCRIPTORS = 512
 """For what is not a client's connection: engines, checkpoints, downloads, stores, refused connections."""
-_BACKLOG = 1024
+_BACKLOG = 4096
+"""What the kernel keeps before it is accepted, if `net.core.somaxconn` allows it. Beyond that, who connects tries again
+after a second."""
 NOBODY = Heartbeat("", 0.0)
 """Is told nothing: daemons in somebody else's process."""
 
@@ -289,9 +293,6 @@ async def _serve_http(
     app: NeuronApp, listener: socket.socket, table: ConnectionTable, stop: asyncio.Event, *, on_open: Callable[[], None]
 ) -> None:
     """hypercorn on a listener that is bound already; returns after `stop`, when its connections have ended."""
-    from cortex_core.serving.http_connections import serve_http
-    from hypercorn.config import Config
-
     config = Config()
     config.keep_alive_max_requests = sys.maxsize
     config.graceful_timeout = SERVER_GRACE_S

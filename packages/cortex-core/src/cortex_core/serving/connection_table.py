@@ -179,8 +179,10 @@ class ConnectionTable:
                 return True
         return False
 
-    def close_overdue(self) -> None:
-        """Close whatever has been idle, in the middle of a head, or unread for too long."""
+    def close_overdue(self, at_most: int) -> bool:
+        """Close so many of those that have been idle, in the middle of a head, or unread for too long. Returns whether
+        there may be more."""
+        num_tried = 0
         now = self._clock()
         queues: tuple[tuple[Reason, _Queue, float], ...] = (
             ("head", self._heads, self.head_s),
@@ -192,7 +194,11 @@ class ConnectionTable:
                 connection, since = next(iter(queue.items()))
                 if now - since < limit_s:
                     break
+                if num_tried == at_most:
+                    return True
+                num_tried += 1
                 self._end(connection, reason, force=False)
+        return False
 
     def close_idle(self) -> None:
         """Close all that are idle: the server ends."""

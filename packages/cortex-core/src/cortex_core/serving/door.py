@@ -27,6 +27,8 @@ PAUSE_S = 0.1
 CLOSED_IN_A_PAUSE = 16
 SWEEP_S = 1.0
 """Between looks at what is overdue, and between lines of log."""
+CLOSED_AT_ONCE, CLOSING_S = 64, 0.02
+"""Of those that are overdue, and until more of them are: each is some tenths of a millisecond of the event loop's."""
 REFUSED_AT_ONCE = 16
 LINGER_S = 1.0
 """How long refused connections stay open, those many at most, so that their clients read the answer before its end."""
@@ -177,9 +179,10 @@ class Door:
 
     def _sweep(self) -> None:
         table = self._table
-        table.close_overdue()
+        has_more = table.close_overdue(CLOSED_AT_ONCE)
         self._tell()
-        self._sweeping = self._loop.call_later(min(SWEEP_S, table.idle_s / 4, table.head_s / 4), self._sweep)
+        pause_s = CLOSING_S if has_more else min(SWEEP_S, table.idle_s / 4, table.head_s / 4)
+        self._sweeping = self._loop.call_later(pause_s, self._sweep)
 
     def _tell(self) -> None:
         now = self._loop.time()
