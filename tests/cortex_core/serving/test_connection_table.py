@@ -10,6 +10,7 @@ import pytest
 from cortex_core.serving import connection_table
 from cortex_core.serving.connection_table import (
     MAX_UNREAD_TRIED,
+    NEW_S,
     STALLED_S,
     STATES,
     Connection,
@@ -86,6 +87,7 @@ def test_O2_clients_without_an_idle_connection_are_passed_over() -> None:
 def test_O2_who_sends_a_body_makes_room_after_the_idle_and_before_who_does_not_read() -> None:
     table = Table(limit=5)
     unread, slow, working, idle, quick = [table.come(name) for name in ("unread", "slow", "working", "idle", "quick")]
+    table.now = NEW_S
     for each in (unread, working):
         each.works()
     for each in (slow, quick):
@@ -99,7 +101,7 @@ def test_O2_who_sends_a_body_makes_room_after_the_idle_and_before_who_does_not_r
     table.come("b").works()
     assert (table.closed[1:], table.ended["body"]) == (["slow"], 1)
     assert table.admit("192.0.2.9", lambda force: True) is None, "who reads slowly has some time"
-    table.now = STALLED_S
+    table.now += STALLED_S
     table.come("c").works()
     assert (table.closed[2:], table.ended["unread"]) == (["unread"], 1)
     assert table.admit("192.0.2.9", lambda force: True) is None and not {"working", "quick"} & set(table.closed)
@@ -123,6 +125,22 @@ def test_O2_who_takes_some_of_its_answer_is_not_unread() -> None:
     table.now = 1000
     table.close_overdue(9)
     assert table.closed == ["deaf"] and slow.state == "working"
+
+
+def test_O2_who_has_just_come_does_not_make_room_for_bodies_that_do_not_come() -> None:
+    """Many are accepted at once, before the first of them is heard."""
+    table = Table(limit=4)
+    for name in "abcd":
+        table.come(name).works(is_receiving=True)
+    for name in "efgh":
+        table.come(name)
+    assert table.closed == ["a", "b", "c", "d"]
+    table.come("i")
+    assert table.closed[4:] == ["e"], "where there are no others"
+    table.now = NEW_S
+    table.come("j").works(is_receiving=True)
+    table.come("k")
+    assert table.closed[5:] == ["f", "g"], "and whoever had its time"
 
 
 def test_O2_what_waits_in_the_kernel_is_ended_by_the_kernel() -> None:

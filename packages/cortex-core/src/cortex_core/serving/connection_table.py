@@ -32,6 +32,9 @@ MAX_CLIENTS_TRIED = 32
 """Clients without a connection to give up that are passed over before the oldest of all goes."""
 MAX_UNREAD_TRIED = 8
 """Idle connections whose clients have not taken all of their last answer yet that are spared before one is cut."""
+NEW_S = 1.0
+"""How long one that has not asked for anything yet is given until it goes before those that send bodies: what it asks
+may not be read yet."""
 STALLED_S = 5.0
 """How long a client must not have read until its connection can go for another."""
 SHARES = 16
@@ -49,7 +52,7 @@ _REASON_TO_MAKE_ROOM: dict[State, Reason] = {"idle": "room", "receiving": "body"
 class Connection:
     """One of them. `state` is what its client is at."""
 
-    __slots__ = ("_client", "_close", "_num_unread", "_request", "_table", "is_in_head", "state")
+    __slots__ = ("_client", "_close", "_num_unread", "_request", "_table", "is_in_head", "is_new", "state")
 
     def __init__(self, table: ConnectionTable, client: _Client, close: Close) -> None:
         self._table = table
@@ -59,6 +62,7 @@ class Connection:
         self._num_unread = 0
         self.state: State = "idle"
         self.is_in_head = False
+        self.is_new = True
 
     def head_began(self) -> None:
         """A byte of a head has come. May be called for each."""
@@ -67,6 +71,7 @@ class Connection:
 
     def works(self, *, is_receiving: bool = False) -> None:
         """A request has come, with all of its body or without."""
+        self.is_new = False
         self._request = "receiving" if is_receiving else "working"
         self._settle()
 
@@ -206,18 +211,23 @@ class ConnectionTable:
             self._end(connection, None, force=False)
 
     def _victim(self, client: _Client | None, states: Sequence[State]) -> Connection | None:
+        newcomer = None
         for state in states:
+            if state == "stalled" and newcomer is not None:
+                break
             queue = client.queues[state] if client is not None else self._queues[state]
             if not queue:
                 continue
             since_longest = next(iter(queue))
             connection = since_longest if client is not None else self._of_whoever_has_most(state)
-            if state != "stalled":
-                return connection
-            for each in (connection, since_longest):
-                if self._clock() - queue[each] >= STALLED_S:
-                    return each
-        return None
+            if state == "stalled":
+                stalled = (each for each in (connection, since_longest) if self._clock() - queue[each] >= STALLED_S)
+                return next(stalled, None)
+            if connection.is_new and self._clock() - queue[connection] < NEW_S:
+                newcomer = connection
+                continue
+            return connection
+        return newcomer
 
     def _of_whoever_has_most(self, state: State) -> Connection:
         """The oldest in this state, in which there are some, of the client that has the most connections."""
