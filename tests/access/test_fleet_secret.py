@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from cortex_core.config import ConfigError
 from cortex_core.gateway_config import load_gateway_config
-from cortex_gateway.configuration.value import read_configuration
+from cortex_gateway.configuration.current import read_configuration
 from cortex_gateway.server import RunningGateway, running
 from neuron.config import NeuronConfig, ServerSection, load_neuron_config
 from neuron.server import Daemon

@@ -20,8 +20,8 @@ import openai
 import pytest
 from cortex_core.config import ConfigError
 from cortex_core.gateway_config import load_gateway_config
-from cortex_gateway.access import exposures
-from cortex_gateway.configuration.value import read_configuration
+from cortex_gateway.configuration.current import read_configuration
+from cortex_gateway.routes.access import exposures
 from cortex_gateway.server import running
 from neuron.api.access import exposures as neuron_exposures
 from neuron.config import NeuronConfig, ServerSection, load_neuron_config

@@ -115,7 +115,7 @@ async def run_floor(backend: str, http1: Http1Parser) -> None:
     import aiohttp
     from cortex_core.serving.connection_table import ConnectionTable
     from cortex_core.serving.http_connections import serve_http
-    from cortex_gateway import connections
+    from cortex_gateway.http.http1 import gateway_connection
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
     from starlette.applications import Starlette
@@ -151,7 +151,7 @@ async def run_floor(backend: str, http1: Http1Parser) -> None:
     import socket
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    config = Config() if http1 == "h11" else connections.ServerConfig()
+    config = Config() if http1 == "h11" else gateway_connection.ServerConfig()
     config.errorlog = None
     config.include_server_header = False
     config.keep_alive_max_requests = 10**9
@@ -160,10 +160,10 @@ async def run_floor(backend: str, http1: Http1Parser) -> None:
         config.bind = [f"fd://{listener.fileno()}"]
         await serve(app, config)
     else:
-        config.has_httptools = connections.has_httptools(http1)
+        config.has_httptools = gateway_connection.has_httptools(http1)
         table = ConnectionTable(10_000, idle_s=75, head_s=30, clock=asyncio.get_running_loop().time)
         stop = asyncio.Event()
-        await serve_http(app, config, listener, table, stop, name="floor", speaker=connections.GatewayConnection)
+        await serve_http(app, config, listener, table, stop, name="floor", speaker=gateway_connection.GatewayConnection)
 
 
 # ---------------------------------------------------------------------------------------------- cortex
@@ -265,7 +265,7 @@ async def run_load(port: int, kind: str, clients: int, seconds: float, surface: 
 
     loop.set_exception_handler(fail)
     totals = [0, 0]
-    connections = [
+    gateway_connection = [
         (await loop.create_connection(lambda: Client(request, stream, surface, totals), "127.0.0.1", port))[1]
         for _ in range(clients)
     ]
@@ -276,7 +276,7 @@ async def run_load(port: int, kind: str, clients: int, seconds: float, surface: 
     with suppress(TimeoutError):
         await asyncio.wait_for(asyncio.shield(failed), seconds)
     print(totals[0] - before[0], totals[1] - before[1], flush=True)
-    for connection in connections:
+    for connection in gateway_connection:
         connection.is_stopping = True
         connection.transport.abort()
 

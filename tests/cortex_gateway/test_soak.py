@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from cortex_core.catalogue import Catalogue
 from cortex_core.gateway_config import Http1Parser
-from cortex_gateway.http1.connection import Http1Connection
-from cortex_gateway.http1.cycle import RequestCycle
+from cortex_gateway.http.body import RequestBody
+from cortex_gateway.http.http1.connection import Http1Connection
+from cortex_gateway.http.http1.cycle import RequestCycle
 from cortex_gateway.placement.placement import Lease
-from cortex_gateway.relay.body import RequestBody
-from cortex_gateway.relay.departure import DepartureWatch
-from cortex_gateway.relay.events import EventRelay
-from cortex_gateway.relay.exchange import Exchange
-from cortex_gateway.relay.idle import IdleWatch
+from cortex_gateway.relay.client_disconnect import DisconnectWatch
 from cortex_gateway.relay.opening import StreamOpening
+from cortex_gateway.relay.request_state import RequestState
 from cortex_gateway.relay.silence import PingedSend
-from cortex_gateway.relay.translation import TranslatedStream
+from cortex_gateway.relay.sse_relay import SseRelay
+from cortex_gateway.relay.upstream_timeout import UpstreamTimeout
 from cortex_gateway.server import RunningGateway, running
+from cortex_gateway.translation.translation import TranslatedStream
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.http_stream import HTTPStream
 
@@ -32,7 +32,17 @@ from tests.bench.soak import ask_of, backends, config, gauges
 from tests.bench.soak_load import Load
 
 OF_A_REQUEST = (
-    *(Exchange, RequestBody, DepartureWatch, Lease, IdleWatch, EventRelay, TranslatedStream, StreamOpening, PingedSend),
+    *(
+        RequestState,
+        RequestBody,
+        DisconnectWatch,
+        Lease,
+        UpstreamTimeout,
+        SseRelay,
+        TranslatedStream,
+        StreamOpening,
+        PingedSend,
+    ),
     *(RequestCycle, Http1Connection, TCPServer, HTTPStream),
 )
 

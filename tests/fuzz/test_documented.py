@@ -15,7 +15,7 @@ import pytest
 import requests
 import schemathesis
 from cortex_core.openapi.refusals import SHAPE_CODES
-from cortex_gateway.openapi import describe as describe_gateway
+from cortex_gateway.routes.openapi import describe as describe_gateway
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from neuron.api.openapi import describe as describe_neuron

@@ -27,8 +27,8 @@ from cortex_core.errors import ApiError
 from cortex_core.events import Usage
 from cortex_gateway.identity.estimate import estimate
 from cortex_gateway.observability.redaction import clean_body
-from cortex_gateway.relay.envelope import read_envelope, with_model
-from cortex_gateway.relay.hints import RequestHints
+from cortex_gateway.placement.session_hints import RequestHints
+from cortex_gateway.surfaces.envelope import read_envelope, with_model
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from neuron.text.chat_template import ChatTemplate
 from neuron.text.model import TextModel

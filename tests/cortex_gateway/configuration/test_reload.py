@@ -340,7 +340,7 @@ async def test_settings_apply_from_the_next_decision_on_and_others_are_named(
     assert answer["summary"].endswith("; a restart is needed for gateway.write_timeout_s")
     async with asyncio.timeout(10):
         await neuron.polled.wait()
-    assert gateway.placement.situation().policy.strategy == "priority"
+    assert gateway.placement.state().policy.strategy == "priority"
     assert gateway.fleet.breakers.settings.failures == 1
     assert (await client.chat(user="x" * 100))[0] == 413
     # Still so: the process has not been restarted.

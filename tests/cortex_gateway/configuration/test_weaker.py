@@ -12,8 +12,8 @@ from cortex_core.catalogue import Catalogue, ModelProfile
 from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry, Window
 from cortex_core.fleet import ModelCost
 from cortex_core.gateway_config import CaptureSection, GatewayConfig, GatewaySection, NeuronEntry
-from cortex_gateway.configuration.difference import settings_of
-from cortex_gateway.configuration.value import Configuration, Texts
+from cortex_gateway.configuration.current import Configuration, Texts
+from cortex_gateway.configuration.diff import settings_of
 from cortex_gateway.configuration.weaker import NOTHING_GONE, SETTINGS, _covers, may_be_unfinished, weaker
 from hypothesis import given
 from hypothesis import strategies as st

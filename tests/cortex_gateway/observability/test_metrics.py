@@ -53,6 +53,7 @@ OWN = {
     "cortex_connections_ended_total": "counter",
     "cortex_log_lines_left_out_total": "counter",
     "cortex_client_gone_total": "counter",
+    "cortex_blamed_requests_total": "counter",
     "cortex_finished_requests_total": "counter",
     "cortex_retries_total": "counter",
     "cortex_resumes_total": "counter",
@@ -77,9 +78,10 @@ OWN = {
 MOVED_ELSEWHERE = {
     *("cortex_leaving_requests", "cortex_config_reloads_total", "cortex_node_refusing"),
     *("cortex_connections_ended_total", "cortex_log_lines_left_out_total", "cortex_body_workers_ended_total"),
+    "cortex_blamed_requests_total",
 }
 """In tests of their own: `configuration/test_reload.py`, `e2e/test_connections.py`, `access/test_fleet_secret.py`,
-`relay/test_large_bodies.py`."""
+`bodies/test_large_bodies.py`, `relay/test_deaths.py`."""
 
 
 async def scrape(client: Client) -> str:

@@ -12,11 +12,12 @@ from cortex_core.fleet import (
     ModelInfo,
     ModelLoad,
 )
+from cortex_gateway.configuration.policy import Policy, Strategy
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.breaker import Breakers
 from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot, Operation, Residence
-from cortex_gateway.placement.situation import NO_BREAKERS, Policy, Situation, Strategy
-from cortex_gateway.placement.waiting import Waiting
+from cortex_gateway.placement.queue import WaitingQueue
+from cortex_gateway.placement.state import NO_BREAKERS, PlacementState
 from hypothesis import strategies as st
 
 INCOMING = "org/incoming"
@@ -48,7 +49,7 @@ def fleet(*nodes: NodeSnapshot) -> FleetSnapshot:
     return FleetSnapshot(nodes={each.name: each for each in nodes})
 
 
-def situation(
+def state(
     *members: NodeSnapshot,
     catalogue: Catalogue | None = None,
     activity: Activity | None = None,
@@ -57,9 +58,9 @@ def situation(
     waiting: dict[str, float] | None = None,
     breakers: Breakers = NO_BREAKERS,
     **policy: Any,
-) -> Situation:
+) -> PlacementState:
     """`waiting`: model -> since when its oldest request waits."""
-    return Situation(
+    return PlacementState(
         snapshot=fleet(*members),
         catalogue=catalogue or Catalogue(),
         activity=activity or Activity(),
@@ -70,8 +71,8 @@ def situation(
     )
 
 
-def queued(since: dict[str, float]) -> Waiting:
-    waiting = Waiting()
+def queued(since: dict[str, float]) -> WaitingQueue:
+    waiting = WaitingQueue()
     for model, moment in since.items():
         waiting.join(model, moment)
     return waiting
@@ -143,12 +144,12 @@ def nodes(draw: st.DrawFn, name: str) -> NodeSnapshot:
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> Situation:
+def situations(draw: st.DrawFn) -> PlacementState:
     """Two nodes with whatever may be on them, work in flight, and requests that wait."""
     waiting = {
         model: float(draw(st.integers(0, 100))) for model in sorted(draw(st.sets(st.sampled_from(NAMES), max_size=4)))
     }
-    return situation(
+    return state(
         draw(nodes("alpha")),
         draw(nodes("beta")),
         catalogue=draw(catalogues()),

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from cortex_core.catalogue import Catalogue, ModelProfile
 from cortex_core.fleet import DeviceHealth, HealthResponse, ModelInfo, ModelLoad
+from cortex_gateway.configuration.policy import Policy
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, Shortage
 from cortex_gateway.fleet.transitions import FleetEvent, OperationEnded, OperationStarted, Polled, reduce
 from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
+from cortex_gateway.placement.queue import WaitingQueue
 from cortex_gateway.placement.router import decide
-from cortex_gateway.placement.situation import Policy, Situation
-from cortex_gateway.placement.waiting import Waiting
+from cortex_gateway.placement.state import PlacementState
 
 from .fleets import fleet, node
 
@@ -53,7 +54,7 @@ class Node:
         self.others_mb = others_mb
         self.snapshot: FleetSnapshot = fleet(node(free_mb=[TOTAL_MB - others_mb], total_mb=[TOTAL_MB], residences={}))
         self.activity = Activity()
-        self.waiting = Waiting()
+        self.waiting = WaitingQueue()
         self.resident: set[str] = set()
         self.arriving: set[str] = set()
         self.loads: list[str] = []
@@ -149,8 +150,8 @@ class Node:
 
     # ------------------------------------------------------------------------------------------ decisions
 
-    def _situation(self) -> Situation:
-        return Situation(
+    def _situation(self) -> PlacementState:
+        return PlacementState(
             snapshot=self.snapshot,
             catalogue=self.catalogue,
             activity=self.activity,

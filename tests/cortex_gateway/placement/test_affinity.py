@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from cortex_gateway.placement.affinity import UNKNOWN, Affinity, Shares
 from cortex_gateway.placement.replicas import Replica, choose
-from cortex_gateway.relay.hints import RequestHints
+from cortex_gateway.placement.session_hints import RequestHints
 from hypothesis import given
 from hypothesis import strategies as st
 

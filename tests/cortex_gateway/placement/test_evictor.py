@@ -6,20 +6,21 @@ import msgspec
 import pytest
 from cortex_core.catalogue import Catalogue, ModelProfile
 from cortex_core.fleet import ModelInfo, ModelLoad
+from cortex_gateway.configuration.policy import Strategy
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.snapshot import NodeSnapshot
 from cortex_gateway.placement import evictor
 from cortex_gateway.placement.evictor import Room, eviction_order, never_fits
-from cortex_gateway.placement.situation import Situation, Strategy
+from cortex_gateway.placement.state import PlacementState
 from hypothesis import given
 
-from .fleets import INCOMING, node, situation, situations
+from .fleets import INCOMING, node, situations, state
 
 
 def plan_room(
     profile: ModelProfile, snapshot: NodeSnapshot, catalogue: Catalogue, activity: Activity, strategy: Strategy
 ) -> Room:
-    drawn = situation(snapshot, catalogue=catalogue, activity=activity, strategy=strategy)
+    drawn = state(snapshot, catalogue=catalogue, activity=activity, strategy=strategy)
     return evictor.plan_room(profile, snapshot, drawn)
 
 
@@ -36,7 +37,7 @@ def used(*pairs: tuple[str, float]) -> Activity:
 
 
 @given(situations())
-def test_no_victim_is_ever_in_use_pinned_of_a_higher_class_or_anything_but_loaded(drawn: Situation) -> None:
+def test_no_victim_is_ever_in_use_pinned_of_a_higher_class_or_anything_but_loaded(drawn: PlacementState) -> None:
     profile = drawn.catalogue.profile(INCOMING)
     assert profile is not None
     alpha = drawn.snapshot.nodes["alpha"]
@@ -54,14 +55,14 @@ def test_no_victim_is_ever_in_use_pinned_of_a_higher_class_or_anything_but_loade
 
 
 @given(situations())
-def test_a_claim_spares_whom_it_can(drawn: Situation) -> None:
+def test_a_claim_spares_whom_it_can(drawn: PlacementState) -> None:
     alpha = drawn.snapshot.nodes["alpha"]
     free_to_go = eviction_order(alpha, INCOMING, drawn)
     assert eviction_order(alpha, INCOMING, drawn, claim=True)[: len(free_to_go)] == free_to_go
 
 
 @given(situations())
-def test_plans_are_deterministic_and_do_not_depend_on_the_order_of_the_list(drawn: Situation) -> None:
+def test_plans_are_deterministic_and_do_not_depend_on_the_order_of_the_list(drawn: PlacementState) -> None:
     profile = drawn.catalogue.profile(INCOMING)
     assert profile is not None
     alpha = drawn.snapshot.nodes["alpha"]
@@ -70,7 +71,7 @@ def test_plans_are_deterministic_and_do_not_depend_on_the_order_of_the_list(draw
 
 
 @given(situations())
-def test_no_victim_is_superfluous(drawn: Situation) -> None:
+def test_no_victim_is_superfluous(drawn: PlacementState) -> None:
     profile = drawn.catalogue.profile(INCOMING)
     assert profile is not None
     alpha = drawn.snapshot.nodes["alpha"]

@@ -1,4 +1,4 @@
-"""Where requests go: one decision per situation."""
+"""Where requests go: one decision per state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot, Operation
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
 from cortex_gateway.placement.router import decide
-from cortex_gateway.placement.situation import Situation
+from cortex_gateway.placement.state import PlacementState
 from hypothesis import given
 
-from .fleets import INCOMING, fleet, node, situation, situations
+from .fleets import INCOMING, fleet, node, situations, state
 
 IN_CATALOGUE = Catalogue(models=(ModelProfile(id="m", vram_mb=8_000),))
 
@@ -23,14 +23,14 @@ IN_CATALOGUE = Catalogue(models=(ModelProfile(id="m", vram_mb=8_000),))
 def route(
     *members: NodeSnapshot, catalogue: Catalogue = IN_CATALOGUE, activity: Activity | None = None, model: str = "m"
 ) -> Decision:
-    return decide(model, situation(*members, catalogue=catalogue, activity=activity))
+    return decide(model, state(*members, catalogue=catalogue, activity=activity))
 
 
 # ---------------------------------------------------------------------------------------------- properties
 
 
 @given(situations())
-def test_every_decision_can_be_carried_out_and_would_be_made_again(drawn: Situation) -> None:
+def test_every_decision_can_be_carried_out_and_would_be_made_again(drawn: PlacementState) -> None:
     alpha, beta = drawn.snapshot.nodes.values()
     turned = msgspec.structs.replace(drawn, snapshot=fleet(beta, alpha))
     for model in (INCOMING, "org/m0", "org/m1"):
@@ -42,7 +42,7 @@ def test_every_decision_can_be_carried_out_and_would_be_made_again(drawn: Situat
             assert decide(model, turned) == decision
 
 
-def check_feasible(decision: Decision, model: str, drawn: Situation) -> None:
+def check_feasible(decision: Decision, model: str, drawn: PlacementState) -> None:
     snapshot, catalogue = drawn.snapshot, drawn.catalogue
     match decision:
         case Forward():
@@ -279,7 +279,7 @@ def test_a_failed_model_outside_the_catalogue_says_why() -> None:
 def test_the_snapshot_is_never_changed_by_a_decision() -> None:
     before = fleet(node(having={"a": "loaded"}))
     copy = msgspec.json.encode(before)
-    decide("m", msgspec.structs.replace(situation(catalogue=IN_CATALOGUE), snapshot=before))
+    decide("m", msgspec.structs.replace(state(catalogue=IN_CATALOGUE), snapshot=before))
     assert msgspec.json.encode(before) == copy
     assert isinstance(before, FleetSnapshot)
 

@@ -11,7 +11,7 @@ from cortex_gateway.placement.router import decide
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from .fleets import node, situation
+from .fleets import node, state
 from .simulation import Arrival, Node
 
 ALONE = {"a": 20_000, "b": 20_000, "c": 20_000}
@@ -95,20 +95,20 @@ FULL = node(having={"a": "loaded"}, free_mb=[4_000])
 
 def test_a_model_that_was_just_loaded_stays_as_long_as_its_load_took() -> None:
     new = node(having={"a": "loaded"}, free_mb=[4_000], residences={"a": Residence(begun=85.0, since=95.0)})
-    assert decide("m", situation(new, catalogue=TWO)) == Hold(node="alpha", reason="settling", until=105.0)
-    assert isinstance(decide("m", situation(new, catalogue=TWO, now=105.0)), Load)
-    assert isinstance(decide("m", situation(new, catalogue=TWO, min_residence_s=0.0)), Load)
+    assert decide("m", state(new, catalogue=TWO)) == Hold(node="alpha", reason="settling", until=105.0)
+    assert isinstance(decide("m", state(new, catalogue=TWO, now=105.0)), Load)
+    assert isinstance(decide("m", state(new, catalogue=TWO, min_residence_s=0.0)), Load)
 
 
 def test_however_long_a_load_took_it_protects_for_half_a_minute_at_most() -> None:
     slow = node(having={"a": "loaded"}, free_mb=[4_000], residences={"a": Residence(begun=-900.0, since=95.0)})
-    held = decide("m", situation(slow, catalogue=TWO, patience_s=300.0))
+    held = decide("m", state(slow, catalogue=TWO, patience_s=300.0))
     assert held == Hold(node="alpha", reason="settling", until=125.0)
 
 
 def test_a_model_whose_requests_are_about_to_be_sent_is_not_a_victim() -> None:
     """They have been woken by the end of its load, and another model's request was woken first."""
-    assert decide("m", situation(FULL, catalogue=TWO, waiting={"a": 90.0, "m": 95.0})) == Hold(
+    assert decide("m", state(FULL, catalogue=TWO, waiting={"a": 90.0, "m": 95.0})) == Hold(
         node="alpha", reason="busy", until=125.0
     )
 
@@ -116,19 +116,19 @@ def test_a_model_whose_requests_are_about_to_be_sent_is_not_a_victim() -> None:
 def test_whoever_waits_longest_makes_room_first() -> None:
     models = Catalogue(models=(*TWO.models, ModelProfile(id="n", vram_mb=8_000)))
     waiting = {"n": 90.0, "m": 95.0}
-    assert decide("m", situation(FULL, catalogue=models, waiting=waiting)) == Hold(node="alpha", reason="queued")
-    assert isinstance(decide("n", situation(FULL, catalogue=models, waiting=waiting)), Load)
+    assert decide("m", state(FULL, catalogue=models, waiting=waiting)) == Hold(node="alpha", reason="queued")
+    assert isinstance(decide("n", state(FULL, catalogue=models, waiting=waiting)), Load)
 
 
 def test_what_fits_without_displacing_anyone_needs_not_queue() -> None:
     models = Catalogue(models=(*TWO.models, ModelProfile(id="small", vram_mb=1_000)))
-    assert isinstance(decide("small", situation(FULL, catalogue=models, waiting={"m": 90.0, "small": 95.0})), Load)
+    assert isinstance(decide("small", state(FULL, catalogue=models, waiting={"m": 90.0, "small": 95.0})), Load)
 
 
 def test_another_node_is_taken_where_one_has_a_queue() -> None:
     models = Catalogue(models=(ModelProfile(id="n", vram_mb=8_000, pinned_on=("alpha",)), *TWO.models))
     both = (FULL, node("beta", having={"a": "loaded"}, free_mb=[2_000]))
-    decision = decide("m", situation(*both, catalogue=models, waiting={"n": 90.0, "m": 95.0}))
+    decision = decide("m", state(*both, catalogue=models, waiting={"n": 90.0, "m": 95.0}))
     assert isinstance(decision, Load) and decision.node == "beta"
 
 
@@ -137,8 +137,8 @@ def test_when_patience_is_over_new_requests_yield_and_those_in_flight_are_awaite
     activity = Activity()
     for _ in range(in_flight):
         activity.begin("alpha", "a", 99.0)
-    patient = situation(FULL, catalogue=TWO, activity=activity, waiting={"m": 80.0})
-    lost = situation(FULL, catalogue=TWO, activity=activity, waiting={"m": 60.0})
+    patient = state(FULL, catalogue=TWO, activity=activity, waiting={"m": 80.0})
+    lost = state(FULL, catalogue=TWO, activity=activity, waiting={"m": 60.0})
     if in_flight:
         assert decide("a", patient) == Forward(node="alpha")
         assert decide("a", lost) == Hold(node="alpha", reason="yielding")
@@ -153,17 +153,17 @@ def test_a_replica_elsewhere_serves_while_one_yields() -> None:
     activity.begin("alpha", "a", 99.0)
     pinned = Catalogue(models=(ModelProfile(id="m", vram_mb=8_000, pinned_on=("alpha",)), TWO.models[1]))
     both = (FULL, node("beta", having={"a": "loaded"}))
-    assert decide("a", situation(*both, catalogue=pinned, activity=activity, waiting={"m": 0.0})) == Forward("beta")
+    assert decide("a", state(*both, catalogue=pinned, activity=activity, waiting={"m": 0.0})) == Forward("beta")
 
 
 def test_a_pinned_model_never_yields() -> None:
     activity = Activity()
     activity.begin("alpha", "a", 99.0)
     pinned = node(having={"a": "loaded"}, free_mb=[4_000], pins=frozenset(("a",)))
-    assert decide("a", situation(pinned, catalogue=TWO, activity=activity, waiting={"m": 0.0})) == Forward("alpha")
+    assert decide("a", state(pinned, catalogue=TWO, activity=activity, waiting={"m": 0.0})) == Forward("alpha")
 
 
 def test_a_load_under_way_is_waited_for_before_the_next_one_begins() -> None:
     arriving = node(having={}, free_mb=[24_000], operations={"a": Operation(kind="load", since=90.0)})
-    held = decide("m", situation(arriving, catalogue=TWO, waiting={"a": 90.0, "m": 91.0}))
+    held = decide("m", state(arriving, catalogue=TWO, waiting={"a": 90.0, "m": 91.0}))
     assert isinstance(held, Hold)

@@ -17,14 +17,14 @@ from cortex_gateway.placement.decision import Hold, Load, Refuse
 from cortex_gateway.placement.evictor import account, may_yield, plan_room
 from cortex_gateway.placement.explanation import explain
 from cortex_gateway.placement.router import decide
-from cortex_gateway.placement.situation import Situation
+from cortex_gateway.placement.state import PlacementState
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start, until
 
-from .fleets import INCOMING, fleet, node, situation, situations
+from .fleets import INCOMING, fleet, node, situations, state
 from .simulation import Arrival, Node
 from .test_placement import admin, ask, node_of, sized
 
@@ -39,7 +39,7 @@ SIZES = models(m=20_000, a=16_000, b=4_000)
 # ---------------------------------------------------------------------------------------------- properties
 
 
-def without(drawn: Situation, statuses: tuple[str, ...]) -> Situation:
+def without(drawn: PlacementState, statuses: tuple[str, ...]) -> PlacementState:
     """As if the models of these statuses had never been there."""
     nodes = []
     for each in drawn.snapshot.nodes.values():
@@ -50,12 +50,12 @@ def without(drawn: Situation, statuses: tuple[str, ...]) -> Situation:
 
 @settings(max_examples=400)
 @given(situations())
-def test_O1_a_model_that_failed_changes_no_decision_for_another_nor_for_itself(drawn: Situation) -> None:
+def test_O1_a_model_that_failed_changes_no_decision_for_another_nor_for_itself(drawn: PlacementState) -> None:
     assume(all(model not in drawn.waiting for model in failed_models(drawn)))  # else it has its place in the queue
     assert decide(INCOMING, drawn) == decide(INCOMING, without(drawn, ("failed", "unloaded")))
 
 
-def failed_models(drawn: Situation) -> set[str]:
+def failed_models(drawn: PlacementState) -> set[str]:
     return {
         model
         for each in drawn.snapshot.nodes.values()
@@ -66,8 +66,8 @@ def failed_models(drawn: Situation) -> set[str]:
 
 @settings(max_examples=400)
 @given(situations())
-def test_O1_whoever_waits_for_room_could_be_loaded_were_ours_gone(drawn: Situation) -> None:
-    decision = decide(INCOMING, msgspec.structs.replace(drawn, waiting=situation().waiting))
+def test_O1_whoever_waits_for_room_could_be_loaded_were_ours_gone(drawn: PlacementState) -> None:
+    decision = decide(INCOMING, msgspec.structs.replace(drawn, waiting=state().waiting))
     if not isinstance(decision, Hold) or decision.reason not in ("busy", "settling"):
         return
     each = drawn.snapshot.nodes[decision.node]
@@ -82,7 +82,7 @@ def test_O1_whoever_waits_for_room_could_be_loaded_were_ours_gone(drawn: Situati
 
 
 @given(situations())
-def test_O1_every_wait_has_words_and_every_account_adds_up(drawn: Situation) -> None:
+def test_O1_every_wait_has_words_and_every_account_adds_up(drawn: PlacementState) -> None:
     for model in (INCOMING, "org/m0", "org/m1"):
         decision = decide(model, drawn)
         if isinstance(decision, Hold):
@@ -125,7 +125,7 @@ def decided(
     snapshot: NodeSnapshot, *, catalogue: Catalogue = SIZES, waited_s: float | None = None, **fields: Any
 ) -> Any:
     waiting = {} if waited_s is None else {"m": 100.0 - waited_s}
-    return decide("m", situation(snapshot, catalogue=catalogue, waiting=waiting, **fields))
+    return decide("m", state(snapshot, catalogue=catalogue, waiting=waiting, **fields))
 
 
 @pytest.mark.parametrize("waited_s", [None, 0.0, 29.0, 31.0, 600.0])
@@ -163,7 +163,7 @@ def test_O1_what_is_ours_and_on_its_way_is_waited_for_where_it_suffices(status: 
 def test_O1_a_recovering_model_frees_no_more_than_the_device_has() -> None:
     """Its engine is dead, and what it held may be free already."""
     there = node(having={"a": "recovering"}, free_mb=[18_000], total_mb=[19_000])
-    assert not plan_room(ModelProfile(id="m", vram_mb=20_000), there, situation(there, catalogue=SIZES)).fits_later
+    assert not plan_room(ModelProfile(id="m", vram_mb=20_000), there, state(there, catalogue=SIZES)).fits_later
 
 
 def shortage(needed: int, free: int, *, is_passing: bool = False) -> LoadFailure:
@@ -240,7 +240,7 @@ def test_O1_one_node_where_room_may_come_is_enough() -> None:
     alpha = node("alpha", free_mb=[4_000], load_failures={"m": shortage(20_000, 4_000)})
     later = msgspec.structs.replace(shortage(20_000, 6_000), until=300.0)
     beta = node("beta", having={"a": "loaded"}, free_mb=[6_000], load_failures={"m": later})
-    assert decide("m", situation(alpha, beta, catalogue=SIZES, activity=busy)) == Hold("beta", "busy", until=300.0)
+    assert decide("m", state(alpha, beta, catalogue=SIZES, activity=busy)) == Hold("beta", "busy", until=300.0)
 
 
 def test_O1_a_host_without_accelerators_has_its_memory_counted_alike() -> None:
@@ -259,13 +259,13 @@ def test_O1_who_cannot_be_placed_holds_up_nobody_behind() -> None:
     """`n` has waited longer, and nothing will make room for it: `m` needs not queue behind it."""
     catalogue = models(m=8_000, n=23_000, a=16_000)
     full = node(having={"a": "loaded"}, free_mb=[2_000])
-    decision = decide("m", situation(full, catalogue=catalogue, waiting={"n": 50.0, "m": 90.0}))
+    decision = decide("m", state(full, catalogue=catalogue, waiting={"n": 50.0, "m": 90.0}))
     assert isinstance(decision, Load) and decision.victims == ("a",)
 
 
 def test_O1_what_is_told() -> None:
     def told(snapshot: NodeSnapshot, model: str = "m", **fields: Any) -> str:
-        drawn = situation(snapshot, catalogue=SIZES, **fields)
+        drawn = state(snapshot, catalogue=SIZES, **fields)
         hold = decide(model, drawn)
         assert isinstance(hold, Hold), hold
         return explain(model, hold, drawn).text
@@ -330,7 +330,7 @@ async def test_O1_a_failed_load_of_a_model_that_no_longer_fits_answers_the_next_
 async def let_the_pause_end(client: Client) -> None:
     async with asyncio.timeout(30):
         while (failure := node_of(client).load_failures.get(MODEL)) is not None:
-            now = client.started.gateway.placement.situation().now
+            now = client.started.gateway.placement.state().now
             if failure.until <= now:
                 return
             await asyncio.sleep(failure.until - now)
@@ -496,7 +496,7 @@ async def test_O1_an_old_neuron_without_numbers_is_waited_for_as_long_as_somethi
 def test_O1_a_load_that_a_poll_knows_of_counts_for_whom_it_is() -> None:
     """The share of the incoming model is not taken off what is free for it."""
     own = node(free_mb=[20_000], operations={"m": Operation(kind="load", since=90.0)})
-    found = account("m", own, situation(own, catalogue=SIZES))
+    found = account("m", own, state(own, catalogue=SIZES))
     assert found is not None and (found.free_mb, found.others_mb) == (20_000, 4_000)
     loads = {"a": ModelLoad(id="a", in_flight=3)}
     assert (
@@ -504,6 +504,6 @@ def test_O1_a_load_that_a_poll_knows_of_counts_for_whom_it_is() -> None:
         in explain(
             "m",
             Hold(node="alpha", reason="busy"),
-            situation(node(having={"a": "loaded"}, free_mb=[6_000], loads=loads), catalogue=SIZES),
+            state(node(having={"a": "loaded"}, free_mb=[6_000], loads=loads), catalogue=SIZES),
         ).text
     )

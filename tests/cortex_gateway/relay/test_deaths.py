@@ -14,7 +14,7 @@ from aiohttp import web
 from cortex_core.dialects.errors import DialectName, error_body
 from cortex_core.errors import ApiError
 from cortex_core.hop import StreamHead, stream_comment, tokens_comment, unfinished_comment
-from cortex_gateway.relay.failures import ended_engine
+from cortex_gateway.relay.errors import ended_engine
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron, listening
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start

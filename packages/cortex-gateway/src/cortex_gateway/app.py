@@ -27,39 +27,40 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cortex_gateway.access import Access, answer_options, close_websocket
-from cortex_gateway.admission import admission_of, admit
-from cortex_gateway.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
-from cortex_gateway.body_workers.pool import BodyWorkers
+from cortex_gateway.bodies.pool import BodyWorkers
+from cortex_gateway.configuration.current import NO_TEXTS, Configuration, Current, texts_now, with_secrets
 from cortex_gateway.configuration.reload import Reloader
-from cortex_gateway.configuration.value import NO_TEXTS, Configuration, Current, texts_now, with_secrets
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.clients import client_of
+from cortex_gateway.fleet.facts import price, widest_limit
 from cortex_gateway.fleet.merge import dead_aliases
 from cortex_gateway.fleet.neuron import NeuronClient, open_session
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.identity.facts import price, widest_limit
+from cortex_gateway.http.admission import admission_of, admit
+from cortex_gateway.http.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
+from cortex_gateway.http.body import ClientGone, RequestBody
+from cortex_gateway.http.headers import identity_headers
+from cortex_gateway.http.request_id import CLIENT_GONE_STATUS, new_request_id
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.observability.captures import Captures
 from cortex_gateway.observability.metrics import CONTENT_TYPE, Metrics
 from cortex_gateway.observability.telemetry import Telemetry
-from cortex_gateway.openapi import description
+from cortex_gateway.placement.fleet_gauges import FleetCollector
+from cortex_gateway.placement.maintenance_loop import MaintenanceLoop
 from cortex_gateway.placement.placement import Placement
-from cortex_gateway.placement.upkeep import Upkeep
-from cortex_gateway.placement.waiting import Waiting
-from cortex_gateway.relay.body import ClientGone, RequestBody
-from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, new_request_id
-from cortex_gateway.relay.headers import identity_headers
+from cortex_gateway.placement.queue import WaitingQueue
 from cortex_gateway.relay.relay import Relay
-from cortex_gateway.routes import anthropic, openai
+from cortex_gateway.routes.access import Access, answer_options, close_websocket
 from cortex_gateway.routes.admin import AdminRoutes, require_operator
 from cortex_gateway.routes.captures import CaptureRoutes
 from cortex_gateway.routes.health import HealthRoutes
 from cortex_gateway.routes.models import ModelRoutes, speaks_anthropic
-from cortex_gateway.routes.surface import Surface
+from cortex_gateway.routes.openapi import description
+from cortex_gateway.surfaces import anthropic, openai
+from cortex_gateway.surfaces.surface import Surface
 
 if TYPE_CHECKING:
     from cortex_gateway.observability.tracing import RequestTrace
@@ -100,8 +101,8 @@ class Gateway:
         self._body_workers = BodyWorkers(self.metrics.body_worker_ended)
         self.access_log = AccessLog()
         self.fleet = Fleet(config.neurons, Activity(), config.breaker)
-        self._waiting = Waiting()
-        self.metrics.observe_fleet(self.fleet, self._waiting, self._is_known)
+        self._waiting = WaitingQueue()
+        self.metrics.observe(FleetCollector(self.fleet, self._waiting, self._is_known))
         self._inference: dict[str, Surface] = {
             path: surface for surface in (*openai.SURFACES, *anthropic.SURFACES) for path in surface.paths
         }
@@ -110,7 +111,7 @@ class Gateway:
             store_of(config.entitlements),
             limit_of=lambda model: widest_limit(model, self.fleet.snapshot, self.current.catalogue),
             cost_of=lambda model: price(model, self.current.catalogue),
-            on_refusal=self.metrics.key_refused,
+            on_refusal=lambda key, reason: self.metrics.key_refused(key.account_id, key.key_id, reason),
         )
         self.access = Access(self.current, self.access_log, on_refusal=self.metrics.access_refused)
         self.reloader: Reloader | None = None
@@ -123,7 +124,7 @@ class Gateway:
         self._telemetry: Telemetry
         self._poller: Poller
         self.placement: Placement
-        self.upkeep: Upkeep
+        self.upkeep: MaintenanceLoop
         self.relay: Relay
         self._control: Starlette
         self._checking: asyncio.Task[None]
@@ -153,7 +154,7 @@ class Gateway:
             waiting=self._waiting,
             clock=loop.time,
         )
-        self.upkeep = Upkeep(fleet, placement.loads, placement.situation)
+        self.upkeep = MaintenanceLoop(fleet, placement.loads, placement.state)
         captures = Captures(current, clock=loop.time)
         self.relay = Relay(
             self.identity,

@@ -21,12 +21,12 @@ from cortex_core.serving.http_connections import serve_http
 from cortex_core.serving.listener import prepare
 from prometheus_client import disable_created_metrics
 
-from cortex_gateway import connections
-from cortex_gateway.access import exposures
 from cortex_gateway.app import Gateway, MetricsApp
-from cortex_gateway.asgi import ASGIApp
+from cortex_gateway.http.asgi import ASGIApp
+from cortex_gateway.http.http1 import gateway_connection
 from cortex_gateway.identity.store import StoreError
 from cortex_gateway.observability.logs import configure_logging
+from cortex_gateway.routes.access import exposures
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ async def running(
         bind(config.gateway.metrics_listen, write_timeout_s=write_timeout_s) as metrics_listener,
     ):
         stop, stop_metrics = asyncio.Event(), asyncio.Event()
-        connections.has_httptools(config.gateway.http1_parser)  # raises before anything is open
+        gateway_connection.has_httptools(config.gateway.http1_parser)  # raises before anything is open
         await gateway.startup()  # before the first request can arrive
         http1 = config.gateway.http1_parser
         table = _table(_max_connections(config.gateway.max_connections), unread_s=write_timeout_s)
@@ -278,8 +278,8 @@ def _start(
     http1: Http1Parser,
     table: ConnectionTable | None = None,
 ) -> asyncio.Task[None]:
-    server = connections.ServerConfig()
-    server.has_httptools = connections.has_httptools(http1)
+    server = gateway_connection.ServerConfig()
+    server.has_httptools = gateway_connection.has_httptools(http1)
     server.keep_alive_max_requests = 100_000
     server.graceful_timeout = 10 * CLOSE_TIMEOUT_S  # `_close` is the one that gives up
     server.include_server_header = False
@@ -287,7 +287,7 @@ def _start(
     server.loglevel = "WARNING"
     server.h11_max_incomplete_size = server.h2_max_header_list_size = MAX_HEADER_BYTES
     table = table or _table(_max_connections(None))
-    serving = serve_http(app, server, listener, table, stop, name=name, speaker=connections.GatewayConnection)
+    serving = serve_http(app, server, listener, table, stop, name=name, speaker=gateway_connection.GatewayConnection)
     return asyncio.create_task(serving, name=name)
 
 

@@ -91,7 +91,7 @@ def _check_file(path: Path, kind: str, secrets: bool, checked: list[str], faults
 def _check_secrets(path: Path, loaded: GatewayConfig, faults: list[str]) -> None:
     from cortex_core.catalogue import Catalogue
     from cortex_core.config import ConfigError
-    from cortex_gateway.configuration.value import with_secrets
+    from cortex_gateway.configuration.current import with_secrets
 
     try:
         with_secrets(loaded, Catalogue())

@@ -14,8 +14,8 @@ from cortex_core.config import ConfigError
 from cortex_core.fleet_secret import places_of
 from cortex_core.gateway_config import GatewayConfig
 
-from cortex_gateway.configuration.difference import NO_DIFFERENCE, Difference, difference, restart_needed
-from cortex_gateway.configuration.value import Configuration, Current, read_configuration
+from cortex_gateway.configuration.current import Configuration, Current, read_configuration
+from cortex_gateway.configuration.diff import NO_DIFFERENCE, Difference, difference, restart_needed
 from cortex_gateway.configuration.watch import Prints, Settling, prints_of
 from cortex_gateway.configuration.weaker import NOTHING_GONE, may_be_unfinished, weaker
 

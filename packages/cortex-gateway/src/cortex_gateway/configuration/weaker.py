@@ -20,8 +20,8 @@ from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry
 from cortex_core.fleet import ModelCost
 from cortex_core.gateway_config import NeuronEntry
 
-from cortex_gateway.configuration.difference import difference, settings_of
-from cortex_gateway.configuration.value import Configuration
+from cortex_gateway.configuration.current import Configuration
+from cortex_gateway.configuration.diff import difference, settings_of
 
 IsWeaker = Callable[[Any, Any], bool]
 """Of the old and the new value of one setting."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from cortex_core.fleet import DiscoveryResponse, HealthResponse
 
-from cortex_gateway.configuration.value import Current
+from cortex_gateway.configuration.current import Current
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused

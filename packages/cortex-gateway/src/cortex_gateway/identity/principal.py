@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from cortex_core.entitlements import Budget, KeyEntry, Window
 
-from cortex_gateway.asgi import RawHeaders
+from cortex_gateway.http.asgi import RawHeaders
 from cortex_gateway.identity.clock import Clock
 from cortex_gateway.identity.estimate import cap_of
 from cortex_gateway.identity.windows import Meter, Slots

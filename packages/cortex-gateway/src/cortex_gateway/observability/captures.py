@@ -10,23 +10,33 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 
-from cortex_gateway.asgi import Message, Scope, Send
-from cortex_gateway.configuration.value import Current
+from cortex_gateway.configuration.current import Current
+from cortex_gateway.http.asgi import Message, Scope, Send
 from cortex_gateway.observability.access_log import AccessRecord
 from cortex_gateway.observability.redaction import clean_body, clean_headers, clean_query, without_images
-
-if TYPE_CHECKING:
-    from cortex_gateway.relay.payload import Payload
 
 MAX_INLINE_BYTES = 64 * 1024
 """What is larger is searched for images and secrets in a thread: it may take a fifth of a second for each megabyte."""
 
 EVENT_OVERHEAD = 64
 """What a piece of an answer is charged beside its bytes, so that a stream of empty ones is bounded too."""
+
+
+class ShownBody(Protocol):
+    """The body of a large request as somebody else has read it: its beginning, and what was left out."""
+
+    @property
+    def data(self) -> bytes: ...
+
+    @property
+    def is_cut(self) -> bool: ...
+
+    @property
+    def is_shortened(self) -> bool: ...
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -216,22 +226,23 @@ class Capture:
         """The request's body may have half the room; what it leaves is the answer's."""
         return self._max_bytes // 2
 
-    async def came(self, payload: Payload) -> None:
+    async def came(self, body: bytes) -> None:
         """The request's body."""
-        self._request_bytes = payload.num_bytes
-        if payload.facts is not None:
-            shown = payload.facts.shown
-            if shown is None:
-                self._request_is_cut = True
-                return
-            kept, is_cut, self._request_is_shortened = shown.data, shown.is_cut, shown.is_shortened
-            self._body_is_clean = True
-        else:
-            body = payload.whole()
-            is_small = len(body) <= MAX_INLINE_BYTES
-            plain = without_images(body) if is_small else await asyncio.to_thread(without_images, body)
-            kept = plain[: self.max_request_bytes]
-            is_cut, self._request_is_shortened = len(kept) < len(plain), len(plain) < len(body)
+        is_small = len(body) <= MAX_INLINE_BYTES
+        plain = without_images(body) if is_small else await asyncio.to_thread(without_images, body)
+        kept = plain[: self.max_request_bytes]
+        self._keep_body(len(body), kept, is_cut=len(kept) < len(plain), is_shortened=len(plain) < len(body))
+
+    def came_large(self, num_bytes: int, shown: ShownBody | None) -> None:
+        """The request's body, of which `shown` was found elsewhere, its secrets taken out."""
+        if shown is None:
+            self._request_bytes, self._request_is_cut = num_bytes, True
+            return
+        self._body_is_clean = True
+        self._keep_body(num_bytes, shown.data, is_cut=shown.is_cut, is_shortened=shown.is_shortened)
+
+    def _keep_body(self, num_bytes: int, kept: bytes, *, is_cut: bool, is_shortened: bool) -> None:
+        self._request_bytes, self._request_is_shortened = num_bytes, is_shortened
         if self._reserve(len(kept)):
             self._body = kept
         self._request_is_cut = self._body is None or is_cut

@@ -28,8 +28,7 @@ from opentelemetry.trace import (
 from opentelemetry.util.types import AttributeValue
 from yarl import URL
 
-from cortex_gateway.asgi import Scope
-from cortex_gateway.placement.decision import Hold, Load
+from cortex_gateway.http.asgi import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,23 +90,20 @@ class RequestTrace:
         self._offset_ns = offset_ns
         self._context = set_span_in_context(server, Context())
         self._wait: Span | None = None
-        self._waits_for: Hold | Load | None = None
+        self._waits_for: tuple[str, Attributes] | None = None
         self._attempt: Span | None = None
         self._has_first_byte = False
         self.trace_id = format(server.get_span_context().trace_id, "032x")
 
-    def waits(self, decision: Hold | Load) -> None:
-        """No node serves it yet: why not, or what is loaded and what has to go for it."""
+    def waits(self, what: str, attributes: Attributes) -> None:
+        """No node serves it yet. what: `hold` or `load`; attributes: where, why not, and what has to go for it."""
         if self._wait is None:
             self._wait = self._tracer.start_span("placement", context=self._context)
-        if decision == self._waits_for:
+        waits_for = (what, attributes)
+        if waits_for == self._waits_for:
             return
-        self._waits_for = decision
-        if isinstance(decision, Load):
-            evicted = {"cortex.evicted": decision.victims} if decision.victims else {}
-            self._wait.add_event("load", {"cortex.node": decision.node, **evicted})
-        else:
-            self._wait.add_event("hold", {"cortex.node": decision.node, "cortex.reason": decision.reason})
+        self._waits_for = waits_for
+        self._wait.add_event(what, {name: value for name, value in attributes.items() if value is not None})
 
     def attempt(self, name: str, url: URL, headers: CIMultiDict[str], attributes: Attributes) -> None:
         """The request goes to a node: its headers continue the trace."""

@@ -19,7 +19,7 @@ import msgspec
 from cortex_core.catalogue import ModelProfile, may_displace
 
 from cortex_gateway.fleet.snapshot import HOST, LoadFailure, NodeSnapshot
-from cortex_gateway.placement.situation import Situation
+from cortex_gateway.placement.state import PlacementState
 
 MOVING = ("fetching", "loading", "recovering", "poisoned", "unloading")
 """On their way somewhere: what they hold is about to change."""
@@ -51,34 +51,34 @@ class Room(msgspec.Struct, frozen=True):
         return bool(self.victims) or self.fits_later
 
 
-def plan_room(profile: ModelProfile, node: NodeSnapshot, situation: Situation, *, claim: bool = False) -> Room:
+def plan_room(profile: ModelProfile, node: NodeSnapshot, state: PlacementState, *, claim: bool = False) -> Room:
     """Room for `profile` on `node`, with the fewest victims that the strategy's order allows.
 
     claim: plan also with models that are in use or newly loaded. Without an estimate (`vram_mb`) everything fits: the
     neuron knows better and refuses by itself.
     """
-    free = free_by_device(node, situation, incoming=profile.id)
+    free = free_by_device(node, state, incoming=profile.id)
     need = profile.vram_mb
     free_now = _best_sum(free, profile, node)
     if need is None or not free or free_now >= need:
         return Room(fits=True, devices=_pick(free, profile, node), free_mb=free_now)
 
     def fits_without(models: list[str]) -> bool:
-        return _best_sum(_freed(free, models, node, situation), profile, node) >= need
+        return _best_sum(_freed(free, models, node, state), profile, node) >= need
 
     chosen: list[str] = []
-    for model in eviction_order(node, profile.id, situation, claim=claim):
+    for model in eviction_order(node, profile.id, state, claim=claim):
         chosen.append(model)
         if fits_without(chosen):
             break
     else:
-        later = may_yield(node, profile.id, situation)
-        settling = [situation.stays_until(node, model) for model in later if node.status(model) == "loaded"]
+        later = may_yield(node, profile.id, state)
+        settling = [state.stays_until(node, model) for model in later if node.status(model) == "loaded"]
         return Room(
             fits=False,
             devices=_pick(free, profile, node),
             fits_later=fits_without(later),
-            settles_at=min((until for until in settling if until > situation.now), default=None),
+            settles_at=min((until for until in settling if until > state.now), default=None),
             free_mb=free_now,
         )
     # The last one made it fit; earlier ones may turn out not to be needed. Spare the most recently used first.
@@ -86,33 +86,33 @@ def plan_room(profile: ModelProfile, node: NodeSnapshot, situation: Situation, *
         rest = [other for other in chosen if other != model]
         if fits_without(rest):
             chosen = rest
-    after = _freed(free, chosen, node, situation)
+    after = _freed(free, chosen, node, state)
     return Room(fits=True, victims=tuple(chosen), devices=_pick(after, profile, node), free_mb=free_now)
 
 
-def eviction_order(node: NodeSnapshot, incoming: str, situation: Situation, *, claim: bool = False) -> list[str]:
+def eviction_order(node: NodeSnapshot, incoming: str, state: PlacementState, *, claim: bool = False) -> list[str]:
     """All models of `node` that may go for `incoming`, the first to go first. Ties are broken by name.
 
     With a claim, models that are in use, waited for or newly loaded come too, after all others; but not one whose own
     requests have waited longer.
     """
-    catalogue = situation.catalogue
-    since = situation.waiting.since(incoming)
+    catalogue = state.catalogue
+    since = state.waiting.since(incoming)
     candidates = []
     for model in node.models:
         if model == incoming or node.status(model) != "loaded" or node.is_pinned(model):
             continue
         if not may_displace(catalogue, incoming, model):
             continue
-        is_spared = is_in_use(node, model, situation) or situation.stays_until(node, model) > situation.now
-        if is_spared and (not claim or _waits_longer(model, incoming, since, situation)):
+        is_spared = is_in_use(node, model, state) or state.stays_until(node, model) > state.now
+        if is_spared and (not claim or _waits_longer(model, incoming, since, state)):
             continue
-        residency = catalogue.residency(model) if situation.policy.strategy == "priority" else 0
-        candidates.append((is_spared, residency, situation.last_used(node, model), model))
+        residency = catalogue.residency(model) if state.policy.strategy == "priority" else 0
+        candidates.append((is_spared, residency, state.last_used(node, model), model))
     return [model for *_, model in sorted(candidates)]
 
 
-def may_yield(node: NodeSnapshot, incoming: str, situation: Situation) -> list[str]:
+def may_yield(node: NodeSnapshot, incoming: str, state: PlacementState) -> list[str]:
     """Models of `node` whose memory may come free for `incoming` sooner or later: those that may be displaced, once
     they are loaded, idle and have been here for a while, and those that are being unloaded."""
     found = []
@@ -120,32 +120,32 @@ def may_yield(node: NodeSnapshot, incoming: str, situation: Situation) -> list[s
         status = node.status(model)
         if model == incoming or status in (None, "failed", "unloaded"):
             continue
-        if status == "unloading" or (not node.is_pinned(model) and may_displace(situation.catalogue, incoming, model)):
+        if status == "unloading" or (not node.is_pinned(model) and may_displace(state.catalogue, incoming, model)):
             found.append(model)
     return sorted(found)
 
 
-def may_come_free(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+def may_come_free(node: NodeSnapshot, incoming: str, failure: LoadFailure, state: PlacementState) -> bool:
     """Whether the memory that a load lacked may come free without anybody's doing: then waiting makes sense."""
     shortage = failure.shortage
     if shortage is not None and shortage.is_passing:
         models = node.models.keys() | node.operations.keys()
         if any(model != incoming and node.status(model) in MOVING for model in models):
             return True
-    if failure.count <= MAX_CONTRADICTIONS and _is_free_by_polls(node, incoming, failure, situation):
+    if failure.count <= MAX_CONTRADICTIONS and _is_free_by_polls(node, incoming, failure, state):
         return True
-    return _covers(may_yield(node, incoming, situation), node, incoming, failure, situation)
+    return _covers(may_yield(node, incoming, state), node, incoming, failure, state)
 
 
-def _is_free_by_polls(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+def _is_free_by_polls(node: NodeSnapshot, incoming: str, failure: LoadFailure, state: PlacementState) -> bool:
     """Whether there is room although the neuron said that there was none: what was in the way has gone meanwhile."""
-    missing = _missing_mb(node, incoming, failure, situation)
+    missing = _missing_mb(node, incoming, failure, state)
     return bool(missing) and all(amount <= 0 for amount in missing.values())
 
 
-def has_come_free(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+def has_come_free(node: NodeSnapshot, incoming: str, failure: LoadFailure, state: PlacementState) -> bool:
     """Whether as much has come free on the node as the load lacked when it failed, whoever freed it."""
-    shortage, free = failure.shortage, free_by_device(node, situation, incoming=incoming)
+    shortage, free = failure.shortage, free_by_device(node, state, incoming=incoming)
     if shortage is None or not shortage.required_mb:
         return False
     return all(
@@ -155,46 +155,46 @@ def has_come_free(node: NodeSnapshot, incoming: str, failure: LoadFailure, situa
     )
 
 
-def next_victim(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> str | None:
+def next_victim(node: NodeSnapshot, incoming: str, failure: LoadFailure, state: PlacementState) -> str | None:
     """Whom to unload after a neuron refused `incoming` for lack of memory; None where that would not help."""
-    order = eviction_order(node, incoming, situation)
-    if not _covers(order, node, incoming, failure, situation):
+    order = eviction_order(node, incoming, state)
+    if not _covers(order, node, incoming, failure, state):
         return None
-    free = free_by_device(node, situation, incoming=incoming)
-    missing = _missing_mb(node, incoming, failure, situation)
+    free = free_by_device(node, state, incoming=incoming)
+    missing = _missing_mb(node, incoming, failure, state)
     if not free or not missing:
         return order[0]
     for model in order:
-        shares = dict(_shares(model, free, node, situation))
+        shares = dict(_shares(model, free, node, state))
         if any(missing.get(index, 0) > 0 or not share for index, share in shares.items()):
             return model
     return order[0]
 
 
-def _covers(models: list[str], node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> bool:
+def _covers(models: list[str], node: NodeSnapshot, incoming: str, failure: LoadFailure, state: PlacementState) -> bool:
     """Whether the end of `models` would free what the load lacked. Where a size is not known it may: one has to try."""
     if not models:
         return False
-    free = free_by_device(node, situation, incoming=incoming)
-    if not free or any(not estimate_mb(model, node, situation) for model in models):
+    free = free_by_device(node, state, incoming=incoming)
+    if not free or any(not estimate_mb(model, node, state) for model in models):
         return True
-    missing = _missing_mb(node, incoming, failure, situation)
+    missing = _missing_mb(node, incoming, failure, state)
     if missing:
         # What a model holds of its host beside accelerators is in no figure of ours.
         return all(
-            amount <= sum(dict(_shares(model, free, node, situation)).get(index, 0) for model in models)
+            amount <= sum(dict(_shares(model, free, node, state)).get(index, 0) for model in models)
             for index, amount in missing.items()
             if index in free
         )
-    profile = situation.catalogue.profile(incoming)
+    profile = state.catalogue.profile(incoming)
     if profile is None or profile.vram_mb is None:
         return True
-    return _best_sum(_freed(free, models, node, situation), profile, node) >= profile.vram_mb
+    return _best_sum(_freed(free, models, node, state), profile, node) >= profile.vram_mb
 
 
-def _missing_mb(node: NodeSnapshot, incoming: str, failure: LoadFailure, situation: Situation) -> dict[int, int]:
+def _missing_mb(node: NodeSnapshot, incoming: str, failure: LoadFailure, state: PlacementState) -> dict[int, int]:
     """What the load would lack now, by device. Empty where the neuron gave no numbers."""
-    free = free_by_device(node, situation, incoming=incoming)
+    free = free_by_device(node, state, incoming=incoming)
     required = failure.shortage.required_mb if failure.shortage is not None else {}
     return {index: amount - free.get(index, 0) for index, amount in required.items()}
 
@@ -218,18 +218,18 @@ class Account(msgspec.Struct, frozen=True):
         )
 
 
-def account(model: str, node: NodeSnapshot, situation: Situation, *, needed_mb: int = 0) -> Account | None:
+def account(model: str, node: NodeSnapshot, state: PlacementState, *, needed_mb: int = 0) -> Account | None:
     """None where nothing is known of the node's memory, or of the model's. needed_mb: by the neuron's own word."""
-    profile = situation.catalogue.profile(model) or ModelProfile(id=model)
-    free = free_by_device(node, situation, incoming=profile.id)
+    profile = state.catalogue.profile(model) or ModelProfile(id=model)
+    free = free_by_device(node, state, incoming=profile.id)
     needed = max(needed_mb, profile.vram_mb or 0)
     if not free or not needed:
         return None
-    later = may_yield(node, profile.id, situation)
-    after = _freed(free, later, node, situation)
+    later = may_yield(node, profile.id, state)
+    after = _freed(free, later, node, state)
     devices = _ranked(after, profile, node)
     kept = {
-        other: sum(share for index, share in _shares(other, free, node, situation) if index in devices)
+        other: sum(share for index, share in _shares(other, free, node, state) if index in devices)
         for other in sorted(node.models.keys() | node.operations.keys())
         if other not in later and other != model and node.status(other) not in (None, "failed", "unloaded")
     }
@@ -246,22 +246,22 @@ def account(model: str, node: NodeSnapshot, situation: Situation, *, needed_mb: 
     )
 
 
-def _waits_longer(model: str, incoming: str, since: float | None, situation: Situation) -> bool:
-    own = situation.waiting.since(model)
+def _waits_longer(model: str, incoming: str, since: float | None, state: PlacementState) -> bool:
+    own = state.waiting.since(model)
     return own is not None and (since is None or (own, model) < (since, incoming))
 
 
-def is_in_use(node: NodeSnapshot, model: str, situation: Situation) -> bool:
+def is_in_use(node: NodeSnapshot, model: str, state: PlacementState) -> bool:
     """Whether a request is on the model, or about to be sent to it."""
-    return situation.load_of(node, model) > 0 or model in situation.waiting
+    return state.load_of(node, model) > 0 or model in state.waiting
 
 
-def estimate_mb(model: str, node: NodeSnapshot, situation: Situation) -> int:
+def estimate_mb(model: str, node: NodeSnapshot, state: PlacementState) -> int:
     """What a model occupies: the neuron's figure, else the catalogue's (G2), else 0 = unknown."""
     info = node.models.get(model)
     if info is not None and info.vram_used_mb:
         return info.vram_used_mb
-    profile = situation.catalogue.profile(model)
+    profile = state.catalogue.profile(model)
     return (profile.vram_mb or 0) if profile is not None else 0
 
 
@@ -287,7 +287,7 @@ def _total_mb(node: NodeSnapshot) -> dict[int, int]:
     return {device.index: device.vram_total_mb for device in node.discovery.devices}
 
 
-def free_by_device(node: NodeSnapshot, situation: Situation, *, incoming: str) -> dict[int, int]:
+def free_by_device(node: NodeSnapshot, state: PlacementState, *, incoming: str) -> dict[int, int]:
     """Free memory per device as polled, less what loads since then and those under way take, other than that of
     `incoming`. Empty = unknown."""
     if node.devices:
@@ -302,7 +302,7 @@ def free_by_device(node: NodeSnapshot, situation: Situation, *, incoming: str) -
         if model != incoming and (node.status(model) in ("fetching", "loading") or _came_since_the_poll(node, model))
     )
     for model in arriving:
-        for index, share in _shares(model, free, node, situation):
+        for index, share in _shares(model, free, node, state):
             free[index] = max(0, free[index] - share)
     return free
 
@@ -314,18 +314,18 @@ def _came_since_the_poll(node: NodeSnapshot, model: str) -> bool:
     return residence is not None and residence.since is not None and residence.since > node.polled_at
 
 
-def _shares(model: str, free: dict[int, int], node: NodeSnapshot, situation: Situation) -> list[tuple[int, int]]:
+def _shares(model: str, free: dict[int, int], node: NodeSnapshot, state: PlacementState) -> list[tuple[int, int]]:
     """(device, MB) of what a model takes: evenly over its devices, or on the first where it does not say."""
     info = node.models.get(model)
     devices = [index for index in (info.devices if info is not None else ()) if index in free] or sorted(free)[:1]
-    share = estimate_mb(model, node, situation) // len(devices)
+    share = estimate_mb(model, node, state) // len(devices)
     return [(index, share) for index in devices]
 
 
-def _freed(free: dict[int, int], models: list[str], node: NodeSnapshot, situation: Situation) -> dict[int, int]:
+def _freed(free: dict[int, int], models: list[str], node: NodeSnapshot, state: PlacementState) -> dict[int, int]:
     after, total = dict(free), _total_mb(node)
     for model in models:
-        for index, share in _shares(model, after, node, situation):
+        for index, share in _shares(model, after, node, state):
             # What a model held that is recovering may be free already: there is no more than the device has.
             after[index] = max(after[index], min(after[index] + share, total.get(index) or after[index] + share))
     return after

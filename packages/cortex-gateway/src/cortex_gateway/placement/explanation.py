@@ -14,7 +14,7 @@ import msgspec
 from cortex_gateway.fleet.snapshot import LoadFailure, NodeSnapshot
 from cortex_gateway.placement.decision import Hold
 from cortex_gateway.placement.evictor import Account, account, is_in_use, may_yield
-from cortex_gateway.placement.situation import Situation
+from cortex_gateway.placement.state import PlacementState
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -28,10 +28,10 @@ class Wait(msgspec.Struct, frozen=True):
     memory: Account | None = None
 
 
-def explain(model: str, hold: Hold, situation: Situation) -> Wait:
+def explain(model: str, hold: Hold, state: PlacementState) -> Wait:
     """A hold, as it is told. It may be a moment old: what is gone meanwhile is left out."""
     name, reason = hold.node, hold.reason
-    node = situation.snapshot.nodes.get(name)
+    node = state.snapshot.nodes.get(name)
     if node is None:
         return Wait(name, reason, f"another node, as {name} leaves the configuration")
     match reason:
@@ -46,21 +46,21 @@ def explain(model: str, hold: Hold, situation: Situation) -> Wait:
         case "unloading":
             return Wait(name, reason, f"its unload from {name}, after which it comes back")
         case "yielding":
-            others = _ahead_of(model, situation)
+            others = _ahead_of(model, state)
             return Wait(name, reason, f"its next turn on {name}, where {_listed(others)} comes first", others)
         case "queued":
-            others = _ahead_of(model, situation)
+            others = _ahead_of(model, state)
             return Wait(name, reason, f"room on {name}, which {_listed(others)} has waited for longer", others)
-    return _for_room(model, hold, node, situation)
+    return _for_room(model, hold, node, state)
 
 
-def _for_room(model: str, hold: Hold, node: NodeSnapshot, situation: Situation) -> Wait:
+def _for_room(model: str, hold: Hold, node: NodeSnapshot, state: PlacementState) -> Wait:
     """`busy` and `settling`."""
     failure = node.load_failures.get(model)
-    shortage = failure.shortage if failure is not None and failure.until > situation.now else None
-    memory = account(model, node, situation, needed_mb=shortage.needed_mb if shortage is not None else 0)
-    in_the_way = may_yield(node, model, situation)
-    said = ", ".join(f"{other} ({_state(other, node, situation)})" for other in in_the_way)
+    shortage = failure.shortage if failure is not None and failure.until > state.now else None
+    memory = account(model, node, state, needed_mb=shortage.needed_mb if shortage is not None else 0)
+    in_the_way = may_yield(node, model, state)
+    said = ", ".join(f"{other} ({_state(other, node, state)})" for other in in_the_way)
     text = f"room on {node.name}"
     if said:
         text += f" that others hold or take: {said}"
@@ -69,20 +69,20 @@ def _for_room(model: str, hold: Hold, node: NodeSnapshot, situation: Situation) 
     return Wait(node.name, hold.reason, text, tuple(in_the_way), memory)
 
 
-def _state(model: str, node: NodeSnapshot, situation: Situation) -> str:
+def _state(model: str, node: NodeSnapshot, state: PlacementState) -> str:
     status = node.status(model)
     if status != "loaded":
         return str(status)
-    if load := situation.load_of(node, model):
+    if load := state.load_of(node, model):
         return f"{load} request{'s' if load > 1 else ''} at work"
-    if is_in_use(node, model, situation):
+    if is_in_use(node, model, state):
         return "waited for too"
-    stay_s = situation.stays_until(node, model) - situation.now
+    stay_s = state.stays_until(node, model) - state.now
     return f"new, stays for {math.ceil(stay_s)} s" if stay_s > 0 else "idle"
 
 
-def _ahead_of(model: str, situation: Situation) -> tuple[str, ...]:
-    waiting = situation.waiting
+def _ahead_of(model: str, state: PlacementState) -> tuple[str, ...]:
+    waiting = state.waiting
     since = waiting.since(model)
     return tuple(
         other.model
@@ -98,11 +98,11 @@ def _listed(models: tuple[str, ...]) -> str:
 # ---------------------------------------------------------------------------------------------- refusals
 
 
-def numbers_of(model: str, node: NodeSnapshot, failure: LoadFailure, situation: Situation) -> Account | None:
+def numbers_of(model: str, node: NodeSnapshot, failure: LoadFailure, state: PlacementState) -> Account | None:
     """The figures of a load that failed for lack of memory; None for any other, and where none are known."""
     if not failure.lacks_memory:
         return None
-    return account(model, node, situation, needed_mb=failure.shortage.needed_mb if failure.shortage else 0)
+    return account(model, node, state, needed_mb=failure.shortage.needed_mb if failure.shortage else 0)
 
 
 def in_words(node: str, memory: Account | None) -> str:

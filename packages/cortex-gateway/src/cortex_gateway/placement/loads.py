@@ -23,7 +23,7 @@ from cortex_gateway.fleet.transitions import OperationEnded, OperationStarted, P
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.evictor import free_by_device, may_come_free, next_victim
 from cortex_gateway.placement.explanation import in_figures, in_words, numbers_of
-from cortex_gateway.placement.situation import Situation
+from cortex_gateway.placement.state import PlacementState
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +69,14 @@ class Loads:
         poller: Poller,
         metrics: Metrics,
         *,
-        situation: Callable[[], Situation],
+        state: Callable[[], PlacementState],
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._neurons = neurons
         self._poller = poller
         self._metrics = metrics
-        self._situation = situation
+        self._situation = state
         self._clock = clock
         self._loads: dict[Key, asyncio.Task[None]] = {}
         self._unloads: dict[Key, asyncio.Task[None]] = {}
@@ -208,9 +208,9 @@ class Loads:
                 snapshot = self._fleet.snapshot.nodes.get(node)
                 if not error.lacks_memory or snapshot is None or round_ == MAX_EVICTION_ROUNDS:
                     raise
-                situation = self._situation()
-                free_mb = free_by_device(snapshot, situation, incoming=model)
-                victim = next_victim(snapshot, model, _failure(model, node, error, free_mb), situation)
+                state = self._situation()
+                free_mb = free_by_device(snapshot, state, incoming=model)
+                victim = next_victim(snapshot, model, _failure(model, node, error, free_mb), state)
                 if victim is None:
                     raise
                 log.info("%s does not fit on %s beside %s: %s", model, node, victim, error.message)
@@ -245,14 +245,14 @@ class Loads:
         it is in use, or new, or on its way."""
         if error.lacks_memory:
             await self._poller.refresh(node)
-        situation = self._situation()
-        snapshot = situation.snapshot.nodes.get(node)
+        state = self._situation()
+        snapshot = state.snapshot.nodes.get(node)
         if snapshot is None:
             return _failure(model, node, error, {}), False
-        failure = _failure(model, node, error, free_by_device(snapshot, situation, incoming=model))
+        failure = _failure(model, node, error, free_by_device(snapshot, state, incoming=model))
         before = snapshot.load_failures.get(model)
         failure = msgspec.structs.replace(failure, count=1 if before is None else before.count + 1)
-        return failure, error.lacks_memory and may_come_free(snapshot, model, failure, situation)
+        return failure, error.lacks_memory and may_come_free(snapshot, model, failure, state)
 
     async def _unload(self, node: str, model: str, reason: UnloadReason) -> None:
         succeeded = False
@@ -353,13 +353,13 @@ def _failure(model: str, node: str, error: NeuronError, free_mb: dict[int, int])
     )
 
 
-def load_failed(model: str, node: str, error: NeuronError, failure: LoadFailure, situation: Situation) -> ApiError:
+def load_failed(model: str, node: str, error: NeuronError, failure: LoadFailure, state: PlacementState) -> ApiError:
     """What a client reads: retryable unless the neuron said that the request itself can never work."""
     if not error.is_passing:
         assert error.status is not None
         return LoadImpossible(failure.message, code=failure.code, neuron_status=error.status)
-    snapshot = situation.snapshot.nodes.get(node)
-    memory = None if snapshot is None else numbers_of(model, snapshot, failure, situation)
+    snapshot = state.snapshot.nodes.get(node)
+    memory = None if snapshot is None else numbers_of(model, snapshot, failure, state)
     return ApiError(
         "overloaded",
         failure.message + in_words(node, memory),

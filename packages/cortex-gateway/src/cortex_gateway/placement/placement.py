@@ -11,7 +11,7 @@ from types import TracebackType
 from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress
 
-from cortex_gateway.configuration.value import Current
+from cortex_gateway.configuration.current import Current
 from cortex_gateway.fleet.activity import Answer
 from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.fleet.poller import Poller
@@ -21,9 +21,9 @@ from cortex_gateway.placement.affinity import UNKNOWN, Affinity, Hints, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse, RouteReason
 from cortex_gateway.placement.explanation import Wait, explain, in_figures
 from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
+from cortex_gateway.placement.queue import WaitingQueue
 from cortex_gateway.placement.router import decide, failure_on
-from cortex_gateway.placement.situation import Situation
-from cortex_gateway.placement.waiting import Waiting
+from cortex_gateway.placement.state import PlacementState
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Placement:
         metrics: Metrics,
         *,
         current: Current,
-        waiting: Waiting,
+        waiting: WaitingQueue,
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
@@ -166,7 +166,7 @@ class Placement:
         self._clock = clock
         self._resolved: dict[str, str] = {}
         self._resolved_version = -1
-        self.loads = Loads(fleet, neurons, poller, metrics, situation=self.situation, clock=clock)
+        self.loads = Loads(fleet, neurons, poller, metrics, state=self.state, clock=clock)
 
     def resolve(self, name: str) -> str:
         """The concrete model id behind what a client asked for."""
@@ -180,10 +180,10 @@ class Placement:
             resolved = self._resolved[name] = self._current.catalogue.resolve(name, served)
         return resolved
 
-    def situation(self, *, neurons_only: bool = False, by_hand: bool = False) -> Situation:
+    def state(self, *, neurons_only: bool = False, by_hand: bool = False) -> PlacementState:
         """Everything there is to decide on, now."""
         snapshot = self._fleet.snapshot
-        return Situation(
+        return PlacementState(
             snapshot=snapshot.neurons_only() if neurons_only else snapshot,
             catalogue=self._current.catalogue,
             activity=self._fleet.activity,
@@ -197,7 +197,7 @@ class Placement:
     def decide(
         self, model: str, shares: Shares = UNKNOWN, *, neurons_only: bool = False, by_hand: bool = False
     ) -> Decision:
-        return decide(model, self.situation(neurons_only=neurons_only, by_hand=by_hand), shares)
+        return decide(model, self.state(neurons_only=neurons_only, by_hand=by_hand), shares)
 
     def try_now(self, model: str, hints: Hints | None = None) -> Lease | None:
         """A lease if the model is served somewhere at this moment. Raises `ApiError` if it never will be."""
@@ -306,7 +306,7 @@ class Placement:
         with self._poller.watching(node):
             await self.change(None)
             while (snapshot := self._fleet.snapshot.nodes.get(node)) is not None:
-                failure = failure_on(snapshot, model, self.situation())
+                failure = failure_on(snapshot, model, self.state())
                 if failure is None:
                     return
                 await self.change(failure.until)
@@ -350,21 +350,21 @@ class Placement:
     def wait_of(self, model: str, node: str | None = None) -> Wait | None:
         """What requests for the model are held for at this moment; None where they would not be. node: what a load on
         that one is held for."""
-        situation = self.situation()
+        state = self.state()
         if node is None:
-            decision = decide(model, situation)
-            return explain(model, decision, situation) if isinstance(decision, Hold) else None
-        snapshot = situation.snapshot.nodes.get(node)
-        if snapshot is None or failure_on(snapshot, model, situation) is None:
+            decision = decide(model, state)
+            return explain(model, decision, state) if isinstance(decision, Hold) else None
+        snapshot = state.snapshot.nodes.get(node)
+        if snapshot is None or failure_on(snapshot, model, state) is None:
             return None
-        return explain(model, Hold(node=node, reason="busy"), situation)
+        return explain(model, Hold(node=node, reason="busy"), state)
 
     def _tell(self, model: str, hold: Hold) -> None:
         """Say in the log what requests wait for, once for each reason: not for each request."""
         told = (hold.node, hold.reason)
         if self._told.get(model) != told and self._is_known(model):
             self._told[model] = told
-            log.info("requests for %s wait for %s", model, explain(model, hold, self.situation()).text)
+            log.info("requests for %s wait for %s", model, explain(model, hold, self.state()).text)
 
     def waiting_note(self, model: str) -> bytes:
         """What requests for the model wait for, as an SSE comment: how far its load is, or what is in its way. Empty if

@@ -1,4 +1,4 @@
-"""Where a request for a model goes: a situation in, a decision out. Pure, and deterministic in ties.
+"""Where a request for a model goes: a state in, a decision out. Pure, and deterministic in ties.
 
 The order of preference: a node that has the model loaded and can serve it; else wait for one that is loading or
 recovering it (a second copy is never started); else a cold load on the best feasible node, making room if that is
@@ -30,7 +30,7 @@ from cortex_gateway.placement.evictor import (
 )
 from cortex_gateway.placement.explanation import in_figures, in_words, numbers_of
 from cortex_gateway.placement.replicas import Replica, choose
-from cortex_gateway.placement.situation import Situation
+from cortex_gateway.placement.state import PlacementState
 
 RETRY_NO_NODE_S = 5
 RETRY_UNHEALTHY_S = 3
@@ -41,9 +41,9 @@ FREE_STEP_MB = 1024
 """Free memory is compared in steps of this: two gateways that polled at different moments choose the same node."""
 
 
-def decide(model: str, situation: Situation, shares: Shares = UNKNOWN) -> Decision:
+def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN) -> Decision:
     """Decide for a concrete model id (aliases are resolved before). shares: which nodes know the request's prompt."""
-    snapshot, breakers, now = situation.snapshot, situation.breakers, situation.now
+    snapshot, breakers, now = state.snapshot, state.breakers, state.now
     replicas: list[Replica] = []
     hold: Hold | None = None
     yielding: Hold | None = None
@@ -62,23 +62,23 @@ def decide(model: str, situation: Situation, shares: Shares = UNKNOWN) -> Decisi
             breaker = breakers.get(node.name, model)
             if not breaker.admits(now):
                 broken = max(breaker.until, now) if broken is None else min(max(breaker.until, now), broken)
-            elif situation.waiting and has_to_yield(model, node, situation):
+            elif state.waiting and has_to_yield(model, node, state):
                 yielding = yielding or Hold(node=node.name, reason="yielding")
             else:
-                replicas.append(_replica(model, node, breaker.failures, situation))
+                replicas.append(_replica(model, node, breaker.failures, state))
         elif status in ("recovering", "poisoned"):
             hold = hold or Hold(node=node.name, reason="recovering")
         elif status in ("loading", "fetching"):
             hold = hold or Hold(node=node.name, reason="loading")
     if replicas:
-        best, reason = choose(replicas, shares, situation.policy.beta)
+        best, reason = choose(replicas, shares, state.policy.beta)
         return Forward(node=best.node, reason=reason)
     if yielding is not None or hold is not None:
         return yielding or hold  # type: ignore[return-value]
-    profile = situation.catalogue.profile(model)
+    profile = state.catalogue.profile(model)
     if broken is not None:
         # Only here a second copy is started, where the first one keeps failing and another node has room.
-        elsewhere = None if profile is None else _cold_load(profile, routable, situation)
+        elsewhere = None if profile is None else _cold_load(profile, routable, state)
         if isinstance(elsewhere, Load):
             return elsewhere
         return Refuse(
@@ -99,16 +99,16 @@ def decide(model: str, situation: Situation, shares: Shares = UNKNOWN) -> Decisi
             retry_after=RETRY_NO_NODE_S,
         )
     if profile is None:
-        return _outside_catalogue(model, situation)
-    return _cold_load(profile, routable, situation)
+        return _outside_catalogue(model, state)
+    return _cold_load(profile, routable, state)
 
 
-def _replica(model: str, node: NodeSnapshot, failures: int, situation: Situation) -> Replica:
+def _replica(model: str, node: NodeSnapshot, failures: int, state: PlacementState) -> Replica:
     load = node.loads.get(model)
     return Replica(
         node=node.name,
-        load=situation.activity.load_of(node.name, model, load) + failures,
-        last_used=situation.activity.last_used(node.name, model),
+        load=state.activity.load_of(node.name, model, load) + failures,
+        last_used=state.activity.last_used(node.name, model),
         capacity=load.max_in_flight if load is not None else 0,
         is_suspect=node.health == "suspect",
     )
@@ -117,55 +117,53 @@ def _replica(model: str, node: NodeSnapshot, failures: int, situation: Situation
 # ---------------------------------------------------------------------------------------------- taking turns
 
 
-def has_to_yield(model: str, node: NodeSnapshot, situation: Situation) -> bool:
+def has_to_yield(model: str, node: NodeSnapshot, state: PlacementState) -> bool:
     """Whether requests for a loaded model are held so that one whose requests lost patience gets its turn here."""
-    for waiter in situation.waiting.in_order():
-        if situation.now < waiter.since + situation.policy.patience_s:
+    for waiter in state.waiting.in_order():
+        if state.now < waiter.since + state.policy.patience_s:
             return False  # in order: those behind have waited less
         if waiter.model == model:
             return False  # its own requests have waited longer than those behind: they are answered first
-        if not _is_to_be_placed(waiter.model, situation):
+        if not _is_to_be_placed(waiter.model, state):
             continue
-        target = _best(waiter.model, situation)
+        target = _best(waiter.model, state)
         if target is None or target[0].name != node.name or target[1].fits:
             continue
-        profile = situation.catalogue.profile(waiter.model)
+        profile = state.catalogue.profile(waiter.model)
         assert profile is not None
-        if model in plan_room(profile, node, situation, claim=True).victims:
+        if model in plan_room(profile, node, state, claim=True).victims:
             return True
     return False
 
 
-def _is_ahead_of(model: str, node: NodeSnapshot, situation: Situation) -> bool:
+def _is_ahead_of(model: str, node: NodeSnapshot, state: PlacementState) -> bool:
     """Whether a model whose requests have waited longer wants to make room on the same node."""
-    since = situation.waiting.since(model)
-    for waiter in situation.waiting.in_order():
+    since = state.waiting.since(model)
+    for waiter in state.waiting.in_order():
         if waiter.model == model or (since is not None and (waiter.since, waiter.model) > (since, model)):
             break
-        if not _is_to_be_placed(waiter.model, situation):
+        if not _is_to_be_placed(waiter.model, state):
             continue
-        target = _best(waiter.model, situation)
+        target = _best(waiter.model, state)
         if target is not None and target[0].name == node.name and target[1].is_awaited:
             return True
     return False
 
 
-def _is_to_be_placed(model: str, situation: Situation) -> bool:
+def _is_to_be_placed(model: str, state: PlacementState) -> bool:
     """Whether it is of the catalogue, and nowhere loaded or on its way."""
-    return situation.catalogue.profile(model) is not None and all(
-        node.status(model) in (None, "unloaded", "failed")
-        for node in situation.snapshot.nodes.values()
-        if node.is_routable
+    return state.catalogue.profile(model) is not None and all(
+        node.status(model) in (None, "unloaded", "failed") for node in state.snapshot.nodes.values() if node.is_routable
     )
 
 
-def _best(model: str, situation: Situation) -> tuple[NodeSnapshot, Room] | None:
+def _best(model: str, state: PlacementState) -> tuple[NodeSnapshot, Room] | None:
     """Where a model of the catalogue would be loaded if it were alone."""
-    profile = situation.catalogue.profile(model)
+    profile = state.catalogue.profile(model)
     assert profile is not None
-    routable = [node for node in situation.snapshot.nodes.values() if node.is_routable]
-    candidates = _candidates(profile, routable, situation).rooms
-    return min(candidates, key=lambda found: _rank(profile, found[0], found[1], situation), default=None)
+    routable = [node for node in state.snapshot.nodes.values() if node.is_routable]
+    candidates = _candidates(profile, routable, state).rooms
+    return min(candidates, key=lambda found: _rank(profile, found[0], found[1], state), default=None)
 
 
 def _fits_now(room: Room) -> bool:
@@ -185,7 +183,7 @@ class _Candidates(msgspec.Struct):
     failed: list[tuple[NodeSnapshot, LoadFailure]] = []
 
 
-def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: Situation) -> _Candidates:
+def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], state: PlacementState) -> _Candidates:
     found = _Candidates()
     for node in routable:
         if node.is_draining or node.discovery is None or not node.can_load:
@@ -199,7 +197,7 @@ def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: 
         if not is_feasible(profile, node.name, node.discovery):
             continue
         status = node.status(profile.id)
-        failure = failure_on(node, profile.id, situation)
+        failure = failure_on(node, profile.id, state)
         if status == "unloading":
             found.unloading = found.unloading or node
         elif status in ("loaded", "reloading"):
@@ -207,45 +205,45 @@ def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], situation: 
         elif failure is not None:
             found.failed.append((node, failure))
         else:
-            found.rooms.append((node, plan_room(profile, node, situation)))
+            found.rooms.append((node, plan_room(profile, node, state)))
     return found
 
 
-def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], situation: Situation) -> Decision:
-    found = _candidates(profile, routable, situation)
+def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], state: PlacementState) -> Decision:
+    found = _candidates(profile, routable, state)
     if not found.rooms:
         if found.unloading is not None:
             return Hold(node=found.unloading.name, reason="unloading")
         if found.unservable is not None:
             return _unservable(profile.id, found.unservable)
         if found.failed:
-            return _after_failures(profile.id, found.failed, situation)
-        return _nowhere(profile, situation.snapshot, found.too_small)
-    ranked = sorted(found.rooms, key=lambda candidate: _rank(profile, candidate[0], candidate[1], situation))
-    if situation.waiting:
+            return _after_failures(profile.id, found.failed, state)
+        return _nowhere(profile, state.snapshot, found.too_small)
+    ranked = sorted(found.rooms, key=lambda candidate: _rank(profile, candidate[0], candidate[1], state))
+    if state.waiting:
         free_of_others = [
-            (node, room) for node, room in ranked if _fits_now(room) or not _is_ahead_of(profile.id, node, situation)
+            (node, room) for node, room in ranked if _fits_now(room) or not _is_ahead_of(profile.id, node, state)
         ]
         if not free_of_others:
             return Hold(node=ranked[0][0].name, reason="queued")
         ranked = free_of_others
     node, room = ranked[0]
     if not room.fits and room.fits_later:
-        return _wait_for_room(profile, node, room, situation)
+        return _wait_for_room(profile, node, room, state)
     if not room.fits and 0 < node.polled_at <= node.operated_at:
         return Hold(node=node.name, reason="busy")  # the next poll has other figures
     # Nothing of ours would make room. The neuron says so: the figures here are estimates, its preflight is not.
     return _load(profile, node, room)
 
 
-def _wait_for_room(profile: ModelProfile, node: NodeSnapshot, room: Room, situation: Situation) -> Decision:
+def _wait_for_room(profile: ModelProfile, node: NodeSnapshot, room: Room, state: PlacementState) -> Decision:
     """Room comes when requests end, when a new model has stayed long enough, or by claim when patience is over."""
-    since = situation.waiting.since(profile.id)
-    claims_at = (situation.now if since is None else since) + situation.policy.patience_s
-    if since is not None and situation.now >= claims_at:
-        claimed = plan_room(profile, node, situation, claim=True)
+    since = state.waiting.since(profile.id)
+    claims_at = (state.now if since is None else since) + state.policy.patience_s
+    if since is not None and state.now >= claims_at:
+        claimed = plan_room(profile, node, state, claim=True)
         # What other gateways have in flight, the neuron knows: it lets it end before it unloads.
-        if claimed.fits and not any(situation.activity.in_flight(node.name, victim) for victim in claimed.victims):
+        if claimed.fits and not any(state.activity.in_flight(node.name, victim) for victim in claimed.victims):
             return _load(profile, node, claimed)
         return Hold(node=node.name, reason="busy")
     if room.settles_at is None:
@@ -262,7 +260,7 @@ def _load(profile: ModelProfile, node: NodeSnapshot, room: Room) -> Load:
 
 
 def _rank(
-    profile: ModelProfile, node: NodeSnapshot, room: Room, situation: Situation
+    profile: ModelProfile, node: NodeSnapshot, room: Room, state: PlacementState
 ) -> tuple[bool, bool, bool, bool, bool, int, int, str]:
     """Ascending: pinned there, fits as it is, fits after evictions, fits once idle, missed no poll, most free, least
     busy, name."""
@@ -273,44 +271,42 @@ def _rank(
         not room.fits_later,
         node.health == "suspect",
         -(room.free_mb // FREE_STEP_MB),
-        sum(
-            situation.load_of(node, model) for model in node.models if node.status(model) not in ("failed", "unloaded")
-        ),
+        sum(state.load_of(node, model) for model in node.models if node.status(model) not in ("failed", "unloaded")),
         node.name,
     )
 
 
-def failure_on(node: NodeSnapshot, model: str, situation: Situation) -> LoadFailure | None:
+def failure_on(node: NodeSnapshot, model: str, state: PlacementState) -> LoadFailure | None:
     """Why the model is not to be loaded there now; None once its pause is over, or what it lacked has come free."""
-    failure = None if situation.by_hand else node.load_failures.get(model)
-    if failure is None or failure.until <= situation.now:
+    failure = None if state.by_hand else node.load_failures.get(model)
+    if failure is None or failure.until <= state.now:
         return None
-    if situation.now >= failure.at + MIN_PAUSE_S and has_come_free(node, model, failure, situation):
+    if state.now >= failure.at + MIN_PAUSE_S and has_come_free(node, model, failure, state):
         return None
     return failure
 
 
-def _after_failures(model: str, failed: list[tuple[NodeSnapshot, LoadFailure]], situation: Situation) -> Decision:
+def _after_failures(model: str, failed: list[tuple[NodeSnapshot, LoadFailure]], state: PlacementState) -> Decision:
     """Every node that could load it has just failed to. Where only memory was lacking, and models of ours may still
     make room, it is tried again; else whoever asks is told at once."""
     failed = sorted(failed, key=lambda found: (found[1].until, found[0].name))
     for node, failure in failed:
-        if failure.lacks_memory and may_come_free(node, model, failure, situation):
+        if failure.lacks_memory and may_come_free(node, model, failure, state):
             return Hold(node=node.name, reason="busy", until=failure.until)
     node, failure = failed[0]
-    memory = numbers_of(model, node, failure, situation)
+    memory = numbers_of(model, node, failure, state)
     return Refuse(
         kind="overloaded",
         message=failure.message + in_words(node.name, memory),
         code=failure.code,
-        retry_after=max(1, math.ceil(failure.until - situation.now)),
+        retry_after=max(1, math.ceil(failure.until - state.now)),
         extras={"node": node.name, **in_figures(memory)},
     )
 
 
-def _outside_catalogue(model: str, situation: Situation) -> Decision:
+def _outside_catalogue(model: str, state: PlacementState) -> Decision:
     """A model only neurons know of: it may be failed, unservable, unloading, unloaded, or on a node that is away."""
-    nodes = situation.snapshot.nodes.values()
+    nodes = state.snapshot.nodes.values()
     known = [node for node in nodes if node.status(model) is not None or model in node.unloaded]
     if not known:
         return unknown_model(model)
@@ -322,9 +318,9 @@ def _outside_catalogue(model: str, situation: Situation) -> Decision:
         return Hold(node=by_status["unloading"].name, reason="unloading")
     for node in reachable:
         if node.status(model) in (None, "unloaded"):
-            failure = failure_on(node, model, situation)
+            failure = failure_on(node, model, state)
             if failure is not None:
-                return _after_failures(model, [(node, failure)], situation)
+                return _after_failures(model, [(node, failure)], state)
             info = node.models.get(model) or node.unloaded[model]
             return Load(node=node.name, spec=spec_of(info))
     if "failed" in by_status:

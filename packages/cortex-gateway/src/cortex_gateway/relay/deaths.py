@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager
 
 from cortex_core.errors import ApiError
 
+from cortex_gateway.bodies.payload import Payload
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.placement import Lease
-from cortex_gateway.relay.answers import BrokenStream, StaleRoute, Unanswered
 from cortex_gateway.relay.blame import Blame, Body, Life
-from cortex_gateway.relay.exchange import Exchange
-from cortex_gateway.relay.payload import Payload
+from cortex_gateway.relay.request_state import RequestState
+from cortex_gateway.relay.retries import BrokenStream, StaleRoute, Unanswered
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Deaths:
         await self._blame.freed()
 
     @asynccontextmanager
-    async def watched(self, exchange: Exchange, lease: Lease, body: Body, payload: Payload) -> AsyncIterator[None]:
+    async def watched(self, exchange: RequestState, lease: Lease, body: Body, payload: Payload) -> AsyncIterator[None]:
         """One try. Raises what is inside raises, but for `Unanswered`: then where the request goes, or what ends it."""
         loop = asyncio.get_running_loop()
         life = Life(lease.neuron.name, lease.generation)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from cortex_gateway.asgi import RawHeaders, Send
+from cortex_gateway.http.asgi import RawHeaders, Send
 
 
 class StreamOpening:

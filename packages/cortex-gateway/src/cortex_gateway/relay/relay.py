@@ -20,46 +20,37 @@ from cortex_core.gateway_config import GatewaySection
 from cortex_core.hop import RESUME_HEADER, resume_state
 from multidict import CIMultiDict
 
-from cortex_gateway.asgi import JSON_CONTENT_TYPE, SHORTCUT, Message, RawHeaders, Receive, Scope, Send, Shortcut
-from cortex_gateway.body_workers.pool import BodyWorkers
-from cortex_gateway.configuration.value import Current
+from cortex_gateway.bodies.large_bodies import LargeBodies
+from cortex_gateway.bodies.payload import Payload
+from cortex_gateway.bodies.pool import BodyWorkers
+from cortex_gateway.configuration.current import Current
 from cortex_gateway.fleet.neuron import describe
 from cortex_gateway.fleet.openai_server import OpenAIServer
 from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.http.asgi import JSON_CONTENT_TYPE, SHORTCUT, Message, RawHeaders, Receive, Scope, Send, Shortcut
+from cortex_gateway.http.body import BodyMemory, ClientGone, RequestBody
+from cortex_gateway.http.headers import EVENT_STREAM_HEADERS, foreign_headers, identity_headers, request_headers
+from cortex_gateway.http.request_id import CLIENT_GONE_STATUS
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.principal import limit_headers
 from cortex_gateway.observability.access_log import AccessLog
 from cortex_gateway.observability.captures import Captures
 from cortex_gateway.observability.metrics import Metrics, ModelSeries
 from cortex_gateway.placement.placement import Lease, Placement
-from cortex_gateway.relay.answers import MAX_ATTEMPTS, MAX_RESUMES, AnswerRelay, BrokenStream, StaleRoute, Unanswered
+from cortex_gateway.relay.accounting import record, used
 from cortex_gateway.relay.blame import Body
-from cortex_gateway.relay.body import BodyMemory, ClientGone, RequestBody
-from cortex_gateway.relay.charge import used
+from cortex_gateway.relay.client_disconnect import DisconnectWatch
 from cortex_gateway.relay.deaths import Deaths
-from cortex_gateway.relay.departure import DepartureWatch
-from cortex_gateway.relay.exchange import CLIENT_GONE_STATUS, Exchange
-from cortex_gateway.relay.failures import (
-    is_dead_connection,
-    shutting_down,
-    too_many_requests,
-    upstream_failed,
-)
-from cortex_gateway.relay.headers import (
-    EVENT_STREAM_HEADERS,
-    foreign_headers,
-    identity_headers,
-    request_headers,
-)
-from cortex_gateway.relay.idle import IdleWatch
-from cortex_gateway.relay.large_bodies import LargeBodies
+from cortex_gateway.relay.errors import is_dead_connection, shutting_down, too_many_requests, upstream_failed
 from cortex_gateway.relay.opening import StreamOpening
-from cortex_gateway.relay.payload import Payload
-from cortex_gateway.relay.record import record
+from cortex_gateway.relay.request_state import RequestState
+from cortex_gateway.relay.retries import MAX_ATTEMPTS, MAX_RESUMES, BrokenStream, StaleRoute, Unanswered
 from cortex_gateway.relay.spans import begin_attempt, end_attempt
-from cortex_gateway.relay.translation import PassingThrough, Translation, is_translated
-from cortex_gateway.relay.translation_errors import UpstreamFault
-from cortex_gateway.routes.surface import Surface
+from cortex_gateway.relay.upstream_response import AnswerRelay
+from cortex_gateway.relay.upstream_timeout import UpstreamTimeout
+from cortex_gateway.surfaces.surface import Surface
+from cortex_gateway.translation.errors import UpstreamFault
+from cortex_gateway.translation.translation import PassingThrough, Translation, is_translated
 
 if TYPE_CHECKING:
     from cortex_gateway.observability.tracing import Tracing
@@ -94,7 +85,7 @@ class Relay:
         self._answers = AnswerRelay(self._own_headers, current)
         self._deaths = Deaths(poller, metrics)
         self._large_bodies = LargeBodies(body_workers)
-        self._active: set[Exchange] = set()
+        self._active: set[RequestState] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self.is_draining = False
@@ -125,7 +116,7 @@ class Relay:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
-        exchange = Exchange(surface, scope, task, loop.time())
+        exchange = RequestState(surface, scope, task, loop.time())
         settings = self._settings
         shortcut: Shortcut | None = scope.get("extensions", {}).get(SHORTCUT)
         self._body_memory.max_bytes = settings.max_body_memory_bytes
@@ -172,7 +163,7 @@ class Relay:
 
     async def _answer(
         self,
-        exchange: Exchange,
+        exchange: RequestState,
         body: RequestBody,
         headers: RawHeaders,
         receive: Receive,
@@ -180,7 +171,7 @@ class Relay:
         send: Send,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        watch: DepartureWatch | None = None
+        watch: DisconnectWatch | None = None
         try:
             try:
                 if self.is_draining:
@@ -190,11 +181,14 @@ class Relay:
                 if not self._identity.is_off:
                     exchange.principal = await self._identity.authenticate(headers)
                 payload = Payload(await body.read_pieces(headers))
-                watch = DepartureWatch(exchange, receive, shortcut)
+                watch = DisconnectWatch(exchange, receive, shortcut)
                 if not payload.is_quick:
                     await self._large_bodies.read(payload, exchange)
                 if exchange.capture is not None:
-                    await exchange.capture.came(payload)
+                    if payload.facts is None:
+                        await exchange.capture.came(payload.whole())
+                    else:
+                        exchange.capture.came_large(payload.num_bytes, payload.facts.shown)
                 envelope = payload.envelope()
                 exchange.model = envelope.model
                 exchange.is_stream = bool(envelope.stream) and exchange.surface.can_stream
@@ -232,7 +226,7 @@ class Relay:
 
     async def _route(
         self,
-        exchange: Exchange,
+        exchange: RequestState,
         payload: Payload,
         headers: RawHeaders,
         send: Send,
@@ -285,14 +279,14 @@ class Relay:
                 await self._poller.refresh(lease.neuron.name)
             await self._deaths.check(body, payload)
 
-    def _ping(self, exchange: Exchange) -> bytes:
+    def _ping(self, exchange: RequestState) -> bytes:
         """What keeps a waiting stream alive; where it is wanted, with a word on what it waits for."""
         ping = exchange.surface.ping
         if self._settings.show_loading and exchange.resolved is not None:
             return self._placement.waiting_note(exchange.resolved) + ping
         return ping
 
-    async def _hold(self, exchange: Exchange, send: Send) -> None:
+    async def _hold(self, exchange: RequestState, send: Send) -> None:
         """Keep a client's broken stream alive until another neuron goes on with it."""
         await exchange.answer()
         exchange.num_resumes += 1
@@ -308,7 +302,7 @@ class Relay:
 
     async def _forward(
         self,
-        exchange: Exchange,
+        exchange: RequestState,
         lease: Lease,
         payload: Payload,
         headers: RawHeaders,
@@ -328,7 +322,7 @@ class Relay:
             if response is not None:
                 response.close()
 
-        watch = IdleWatch(
+        watch = UpstreamTimeout(
             exchange,
             lease.neuron,
             self._settings.upstream_idle_timeout_s,
@@ -369,7 +363,7 @@ class Relay:
                 response.release() if response.content.at_eof() else response.close()
 
     def _broken_off(
-        self, exchange: Exchange, lease: Lease, series: ModelSeries, exc: BaseException, *, is_begun: bool
+        self, exchange: RequestState, lease: Lease, series: ModelSeries, exc: BaseException, *, is_begun: bool
     ) -> NoReturn:
         """A node could not be reached, or broke off. Raises where the request goes from here, or what ends it."""
         if exchange.stream is not None and exchange.stream.is_resumable and exchange.num_resumes < MAX_RESUMES:
@@ -387,7 +381,7 @@ class Relay:
         raise upstream_failed(exc) from exc
 
     async def _outgoing(
-        self, exchange: Exchange, lease: Lease, payload: Payload, headers: RawHeaders
+        self, exchange: RequestState, lease: Lease, payload: Payload, headers: RawHeaders
     ) -> tuple[str, Payload, CIMultiDict[str]]:
         """Path, body and headers of the request as this node understands it.
 
@@ -422,7 +416,7 @@ class Relay:
         return exchange.surface.upstream_path, payload, request
 
     async def _translated(
-        self, exchange: Exchange, neuron: OpenAIServer, model: str, payload: Payload
+        self, exchange: RequestState, neuron: OpenAIServer, model: str, payload: Payload
     ) -> tuple[Translation, Payload]:
         """model: as the server calls it. Raises `ApiError` where the request is bad, or cannot be said there."""
         assert exchange.model is not None
@@ -434,7 +428,7 @@ class Relay:
             return translation, await self._large_bodies.renamed(payload, model, exchange)
         return await self._large_bodies.translated(payload, model, exchange, filters, extensions=neuron.extensions)
 
-    async def _fail(self, exchange: Exchange, error: ApiError, body: RequestBody, send: Send) -> None:
+    async def _fail(self, exchange: RequestState, error: ApiError, body: RequestBody, send: Send) -> None:
         """Say `error` in the surface's dialect: as a status while that is possible, else as the stream's last event."""
         surface = exchange.surface
         if exchange.outcome == "ok":
@@ -461,7 +455,7 @@ class Relay:
 
     # ------------------------------------------------------------------------------------------ headers
 
-    def _own_headers(self, exchange: Exchange) -> RawHeaders:
+    def _own_headers(self, exchange: RequestState) -> RawHeaders:
         headers = identity_headers(
             exchange.request_id,
             node=exchange.node,
@@ -474,6 +468,6 @@ class Relay:
             headers.extend(limit_headers(exchange.principal, exchange.surface.dialect, self._identity.clock))
         return headers
 
-    def _stream_headers(self, exchange: Exchange) -> RawHeaders:
+    def _stream_headers(self, exchange: RequestState) -> RawHeaders:
         """For a stream that opens before the neuron answers, and maybe before a node is known."""
         return [*EVENT_STREAM_HEADERS, *self._own_headers(exchange)]

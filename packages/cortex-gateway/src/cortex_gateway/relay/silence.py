@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from cortex_gateway.asgi import Message, Send
-from cortex_gateway.relay.body import ClientGone
+from cortex_gateway.http.asgi import Message, Send
+from cortex_gateway.http.body import ClientGone
 
 
 class PingedSend:

@@ -9,14 +9,14 @@ from cortex_core.errors import ApiError
 from multidict import CIMultiDict
 
 from cortex_gateway.fleet.openai_server import OpenAIServer
-from cortex_gateway.relay.answers import BrokenStream, StaleRoute
-from cortex_gateway.relay.body import ClientGone
-from cortex_gateway.relay.events import Usage
+from cortex_gateway.http.body import ClientGone
+from cortex_gateway.relay.retries import BrokenStream, StaleRoute, Unanswered
+from cortex_gateway.translation.answer_stream import Usage
 
 if TYPE_CHECKING:
     from cortex_gateway.observability.tracing import RequestTrace
     from cortex_gateway.placement.placement import Lease
-    from cortex_gateway.relay.exchange import Exchange
+    from cortex_gateway.relay.request_state import RequestState
 
 OPERATIONS = {
     "chat_completions": "chat",
@@ -29,7 +29,9 @@ OPERATIONS = {
 _FINE = ("ok", "client_gone")
 
 
-def begin_attempt(trace: RequestTrace, exchange: Exchange, lease: Lease, path: str, headers: CIMultiDict[str]) -> None:
+def begin_attempt(
+    trace: RequestTrace, exchange: RequestState, lease: Lease, path: str, headers: CIMultiDict[str]
+) -> None:
     operation = OPERATIONS.get(exchange.surface.name, exchange.surface.name)
     trace.attempt(
         f"{operation} {lease.model}",
@@ -48,11 +50,11 @@ def begin_attempt(trace: RequestTrace, exchange: Exchange, lease: Lease, path: s
     )
 
 
-def end_attempt(trace: RequestTrace, exchange: Exchange, raised: BaseException | None) -> None:
+def end_attempt(trace: RequestTrace, exchange: RequestState, raised: BaseException | None) -> None:
     trace.attempt_ended(_fault(exchange, raised), first_byte_at=exchange.first_byte_at)
 
 
-def _fault(exchange: Exchange, raised: BaseException | None) -> str | None:
+def _fault(exchange: RequestState, raised: BaseException | None) -> str | None:
     """A client that left is no fault of the node."""
     if isinstance(raised, asyncio.CancelledError) and exchange.interruption is not None:
         raised = exchange.interruption
@@ -63,13 +65,15 @@ def _fault(exchange: Exchange, raised: BaseException | None) -> str | None:
             return "broken_stream"
         case StaleRoute():
             return "stale_route"
+        case Unanswered():
+            return "stale_route" if exchange.stream is None else "broken_stream"
         case ApiError():
             return raised.code or raised.kind
         case _:
             return type(raised).__name__
 
 
-def end_trace(trace: RequestTrace, exchange: Exchange, usage: Usage, *, ttft_s: float | None, now: float) -> None:
+def end_trace(trace: RequestTrace, exchange: RequestState, usage: Usage, *, ttft_s: float | None, now: float) -> None:
     """An error that the client made (4xx) is none of the server's span, by the conventions for HTTP."""
     principal, translation = exchange.principal, exchange.translation
     is_ours = exchange.outcome not in _FINE and not 400 <= exchange.status < 500
@@ -103,7 +107,7 @@ def end_trace(trace: RequestTrace, exchange: Exchange, usage: Usage, *, ttft_s: 
     )
 
 
-def _error_type(exchange: Exchange) -> str:
+def _error_type(exchange: RequestState) -> str:
     """A word out of few: an error's code, or the status where it is not one of the gateway's own."""
     if exchange.outcome == "upstream_error":
         return str(exchange.status)

@@ -18,8 +18,8 @@ from cortex_core.http_access import is_loopback, parse_authority
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from cortex_gateway.configuration.current import Current
 from cortex_gateway.configuration.reload import Reloader
-from cortex_gateway.configuration.value import Current
 from cortex_gateway.fleet.neuron import NeuronError
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.snapshot import NodeSnapshot
@@ -178,7 +178,7 @@ class AdminRoutes:
                 spec_of(known) if known is not None else ModelSpec(model_id=model),
                 reason="admin",
             )
-        room = plan_room(profile, node, self._placement.situation())
+        room = plan_room(profile, node, self._placement.state())
         spec = load_spec(profile, node.discovery)
         if room.devices is not None and len(room.devices) == profile.min_devices:
             spec = msgspec.structs.replace(spec, devices=room.devices)
@@ -262,7 +262,7 @@ class AdminRoutes:
                 "waited_s": round(now - queue.since, 3),
                 "for": self._placement.wait_of(queue.model),
             }
-            for queue in self._placement.situation().waiting.in_order()
+            for queue in self._placement.state().waiting.in_order()
         ]
         activity = self._fleet.activity
         return json(

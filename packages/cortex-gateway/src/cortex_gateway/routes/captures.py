@@ -10,7 +10,7 @@ from cortex_core.errors import ApiError, invalid
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cortex_gateway.configuration.value import Current
+from cortex_gateway.configuration.current import Current
 from cortex_gateway.observability.captures import Captures, document_of, summary_of
 from cortex_gateway.routes.admin import json
 

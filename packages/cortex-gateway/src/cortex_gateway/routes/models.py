@@ -16,7 +16,7 @@ from cortex_core.errors import model_not_found
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cortex_gateway.configuration.value import Current
+from cortex_gateway.configuration.current import Current
 from cortex_gateway.fleet.merge import merge_models
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.principal import Principal

@@ -1,0 +1,5 @@
+import sys
+
+from cortex_gateway.bodies.worker import main
+
+sys.exit(main(sys.argv[1:]))
