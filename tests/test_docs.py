@@ -35,7 +35,7 @@ def options(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", ["cortex", "neuron"])
 def test_every_command_and_option_is_documented(name: str) -> None:
-    from neuron.cli import cli as neuron_cli
+    from neuron.daemon.cli import cli as neuron_cli
 
     text = (DOCS / "reference" / "cli.md").read_text()
     undocumented = []
@@ -70,7 +70,7 @@ WITHOUT_EFFECT = ("harness.candle.context_limit.", "harness.candle.image.", "har
 
 @pytest.mark.parametrize("name", ["cortex", "models", "neuron"])
 def test_every_configuration_key_is_documented(name: str) -> None:
-    from neuron.config import NeuronConfig
+    from neuron.daemon.common.config import NeuronConfig
 
     type_: type[msgspec.Struct] = {"cortex": GatewayConfig, "models": Catalogue, "neuron": NeuronConfig}[name]
     text = (DOCS / "reference" / "configuration.md").read_text()
@@ -135,7 +135,7 @@ def toml_blocks() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "block"), list(toml_blocks()), ids=lambda value: value if "\n" not in value else "")
 def test_every_toml_example_is_accepted(name: str, block: str) -> None:
-    from neuron.config import NeuronConfig
+    from neuron.daemon.common.config import NeuronConfig
 
     data = tomllib.loads(block)
     if "models" in data or "aliases" in data or name.endswith("models.toml"):

@@ -19,14 +19,14 @@ from cortex_core.config import ConfigError
 from cortex_core.gateway_config import load_gateway_config
 from cortex_gateway.configuration.current import read_configuration
 from cortex_gateway.server import RunningGateway, running
-from neuron.config import NeuronConfig, ServerSection, load_neuron_config
-from neuron.server import Daemon
+from neuron.daemon.common.config import NeuronConfig, ServerSection, load_neuron_config
+from neuron.daemon.server import Daemon
 
 from tests.access.raw import Answer, ask
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.fake_openai import FakeOpenAI
 from tests.cortex_gateway.fake_openai import listening as openai_listening
-from tests.neuron.api.conftest import RunningNeuron, make_checkpoint, run_neuron
+from tests.neuron.daemon.api.conftest import RunningNeuron, make_checkpoint, run_neuron
 
 OLD, NEW, WRONG = "the-first-secret-of-the-fleet", "the-second-secret-of-the-fleet", "somebody-elses-secret"
 
@@ -134,7 +134,7 @@ async def test_O13_claims_are_believed_of_those_who_know_the_secret(
         refused = metrics.access_refused.labels("secret_wrong")._value.get()
         unproven = metrics.access_unproven.labels("secret_wrong")._value.get()
         assert (refused, unproven) == {"none": (0, 0), "accept": (0, 0), "warn": (0, 2), "require": (2, 0)}[mode]
-    warned = [record.getMessage() for record in caplog.records if record.name == "neuron.api.access"]
+    warned = [record.getMessage() for record in caplog.records if record.name == "neuron.daemon.api.access"]
     assert bool(warned) == (mode in ("warn", "require"))
     assert ("would be refused once server.secret_mode is `require`" in " ".join(warned)) == (mode == "warn")
     assert OLD not in caplog.text and WRONG not in caplog.text
@@ -427,7 +427,7 @@ def test_O13_the_environment_may_say_where_the_secret_is(value: str) -> None:
 def test_O13_a_secret_that_can_be_guessed_is_reported(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neuron.api.fleet_secret import FleetSecret
+    from neuron.daemon.api.fleet_secret import FleetSecret
 
     for secret, is_weak in (("short", True), ("a" * 32, False)):
         monkeypatch.setenv("FLEET", secret)

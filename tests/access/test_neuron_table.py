@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import pytest_asyncio
 from cortex_core.fleet import ModelSpec
-from neuron.api.app import NeuronApp
+from neuron.daemon.api.app import NeuronApp
 
 from tests.access.raw import WEBSOCKET, Answer, Headers, ask
-from tests.neuron.api.conftest import RunningNeuron, make_checkpoint, run_neuron
+from tests.neuron.daemon.api.conftest import RunningNeuron, make_checkpoint, run_neuron
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -250,6 +250,6 @@ async def test_H6_refusals_are_counted_and_logged_with_the_line_to_add_and_not_b
         answer = await ask(house.neuron.url, "GET", "/models", host="models.lan" if index % 2 else f"n{index}.example")
         assert (answer.status, answer.code) == (421, "host_not_allowed")
     assert house.neuron.daemon.services.metrics.access_refused.labels("host")._value.get() == before + 200
-    lines = [record.getMessage() for record in caplog.records if record.name == "neuron.api.access"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "neuron.daemon.api.access"]
     assert any('put into [server]: allowed_hosts = ["models.lan"]' in line for line in lines)
     assert len(lines) <= 10

@@ -23,14 +23,14 @@ from cortex_core.gateway_config import load_gateway_config
 from cortex_gateway.configuration.current import read_configuration
 from cortex_gateway.routes.access import exposures
 from cortex_gateway.server import running
-from neuron.api.access import exposures as neuron_exposures
-from neuron.config import NeuronConfig, ServerSection, load_neuron_config
+from neuron.daemon.api.access import exposures as neuron_exposures
+from neuron.daemon.common.config import NeuronConfig, ServerSection, load_neuron_config
 
 from tests.access.proxy import PUBLIC_NAME, proxy_for
 from tests.access.raw import ask
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start
-from tests.neuron.api.conftest import make_checkpoint, run_neuron
+from tests.neuron.daemon.api.conftest import make_checkpoint, run_neuron
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 LINE = re.compile(r"put into \[(\w+)\]: (\w+ = \[.*\])$")

@@ -39,12 +39,12 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from neuron.engine.batch import StepContext
-from neuron.engine.engine import Engine
-from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.engine.loading import load_engine, read_hf_config
-from neuron.engine.memory import num_physical_cores
-from neuron.engine.runner import ModelRunner
+from neuron.engine.host_memory import num_physical_cores
+from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.loading.loading import load_engine, read_hf_config
+from neuron.engine.step.batch import StepContext
+from neuron.engine.step.engine import Engine
+from neuron.engine.step.runner import ModelRunner
 from neuron.protocol import (
     EngineConfig,
     Generate,
@@ -164,7 +164,7 @@ class Worker:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(address))
             listener.listen()
-            command = [sys.executable, "-m", "neuron.worker", "--socket", str(address), "--epoch", "0"]
+            command = [sys.executable, "-m", "neuron.engine.worker", "--socket", str(address), "--epoch", "0"]
             self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
             self._socket, _ = listener.accept()
         self._stream = self._socket.makefile("rb")

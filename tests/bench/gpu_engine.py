@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from neuron.engine.loading import load_engine
+from neuron.engine.loading.loading import load_engine
 from neuron.protocol import EngineConfig, Generate, SamplingParams, StepOutput
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from gpu_steps import PAGE_SIZE, pages_for, step_batch, step_plan
 from gpu_timing import Ceilings, Timer, Work
-from neuron.engine.noise import noise_key
-from neuron.kernels.activation import silu_mul
-from neuron.kernels.norm import add_rms_norm
-from neuron.kernels.rotary import rotate_and_write
-from neuron.kernels.sampling import SampledRows, sample
-from neuron.kernels.tile_linear import SPLIT_MAX_ROWS, invariant_linear, split_linear
-from neuron.kernels.tiling import Tiling, chip_of
-from neuron.kernels.vector_linear import MAX_ROWS as VECTOR_MAX_ROWS
-from neuron.kernels.vector_linear import vector_linear
-from neuron.layers import norm as torch_norm
-from neuron.layers.attention_triton import TritonAttention
+from neuron.engine.attention.attention_triton import TritonAttention
+from neuron.engine.kernels.activation import silu_mul
+from neuron.engine.kernels.attention.rotary import rotate_and_write
+from neuron.engine.kernels.attention.tiling import Tiling, chip_of
+from neuron.engine.kernels.gemm.gemm import SPLIT_MAX_ROWS, invariant_linear, split_linear
+from neuron.engine.kernels.gemm.gemv import MAX_ROWS as VECTOR_MAX_ROWS
+from neuron.engine.kernels.gemm.gemv import vector_linear
+from neuron.engine.kernels.norm import add_rms_norm
+from neuron.engine.kernels.sampling.sampling import SampledRows, sample
+from neuron.engine.layers import norm as torch_norm
+from neuron.engine.sampling.sampling_noise import noise_key
 from torch import Tensor
 
 from tests.kernels.cases import AttentionCase
@@ -208,7 +208,7 @@ class KernelTimes:
                         yield self._row(f"{name} with SiLU, {rows} rows, {gated.__name__}", works, num_bytes=moved)
 
     def sweep(self) -> Iterator[Row]:
-        """Attention with other tile shapes than those that ship: what a change of `neuron.kernels.tiling` is worth."""
+        """Attention with other tile shapes than those that ship: what changing `kernels.attention.tiling` is worth."""
         programs = chip_of(self._timer.device).num_multiprocessors
         for batch in self._shapes.batches:
             for changes in (

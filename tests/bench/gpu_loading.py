@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from loading import pinned_rate
-from neuron.lifecycle.weight_cache import WeightCache
-from neuron.models.registry import build_model
-from neuron.weights.loader import load_weights
+from neuron.daemon.memory.weight_cache import WeightCache
+from neuron.engine.models.registry import build_model
+from neuron.engine.weights.loader import load_weights
 from safetensors.torch import save_file
 
 Row = dict[str, Any]

@@ -17,11 +17,11 @@ import torch
 from gpu_engine import EngineUnderTest, Request, mixed_requests
 from gpu_steps import PAGE_SIZE, pages_for, step_batch, step_plan
 from gpu_timing import Ceilings, Timer
-from neuron.engine.batch import StepContext
-from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.layers.attention import make_attention_backend
-from neuron.models.registry import build_model
-from neuron.weights.loader import load_weights
+from neuron.engine.attention.attention import make_attention_backend
+from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.models.registry import build_model
+from neuron.engine.step.batch import StepContext
+from neuron.engine.weights.loader import load_weights
 from torch import Tensor
 
 _QWEN3: dict[str, Any] = {

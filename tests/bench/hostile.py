@@ -207,7 +207,7 @@ class Memory:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return "daemon"
-        named = ((b"neuron.worker", "engines"), (b"neuron.lifecycle.inspection", "inspections"))
+        named = ((b"neuron.engine.worker", "engines"), (b"neuron.daemon.lifecycle.inspection", "inspections"))
         return next((kind for word, kind in named if word in arguments), "text")
 
 

@@ -7,7 +7,7 @@ a tmpfs), reads it once so that it lies in the page cache, and then loads it in 
 
 - `safetensors.safe_open(...).get_slice(...)`, one tensor after the other, copied into place (what every loader did
   before threads; `load_file` alone only maps the file on a CPU),
-- `neuron.weights.loader.load_weights` from the file,
+- `neuron.engine.weights.loader.load_weights` from the file,
 - the same from a copy in memory (how a model that was unloaded comes back).
 
 Cases: the checkpoint's own dtype, another one (a CPU's default is float32), and the part of one of two ranks. On a
@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from neuron.models.registry import build_model
-from neuron.parallel.group import ParallelGroup
-from neuron.weights.loader import load_weights
-from neuron.weights.pipeline import num_reader_threads
+from neuron.engine.models.registry import build_model
+from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.weights.loader import load_weights
+from neuron.engine.weights.pipeline import num_reader_threads
 from safetensors import safe_open
 from safetensors.torch import save_file
 

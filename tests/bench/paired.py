@@ -71,6 +71,6 @@ def _kind(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return "gone"
-    if b"neuron.worker" in words:
+    if b"neuron.engine.worker" in words:
         return "engine"
-    return "text" if b"neuron.text_workers" in words else "daemon"
+    return "text" if b"neuron.daemon.text_workers" in words else "daemon"

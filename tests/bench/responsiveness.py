@@ -100,7 +100,7 @@ class Neuron:
 
     def engine_pids(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"neuron.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [int(pid) for pid in children if b"neuron.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def large_tokenizer(folder: Path) -> None:

@@ -102,7 +102,7 @@ def ask_of(number: int) -> Ask:
 def engine_of(daemon: int) -> int:
     """The pid of the daemon's only engine process."""
     children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
-    (engine,) = (int(pid) for pid in children if b"neuron.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (engine,) = (int(pid) for pid in children if b"neuron.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return engine
 
 

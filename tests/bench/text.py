@@ -16,8 +16,8 @@ from pathlib import Path
 import llguidance
 import neuron
 from cortex_core.conversation import Limits, Reasoning, Request, ResponseFormat, TextPart, ToolDefinition, Turn
+from neuron.daemon.prompt.model import TextModel
 from neuron.protocol import Logprobs
-from neuron.text.model import TextModel
 
 PROSE = "The weather in Oslo is cloudy today, with 14 degrees and a light wind from the west. Was kostet das? 東京 🇩🇪\n"
 TOOL = ToolDefinition(

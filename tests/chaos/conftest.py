@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from .harness import Answer, Neuron, running
+from tests.chaos.harness import Answer, Neuron, running
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

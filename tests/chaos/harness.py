@@ -1,8 +1,8 @@
 """A neuron as a real process that tests may break, its HTTP interface as a client sees it, and what it leaves behind.
 
 Every answer that a fault has touched is compared with the one that the same request gets when nothing happens. A test
-kills, stops and poisons through signals or through the debug levers of a load (`neuron.engine.debug`); nothing inside
-the daemon is replaced.
+kills, stops and poisons through signals or through the debug levers of a load (`neuron.engine.fault_injection`);
+nothing inside the daemon is replaced.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Neuron:
         return answer
 
     async def load(self, model: str = MODEL, *levers: dict[str, Any], **spec: Any) -> None:
-        """Returns when the model is loaded; levers are those of `neuron.engine.debug`."""
+        """Returns when the model is loaded; levers are those of `neuron.engine.fault_injection`."""
         body = {"model_id": model, **spec, **({"debug": {"levers": levers}} if levers else {})}
         status, answer = await self.call("POST", "/models/load", body)
         assert status == 200, (answer, self.log[-3000:])
@@ -157,13 +157,13 @@ class Neuron:
         found: dict[int, int] = {}
         for pid in _children_of(self.pid):
             arguments = _arguments_of(pid)
-            if "neuron.worker" in arguments:
+            if "neuron.engine.worker" in arguments:
                 found[int(arguments[arguments.index("--rank") + 1])] = pid
         return found
 
     def engine_pid_set(self) -> set[int]:
         """Process ids of the ranks of all engine groups."""
-        return {pid for pid in _children_of(self.pid) if "neuron.worker" in _arguments_of(pid)}
+        return {pid for pid in _children_of(self.pid) if "neuron.engine.worker" in _arguments_of(pid)}
 
     async def belongings(self) -> Belongings:
         """Counted while nothing is going on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from .harness import PATHS, Answer, Neuron
+from tests.chaos.harness import PATHS, Answer, Neuron
 
 
 def ask_for(text: str, *, max_tokens: int = 400, **settings: Any) -> dict[str, Any]:

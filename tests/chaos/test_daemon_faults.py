@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from neuron.lifecycle.sources import demo_model_path
+from neuron.daemon.hub.sources import demo_model_path
 
-from tests.neuron.lifecycle.mock_registry import MockRegistry
-
-from .harness import CHAT, CONFIG, MODEL, Neuron, eventually, running
+from tests.chaos.harness import CHAT, CONFIG, MODEL, Neuron, eventually, running
+from tests.neuron.daemon.hub.mock_registry import MockRegistry
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600), pytest.mark.slow]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import Undisturbed
-from .harness import CHAT, CONFIG, MESSAGES, MODEL, PATHS, Neuron, eventually, running
-from .streams import GREEDY, SEEDED, SHORT, Streams, ask_for, assert_same, crowd
+from tests.chaos.conftest import Undisturbed
+from tests.chaos.harness import CHAT, CONFIG, MESSAGES, MODEL, PATHS, Neuron, eventually, running
+from tests.chaos.streams import GREEDY, SEEDED, SHORT, Streams, ask_for, assert_same, crowd
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900), pytest.mark.slow]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import Undisturbed
-from .harness import MODEL, Neuron
-from .streams import Streams, assert_same, crowd
+from tests.chaos.conftest import Undisturbed
+from tests.chaos.harness import MODEL, Neuron
+from tests.chaos.streams import Streams, assert_same, crowd
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900), pytest.mark.slow]
 

@@ -14,8 +14,8 @@ import anthropic
 import openai
 import pytest
 
-from .fleet_of_neurons import Daemon, neuron_daemon
-from .fleet_process import MODEL, FleetProcess, call, eventually
+from tests.e2e.fleet_of_neurons import Daemon, neuron_daemon
+from tests.e2e.fleet_process import MODEL, FleetProcess, call, eventually
 
 
 @pytest.fixture(scope="session")

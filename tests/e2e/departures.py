@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import aiohttp
 
-from .fleet_of_neurons import Daemon, FleetOfNeurons
-from .fleet_process import MODEL
+from tests.e2e.fleet_of_neurons import Daemon, FleetOfNeurons
+from tests.e2e.fleet_process import MODEL
 
 NEURON = """
 [harness.candle.admission]

@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-from .fleet_process import MODEL, call, eventually
+from tests.e2e.fleet_process import MODEL, call, eventually
 
 _LISTENING = re.compile(r"listening on (http://\S+)")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from .fleet_process import MODEL
+from tests.e2e.fleet_process import MODEL
 
 CHAT, COMPLETIONS, MESSAGES, RESPONSES = (
     "/v1/chat/completions",

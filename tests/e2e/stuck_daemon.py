@@ -23,5 +23,5 @@ if __name__ == "__main__":
     if command == "cortex":
         from cortex_cli.main import main
     else:
-        from neuron.cli import main
+        from neuron.daemon.cli import main
     main()

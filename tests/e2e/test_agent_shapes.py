@@ -12,8 +12,8 @@ from typing import Any
 import openai
 import pytest
 
-from .fleet_of_neurons import Daemon
-from .fleet_process import MODEL, call
+from tests.e2e.fleet_of_neurons import Daemon
+from tests.e2e.fleet_process import MODEL, call
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 DESCRIPTION = "Current weather in a city"

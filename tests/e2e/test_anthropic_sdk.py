@@ -7,8 +7,8 @@ from typing import Any
 import anthropic
 import pytest
 
-from .fleet_of_neurons import Daemon
-from .fleet_process import MODEL
+from tests.e2e.fleet_of_neurons import Daemon
+from tests.e2e.fleet_process import MODEL
 
 WEATHER: dict[str, Any] = {
     "name": "get_weather",

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .fleet_process import MODEL, FleetProcess, call
+from tests.e2e.fleet_process import MODEL, FleetProcess, call
 
 INFERENCE = [
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/input_tokens"),

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from .fleet_process import MODEL, FleetProcess, call
-from .test_cli import cortex
+from tests.e2e.fleet_process import MODEL, FleetProcess, call
+from tests.e2e.test_cli import cortex
 
 BODY: dict[str, Any] = {
     "model": MODEL,

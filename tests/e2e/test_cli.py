@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .fleet_process import MODEL, FleetProcess
+from tests.e2e.fleet_process import MODEL, FleetProcess
 
 
 def cortex(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

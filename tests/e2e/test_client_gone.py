@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from .departures import PHASES, WAYS, Departures
-from .fleet_process import MODEL, call
+from tests.e2e.departures import PHASES, WAYS, Departures
+from tests.e2e.fleet_process import MODEL, call
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from .fleet_process import MODEL, call, eventually
+from tests.e2e.fleet_process import MODEL, call, eventually
 
 NUM_REQUESTS = 200
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 
-from .fleet_process import MODEL, FleetProcess, eventually
+from tests.e2e.fleet_process import MODEL, FleetProcess, eventually
 
 
 def held(fleet: FleetProcess) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .fleet_process import call, eventually
+from tests.e2e.fleet_process import call, eventually
 
 FEW = 256
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

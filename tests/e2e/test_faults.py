@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .fleet_process import MODEL, FleetProcess, call, eventually
+from tests.e2e.fleet_process import MODEL, FleetProcess, call, eventually
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def load_of(fleet: FleetProcess) -> dict[str, Any]:
 
 
 def engine_pids() -> set[int]:
-    """Processes of `neuron.worker` below this test run."""
+    """Processes of `neuron.engine.worker` below this test run."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if b"neuron.worker" in (entry / "cmdline").read_bytes():
+                if b"neuron.engine.worker" in (entry / "cmdline").read_bytes():
                     found.add(int(entry.name))
             except OSError:
                 continue

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from .fleet_of_neurons import Daemon
-from .fleet_process import MODEL
+from tests.e2e.fleet_of_neurons import Daemon
+from tests.e2e.fleet_process import MODEL
 
 FOLDER = Path(__file__).parent / "js"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .fleet_process import MODEL, FleetProcess, call
+from tests.e2e.fleet_process import MODEL, FleetProcess, call
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
 

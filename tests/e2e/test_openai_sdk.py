@@ -9,7 +9,7 @@ import jsonschema
 import openai
 import pytest
 
-from .fleet_process import MODEL
+from tests.e2e.fleet_process import MODEL
 
 WEATHER: dict[str, Any] = {
     "type": "function",

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from .fleet_of_neurons import FleetOfNeurons
-from .fleet_process import MODEL, call, eventually
-from .streams import CHAT, comparable, read_all, requests
-from .test_cli import cortex
+from tests.e2e.fleet_of_neurons import FleetOfNeurons
+from tests.e2e.fleet_process import MODEL, call, eventually
+from tests.e2e.streams import CHAT, comparable, read_all, requests
+from tests.e2e.test_cli import cortex
 
 KEYS = """[entitlements]
 require_auth = true

@@ -10,7 +10,7 @@ import openai
 import pydantic
 import pytest
 
-from .fleet_process import MODEL, FleetProcess, call
+from tests.e2e.fleet_process import MODEL, FleetProcess, call
 
 WEATHER: dict[str, Any] = {
     "type": "function",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from .fleet_of_neurons import FleetOfNeurons
-from .streams import comparable, read_all, requests
+from tests.e2e.fleet_of_neurons import FleetOfNeurons
+from tests.e2e.streams import comparable, read_all, requests
 
 NUM_STREAMS = 50
 

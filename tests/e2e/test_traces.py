@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.fleet_of_neurons import FleetOfNeurons
+from tests.e2e.fleet_process import MODEL, call, eventually
+from tests.e2e.streams import read_all
 from tests.otlp_collector import Collector, Span
-
-from .fleet_of_neurons import FleetOfNeurons
-from .fleet_process import MODEL, call, eventually
-from .streams import read_all
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 WITHOUT_OPENTELEMETRY = (

@@ -9,8 +9,8 @@ import anthropic
 import openai
 import pytest
 
-from .fleet_of_neurons import Daemon
-from .fleet_process import MODEL
+from tests.e2e.fleet_of_neurons import Daemon
+from tests.e2e.fleet_process import MODEL
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: Any = {"name": "get_weather", "description": "Current weather in a city", "input_schema": CITY}

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from .fleet_process import MODEL, call, eventually
+from tests.e2e.fleet_process import MODEL, call, eventually
 
 PROGRAM = Path(__file__).with_name("stuck_daemon.py")
 PATIENCE_S = 120.0
@@ -34,7 +34,9 @@ def children_of(pid: int) -> list[int]:
 
 
 def engines_of(pid: int) -> list[int]:
-    return [child for child in children_of(pid) if b"neuron.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [
+        child for child in children_of(pid) if b"neuron.engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 class Daemon:

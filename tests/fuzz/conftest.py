@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.fleet_process import MODEL, call
-
-from .servers import Servers
+from tests.fuzz.servers import Servers
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import assume
 from hypothesis import strategies as st
 
-TEMPLATES = Path(__file__).parents[1] / "neuron/text/templates"
+TEMPLATES = Path(__file__).parents[1] / "neuron/daemon/prompt/templates"
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -18,7 +18,7 @@ from cortex_core.openapi.refusals import SHAPE_CODES
 from cortex_gateway.routes.openapi import describe as describe_gateway
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from neuron.api.openapi import describe as describe_neuron
+from neuron.daemon.api.openapi import describe as describe_neuron
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
 from schemathesis.core.failures import FailureGroup
@@ -31,8 +31,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.e2e.fleet_process import MODEL
-
-from .servers import Servers
+from tests.fuzz.servers import Servers
 
 load_all_checks()
 

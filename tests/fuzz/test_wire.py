@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.fleet_process import MODEL, call
-
-from .raw_http import Answer, connect, exchange, posted, read_answer, read_answers, request, send
-from .servers import MAX_BODY_BYTES, Servers
+from tests.fuzz.raw_http import Answer, connect, exchange, posted, read_answer, read_answers, request, send
+from tests.fuzz.servers import MAX_BODY_BYTES, Servers
 
 CHAT = "/v1/chat/completions"
 POSTS = [CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"]

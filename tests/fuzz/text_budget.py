@@ -30,11 +30,11 @@ from cortex_gateway.observability.redaction import clean_body
 from cortex_gateway.placement.session_hints import RequestHints
 from cortex_gateway.surfaces.envelope import read_envelope, with_model
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from neuron.text.chat_template import ChatTemplate
-from neuron.text.model import TextModel
+from neuron.daemon.prompt.chat_template import ChatTemplate
+from neuron.daemon.prompt.model import TextModel
 
 from tests.fuzz.hostile_requests import OUTPUTS, TEMPLATE_SOURCES, requests
-from tests.neuron.text.checkpoints import load
+from tests.neuron.daemon.prompt.checkpoints import load
 
 WINDOW = 16_384
 KILL_CPU_S = 20.0

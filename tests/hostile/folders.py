@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron.checkpoint.files import INDEX_FILE, MAX_ENTRIES
-from neuron.lifecycle.sources import demo_model_path
+from neuron.daemon.hub.sources import demo_model_path
 
 from tests.neuron.checkpoint.test_safetensors_header import LIES
 

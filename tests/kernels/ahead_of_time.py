@@ -99,9 +99,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    from neuron.layers.attention_triton import TritonAttention
+    from neuron.engine.attention.attention_triton import TritonAttention
 
-    from .cases import AttentionCase
+    from tests.kernels.cases import AttentionCase
 
     def launch(case: AttentionCase, window: int | None = None) -> None:
         backend = TritonAttention()
@@ -123,9 +123,9 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def small_operation_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    from neuron.kernels.activation import silu_mul
-    from neuron.kernels.norm import add_rms_norm, rms_norm
-    from neuron.kernels.rotary import rotate_and_write
+    from neuron.engine.kernels.activation import silu_mul
+    from neuron.engine.kernels.attention.rotary import rotate_and_write
+    from neuron.engine.kernels.norm import add_rms_norm, rms_norm
 
     for hidden, intermediate in ((1024, 3072), (4096, 12288)):
         x = torch.zeros(3, hidden, dtype=torch.bfloat16)
@@ -149,9 +149,9 @@ def small_operation_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def sampling_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    from neuron.kernels.log_total import log_totals
-    from neuron.kernels.sampling import sample
-    from neuron.layers.sampling import TokenMasks, TokenPenalties
+    from neuron.engine.kernels.sampling.logsumexp import log_totals
+    from neuron.engine.kernels.sampling.sampling import sample
+    from neuron.engine.kernels.sampling.sampling_inputs import TokenMasks, TokenPenalties
 
     rows = 2
     zeros = torch.zeros(rows)
@@ -175,13 +175,13 @@ def sampling_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def linear_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """The products of Qwen3-8B's and 0.6B's layers; launchers are told that the chip is a H200."""
-    from neuron.kernels import tile_linear, vector_linear
-    from neuron.kernels.tiling import Chip
+    from neuron.engine.kernels.attention.tiling import Chip
+    from neuron.engine.kernels.gemm import gemm, gemv
 
     def chip_of(_: torch.device) -> Chip:
         return Chip(num_multiprocessors=132, shared_memory=227 * 1024)
 
-    tile_linear.chip_of = vector_linear.chip_of = chip_of
+    gemm.chip_of = gemv.chip_of = chip_of
     for dtype, num_out, k in (
         (torch.bfloat16, 6144, 4096),
         (torch.bfloat16, 4096, 12288),
@@ -192,14 +192,14 @@ def linear_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         name = f"{num_out}x{k} {str(dtype).removeprefix('torch.')}"
         for rows in (1, 2, 4):
             x = torch.empty(rows, k, dtype=dtype)
-            yield f"vector {rows} {name}", lambda x=x, weight=weight: vector_linear.vector_linear(x, weight)  # type: ignore[misc]
+            yield f"vector {rows} {name}", lambda x=x, weight=weight: gemv.vector_linear(x, weight)  # type: ignore[misc]
         x = torch.empty(16, k, dtype=dtype)
-        yield f"vector gated {name}", lambda x=x[:1], weight=weight: vector_linear.vector_linear(x, weight, gated=True)  # type: ignore[misc]
-        yield f"split {name}", lambda x=x, weight=weight: tile_linear.split_linear(x, weight)  # type: ignore[misc]
-        yield f"split gated {name}", lambda x=x, weight=weight: tile_linear.split_linear(x, weight, gated=True)  # type: ignore[misc]
+        yield f"vector gated {name}", lambda x=x[:1], weight=weight: gemv.vector_linear(x, weight, gated=True)  # type: ignore[misc]
+        yield f"split {name}", lambda x=x, weight=weight: gemm.split_linear(x, weight)  # type: ignore[misc]
+        yield f"split gated {name}", lambda x=x, weight=weight: gemm.split_linear(x, weight, gated=True)  # type: ignore[misc]
         many = torch.empty(512, k, dtype=dtype)
-        yield f"invariant {name}", lambda x=x, weight=weight: tile_linear.invariant_linear(x, weight)  # type: ignore[misc]
-        yield f"invariant whole {name}", lambda x=many, weight=weight: tile_linear.invariant_linear(x, weight)  # type: ignore[misc]
+        yield f"invariant {name}", lambda x=x, weight=weight: gemm.invariant_linear(x, weight)  # type: ignore[misc]
+        yield f"invariant whole {name}", lambda x=many, weight=weight: gemm.invariant_linear(x, weight)  # type: ignore[misc]
 
 
 def all_cases() -> Iterator[tuple[str, Callable[[], object]]]:

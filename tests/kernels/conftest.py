@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from . import interpreter
+from tests.kernels import interpreter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -26,10 +26,10 @@ def enable() -> None:
 
     The environment is left as it was; kernels must be called with TRITON_INTERPRET=1 set (`tl` asks again then).
     """
-    import neuron.kernels
+    import neuron.engine.kernels
 
     imported_before = "triton" in sys.modules
-    stale = [name for name in sys.modules if name.startswith("neuron.kernels.") or name.endswith("_triton")]
+    stale = [name for name in sys.modules if name.startswith("neuron.engine.kernels.") or name.endswith("_triton")]
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
@@ -38,7 +38,7 @@ def enable() -> None:
             for name in stale:
                 del sys.modules[name]
         for info in pkgutil.iter_modules(neuron.kernels.__path__):
-            importlib.import_module(f"neuron.kernels.{info.name}")
+            importlib.import_module(f"neuron.engine.kernels.{info.name}")
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from neuron.kernels.sampling_scan import log_exponential_noise
+from neuron.engine.kernels.sampling.sampling_scan import log_exponential_noise
 
 
 @triton.jit

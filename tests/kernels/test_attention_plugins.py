@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from neuron.layers.attention_choice import HeadShape, _problem, pick
-from neuron.layers.attention_plugins import (
+from neuron.engine.attention.attention_choice import HeadShape, _problem, pick
+from neuron.engine.attention.attention_plugins import (
     PLUGINS,
     PluginUnavailable,
     PrefillPlugin,
@@ -16,10 +16,10 @@ from neuron.layers.attention_plugins import (
     installed_plugins,
     page_lists,
 )
-from neuron.layers.attention_triton import TritonAttention
+from neuron.engine.attention.attention_triton import TritonAttention
 from torch import Tensor
 
-from .cases import AttentionCase
+from tests.kernels.cases import AttentionCase
 
 
 class PlainTorch:
@@ -144,7 +144,7 @@ def test_page_lists_are_the_tables_without_their_padding() -> None:
 
 
 def test_what_is_not_installed_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neuron.layers.attention_plugins.find_spec", lambda name: None)
+    monkeypatch.setattr("neuron.engine.attention.attention_plugins.find_spec", lambda name: None)
     reasons: dict[str, str] = {}
     assert not list(installed_plugins(reasons.__setitem__))
     assert reasons.keys() == PLUGINS.keys()

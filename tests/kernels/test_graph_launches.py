@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from neuron.engine.engine import Engine
-from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.engine.runner import ModelRunner
-from neuron.engine.scheduler import Chunk, StepPlan
-from neuron.engine.sequence import Sequence
-from neuron.kernels import sampling
-from neuron.layers import activation, attention, norm
-from neuron.layers.attention_triton import TritonAttention
-from neuron.models.registry import build_model
+from neuron.engine.attention import attention
+from neuron.engine.attention.attention_triton import TritonAttention
+from neuron.engine.kernels.sampling import sampling
+from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.layers import activation, norm
+from neuron.engine.models.registry import build_model
+from neuron.engine.scheduler.scheduler import Chunk, StepPlan
+from neuron.engine.scheduler.sequence import Sequence
+from neuron.engine.step.engine import Engine
+from neuron.engine.step.runner import ModelRunner
+from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.protocol import Generate, SamplingParams
-from neuron.weights.dummy import load_dummy_weights
 from torch import Tensor
 
+from tests.kernels.test_model import COMMON, FAMILIES, fused_in_interpreter
 from tests.neuron.engine.graph_device import FakeGraphDevice
-
-from .test_model import COMMON, FAMILIES, fused_in_interpreter
 
 PAGE, NUM_PAGES, VOCAB = 16, 40, COMMON["vocab_size"]
 LIMITS = {"max_step_tokens": 32, "max_running": 4, "max_model_len": 256}

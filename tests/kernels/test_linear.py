@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from neuron.kernels import KernelUnsupported, linear_tiling
-from neuron.kernels.linear_tiling import invariant_tiling, split_tiling, vector_tiling
-from neuron.kernels.tile_linear import invariant_linear, split_linear
-from neuron.kernels.tiling import Chip
-from neuron.kernels.vector_linear import vector_linear
+from neuron.engine.kernels import KernelUnsupported
+from neuron.engine.kernels.attention.tiling import Chip
+from neuron.engine.kernels.gemm import linear_tiling
+from neuron.engine.kernels.gemm.gemm import invariant_linear, split_linear
+from neuron.engine.kernels.gemm.gemv import vector_linear
+from neuron.engine.kernels.gemm.linear_tiling import invariant_tiling, split_tiling, vector_tiling
 from torch import Tensor
 
 # Relative to the largest result: rounding of the dtype, and of sums of up to a few thousand products.
@@ -122,7 +123,9 @@ def test_an_invariant_product_gives_a_row_the_same_bits_everywhere(
         assert torch.equal(invariant_linear(x[place : place + 1], weight, bias)[0], together[place])
     assert torch.equal(invariant_linear(x[3:20], weight, bias), together[3:20])
     assert torch.equal(invariant_linear(x.flip(0), weight, bias).flip(0), together)
-    monkeypatch.setattr("neuron.kernels.tile_linear.chip_of", lambda _: Chip(1, 1))  # so small that nothing is split
+    monkeypatch.setattr(
+        "neuron.engine.kernels.gemm.gemm.chip_of", lambda _: Chip(1, 1)
+    )  # so small that nothing is split
     assert torch.equal(invariant_linear(x, weight, bias), together)
 
 

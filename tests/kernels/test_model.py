@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from neuron.engine.engine import Engine
-from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.engine.runner import ModelRunner
-from neuron.layers import activation, attention, norm
-from neuron.layers.attention_cpu import GatherAttention
-from neuron.layers.attention_triton import TritonAttention
-from neuron.layers.embedding import LMHead
-from neuron.layers.linear import LinearLayer
-from neuron.layers.products import InvariantProduct
-from neuron.models.decoder import CausalLM
-from neuron.models.registry import build_model
+from neuron.engine.attention import attention
+from neuron.engine.attention.attention_cpu import GatherAttention
+from neuron.engine.attention.attention_triton import TritonAttention
+from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.layers import activation, norm
+from neuron.engine.layers.embedding import LMHead
+from neuron.engine.layers.gemm import InvariantProduct
+from neuron.engine.layers.linear import LinearLayer
+from neuron.engine.models.decoder import CausalLM
+from neuron.engine.models.registry import build_model
+from neuron.engine.step.engine import Engine
+from neuron.engine.step.runner import ModelRunner
+from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.protocol import Generate, SamplingParams
-from neuron.weights.dummy import load_dummy_weights
 
 from tests.parity.paged_model import PagedModel, PagedSequence
 
@@ -43,7 +44,7 @@ PROMPTS = [[(index * 7 + position * 3) % 199 for position in range(length)] for 
 
 
 def fused_in_interpreter(module: str, name: str, device: torch.device) -> Callable[..., Any]:
-    return getattr(import_module(f"neuron.kernels.{module}"), name)
+    return getattr(import_module(f"neuron.engine.kernels.{module}"), name)
 
 
 def generate(model: CausalLM, backend: attention.AttentionBackend, device: torch.device) -> tuple[list[Any], list[Any]]:

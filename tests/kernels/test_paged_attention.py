@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from neuron.kernels import KernelUnsupported
-from neuron.layers.attention_triton import TritonAttention
+from neuron.engine.attention.attention_triton import TritonAttention
+from neuron.engine.kernels import KernelUnsupported
 from torch import Tensor
 
-from .cases import AttentionCase
+from tests.kernels.cases import AttentionCase
 
 # Rounding of the output dtype, plus that of the softmax weights, which are rounded to it before they meet V.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -109,7 +109,7 @@ def test_padding_sequence_without_context_gives_zeros(device: torch.device) -> N
 
 
 def test_many_sequences_need_several_planner_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neuron.kernels import attention_plan
+    from neuron.engine.kernels.attention import attention_plan
 
     monkeypatch.setattr(attention_plan, "_PLAN_CHUNK", 16)
     chunks = [(1, 1 + 37 * index % 290) for index in range(37)]

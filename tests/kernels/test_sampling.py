@@ -10,12 +10,13 @@ import numpy.typing as npt
 import pytest
 import torch
 from neuron.engine.errors import RequestError
-from neuron.engine.noise import log_exponential_noise, noise_key
-from neuron.engine.sampler import Sampler
-from neuron.engine.sequence import Sequence
-from neuron.engine.token_bias import TokenBias
-from neuron.kernels import KernelUnsupported, sampling
-from neuron.layers.sampling import TokenMasks, TokenPenalties
+from neuron.engine.kernels import KernelUnsupported
+from neuron.engine.kernels.sampling import sampling
+from neuron.engine.kernels.sampling.sampling_inputs import TokenMasks, TokenPenalties
+from neuron.engine.sampling.sampler import Sampler
+from neuron.engine.sampling.sampling_noise import log_exponential_noise, noise_key
+from neuron.engine.scheduler.sequence import Sequence
+from neuron.engine.scheduler.token_bias import TokenBias
 from neuron.protocol import Generate, Logprobs, SamplingParams
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def check(device: torch.device, logits: Tensor, params: list[SamplingParams], po
 
 def test_noise_is_the_engines_noise(device: torch.device) -> None:
     """The same integers bit for bit; the floats within a few units in the last place, at both ends of the range."""
-    from .noise_probe import noise_kernel
+    from tests.kernels.noise_probe import noise_kernel
 
     size = 2048
     keys = torch.tensor([noise_key(0, 0), noise_key(2**63 + 7, 12345), noise_key(1, 2**31), -1])
@@ -400,12 +401,12 @@ def test_the_engines_sampler_draws_the_same_through_the_kernel(
         assert sampled[5].error.health.nan == 1
         return [(row.token, row.logprobs) for row in sampled[:5]]
 
-    from neuron.kernels.log_total import log_totals
+    from neuron.engine.kernels.sampling.logsumexp import log_totals
 
     kernels: dict[str, Any] = {"sample": sampling.sample, "log_totals": log_totals}
-    monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda *_: None)
+    monkeypatch.setattr("neuron.engine.sampling.sampler.fused_kernel", lambda *_: None)
     expected = draw()
-    monkeypatch.setattr("neuron.engine.sampler.fused_kernel", lambda _, name, __: kernels[name])
+    monkeypatch.setattr("neuron.engine.sampling.sampler.fused_kernel", lambda _, name, __: kernels[name])
     for (token, logprobs), (expected_token, expected_logprobs) in zip(draw(), expected, strict=True):
         assert token == expected_token
         assert (logprobs is None) == (expected_logprobs is None)
@@ -418,19 +419,19 @@ def test_the_engines_sampler_draws_the_same_through_the_kernel(
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_log_totals_of_a_row_do_not_depend_on_the_others(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neuron.kernels import log_total
+    from neuron.engine.kernels.sampling import logsumexp
 
-    monkeypatch.setattr(log_total, "_BLOCK", 256)
+    monkeypatch.setattr(logsumexp, "_BLOCK", 256)
     logits = torch.cat([normal(3, 2.0), normal(1, 1.0) * 1e4, torch.full((1, VOCAB_SIZE), -math.inf)])
     logits[1, ::7] = -math.inf
     logits[2, 300:] = -math.inf
     wide = torch.cat([logits, logits], dim=1).to(device)[:, :VOCAB_SIZE]
-    actual = log_total.log_totals(wide)
+    actual = logsumexp.log_totals(wide)
     expected = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
     torch.testing.assert_close(actual[:4].cpu().double(), expected[:4], rtol=1e-6, atol=1e-5)
     assert actual[4].item() == -math.inf
     for row in range(5):
-        assert torch.equal(log_total.log_totals(wide[row : row + 1]), actual[row : row + 1])
-    assert log_total.log_totals(wide[:0]).shape == (0, 1)
+        assert torch.equal(logsumexp.log_totals(wide[row : row + 1]), actual[row : row + 1])
+    assert logsumexp.log_totals(wide[:0]).shape == (0, 1)
     with pytest.raises(KernelUnsupported, match="strides"):
-        log_total.log_totals(wide.T)
+        logsumexp.log_totals(wide.T)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from neuron.kernels import KernelUnsupported
-from neuron.layers import activation as torch_activation
-from neuron.layers import norm as torch_norm
-from neuron.layers.norm import QKNorm
-from neuron.layers.rotary import RopeScaling, RotaryEmbedding, split_and_rotate
+from neuron.engine.kernels import KernelUnsupported
+from neuron.engine.layers import activation as torch_activation
+from neuron.engine.layers import norm as torch_norm
+from neuron.engine.layers.norm import QKNorm
+from neuron.engine.layers.rotary import RopeScaling, RotaryEmbedding, split_and_rotate
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -27,14 +27,14 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (3, 100), (5, 1024)])
 def test_rms_norm(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    from neuron.kernels.norm import rms_norm
+    from neuron.engine.kernels.norm import rms_norm
 
     x, weight = normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype, seed=1)
     close(rms_norm(x.to(device), weight.to(device), 1e-6), torch_norm.rms_norm(x, weight, 1e-6))
 
 
 def test_rms_norm_of_strided_heads_with_a_weight_per_head(device: torch.device) -> None:
-    from neuron.kernels.norm import rms_norm
+    from neuron.engine.kernels.norm import rms_norm
 
     packed = normal(7, 6 * 16, dtype=torch.float32)
     heads = packed.view(7, 6, 16)[:, :5]
@@ -45,7 +45,7 @@ def test_rms_norm_of_strided_heads_with_a_weight_per_head(device: torch.device) 
 
 
 def test_rms_norm_of_zeros_and_of_huge_values(device: torch.device) -> None:
-    from neuron.kernels.norm import rms_norm
+    from neuron.engine.kernels.norm import rms_norm
 
     x = torch.stack([torch.zeros(48), torch.full((48,), 1e15), torch.full((48,), 1e-30)])
     weight = torch.ones(48)
@@ -54,7 +54,7 @@ def test_rms_norm_of_zeros_and_of_huge_values(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_rms_norm_overwrites_the_residual(device: torch.device, dtype: torch.dtype) -> None:
-    from neuron.kernels.norm import add_rms_norm
+    from neuron.engine.kernels.norm import add_rms_norm
 
     x, residual = normal(5, 96, dtype=dtype), normal(5, 96, dtype=dtype, seed=1)
     weight = normal(96, dtype=dtype, seed=2)
@@ -67,7 +67,7 @@ def test_add_rms_norm_overwrites_the_residual(device: torch.device, dtype: torch
 
 
 def test_rows_that_do_not_fit_one_program_are_refused(device: torch.device) -> None:
-    from neuron.kernels.norm import rms_norm
+    from neuron.engine.kernels.norm import rms_norm
 
     with pytest.raises(KernelUnsupported, match="40000"):
         rms_norm(torch.zeros(1, 40000, device=device), torch.ones(40000, device=device), 1e-6)
@@ -76,7 +76,7 @@ def test_rows_that_do_not_fit_one_program_are_refused(device: torch.device) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 200), (2, 4096), (4, 3000)])
 def test_silu_mul(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    from neuron.kernels.activation import silu_mul
+    from neuron.engine.kernels.activation import silu_mul
 
     gate_up = normal(*shape, dtype=dtype) * 3
     close(silu_mul(gate_up.to(device)), torch_activation.silu_mul(gate_up))
@@ -84,7 +84,7 @@ def test_silu_mul(device: torch.device, dtype: torch.dtype, shape: tuple[int, in
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_silu_mul_of_large_values_stays_finite(device: torch.device) -> None:
-    from neuron.kernels.activation import silu_mul
+    from neuron.engine.kernels.activation import silu_mul
 
     # exp overflows to infinity on purpose: 1 / (1 + inf) is the right 0.
     gate_up = torch.tensor([[-1e4, 1e4, -200.0, 200.0, 1.0, 1.0, 1.0, 1.0]])
@@ -111,7 +111,7 @@ def test_rotate_and_write(
     partial: float,
     with_norm: bool,
 ) -> None:
-    from neuron.kernels.rotary import rotate_and_write
+    from neuron.engine.kernels.attention.rotary import rotate_and_write
 
     num_tokens, page_size = 5, 16
     qkv = normal(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
@@ -158,7 +158,7 @@ def test_rotate_and_write(
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 def test_kv_write_touches_only_its_slots(device: torch.device, num_kv_heads: int) -> None:
-    from neuron.kernels.kv_write import kv_write
+    from neuron.engine.kernels.attention.kv_write import kv_write
 
     packed = normal(4, 2 * num_kv_heads * 80, dtype=torch.float32)
     k, v = packed.to(device).view(4, 2, num_kv_heads, 80).unbind(1)
@@ -174,8 +174,8 @@ def test_kv_write_touches_only_its_slots(device: torch.device, num_kv_heads: int
 
 
 def test_no_tokens_is_no_work(device: torch.device) -> None:
-    from neuron.kernels.activation import silu_mul
-    from neuron.kernels.norm import rms_norm
+    from neuron.engine.kernels.activation import silu_mul
+    from neuron.engine.kernels.norm import rms_norm
 
     assert silu_mul(torch.empty(0, 8, device=device)).shape == (0, 4)
     assert rms_norm(torch.empty(0, 8, device=device), torch.ones(8, device=device), 1e-6).shape == (0, 8)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neuron.lifecycle.sources import demo_model_path
+from neuron.daemon.hub.sources import demo_model_path
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}

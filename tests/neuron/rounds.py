@@ -1,6 +1,6 @@
 """How long the books are shaken: `CORTEX_ROUNDS` random histories for each state machine, a few by default.
 
-CORTEX_ROUNDS=500 uv run pytest -q tests/neuron/engine/test_accounting.py tests/neuron/lifecycle/test_accounting.py
+CORTEX_ROUNDS=500 uv run pytest -q tests/neuron -k accounting
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from neuron.daemon.supervisor.engine_group import EngineGroup, GroupEvent, GroupFailed, GroupLoaded
+from neuron.daemon.supervisor.process_group import LaunchSettings, WorkerCommand
+from neuron.daemon.supervisor.restart_policy import RestartPolicy
 from neuron.protocol import EngineConfig, Generate, SamplingParams
-from neuron.supervisor.engine_group import EngineGroup, GroupEvent, GroupFailed, GroupLoaded
-from neuron.supervisor.incarnation import LaunchSettings, WorkerCommand
-from neuron.supervisor.restart_policy import RestartPolicy
 
 WORKER = Path(__file__).with_name("scripted_worker.py")
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from neuron.engine.batch import StepBatch, StepContext
-from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.layers.attention import AttentionBackend, make_attention_backend
-from neuron.models.decoder import CausalLM
-from neuron.models.registry import build_model
-from neuron.parallel.group import ParallelGroup
-from neuron.weights.loader import load_weights
+from neuron.engine.attention.attention import AttentionBackend, make_attention_backend
+from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.models.decoder import CausalLM
+from neuron.engine.models.registry import build_model
+from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.step.batch import StepBatch, StepContext
+from neuron.engine.weights.loader import load_weights
 from torch import Tensor
 
 CPU = torch.device("cpu")

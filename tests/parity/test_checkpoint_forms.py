@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .checkpoints import VARIANTS, Oracle, Variant, save_checkpoint
-from .paged_model import PagedModel, load
+from tests.parity.checkpoints import VARIANTS, Oracle, Variant, save_checkpoint
+from tests.parity.paged_model import PagedModel, load
 
 TOKENS = [7, 1, 190, 44, 3, 3, 60, 12, 101, 5, 88]
 BY_NAME = {variant.name: variant for variant in VARIANTS}

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from neuron.layers.attention import make_attention_backend
-from neuron.layers.determinism import make_deterministic
-from neuron.layers.products import FixedRowsProduct
-from neuron.models.decoder import CausalLM
-from neuron.models.registry import build_model
-from neuron.weights.dummy import load_dummy_weights
+from neuron.engine.attention.attention import make_attention_backend
+from neuron.engine.attention.determinism import make_deterministic
+from neuron.engine.layers.gemm import FixedRowsProduct
+from neuron.engine.models.decoder import CausalLM
+from neuron.engine.models.registry import build_model
+from neuron.engine.weights.dummy import load_dummy_weights
 from torch import Tensor
 
-from .paged_model import CPU, PagedModel, PagedSequence
+from tests.parity.paged_model import CPU, PagedModel, PagedSequence
 
 VOCAB_SIZE = 211
 # Sizes that divide by no vector register, so that every row ends in a remainder, and a block wide enough for threads.
@@ -128,7 +128,7 @@ def test_a_block_is_made_smaller_where_a_rows_place_matters(monkeypatch: pytest.
             result[-1] *= 1 + 2**-23
         return result
 
-    monkeypatch.setattr("neuron.layers.products.F.linear", uneven)
+    monkeypatch.setattr("neuron.engine.layers.gemm.F.linear", uneven)
     assert FixedRowsProduct.for_weight(weight).num_rows == 8
 
 

@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-from neuron.engine.loading import load_engine
+from neuron.engine.loading.loading import load_engine
 from neuron.protocol import EngineConfig, Generate, SamplingParams
 
-from .checkpoints import VARIANTS, VOCAB, Oracle, Variant, save_checkpoint
+from tests.parity.checkpoints import VARIANTS, VOCAB, Oracle, Variant, save_checkpoint
 
 NUM_NEW = 12
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .checkpoints import VARIANTS, VOCAB, Oracle, Variant, save_checkpoint
-from .paged_model import PagedModel, PagedSequence, load
+from tests.parity.checkpoints import VARIANTS, VOCAB, Oracle, Variant, save_checkpoint
+from tests.parity.paged_model import PagedModel, PagedSequence, load
 
 TOLERANCE = 1e-4
 PAGE = 4

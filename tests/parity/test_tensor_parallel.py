@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from neuron.engine.loading import load_engine, load_follower
-from neuron.parallel.group import ParallelGroup
+from neuron.engine.loading.loading import load_engine, load_follower
+from neuron.engine.parallel.group import ParallelGroup
 from neuron.protocol import EngineConfig, Generate, SamplingParams, SequenceUpdate
 
-from .paged_model import PagedModel, load
+from tests.parity.paged_model import PagedModel, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -83,7 +83,7 @@ def _logits_rank(rank: int, world_size: int, cases: list[Case], folder: str) -> 
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of checkpoints by name, each with its logits and answers on one rank."""
     # Not at the top: the ranks import this module, and transformers is slow to import.
-    from .checkpoints import VARIANTS, save_checkpoint
+    from tests.parity.checkpoints import VARIANTS, save_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints")
     names = {case.name for case in (*TWO_RANKS, *FOUR_RANKS)}

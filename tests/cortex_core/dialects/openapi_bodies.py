@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .rich_bodies import RICH_CHAT, RICH_MESSAGES, RICH_RESPONSES
+from tests.cortex_core.dialects.rich_bodies import RICH_CHAT, RICH_MESSAGES, RICH_RESPONSES
 
 _SAMPLING: dict[str, Any] = {
     "temperature": 0.5,

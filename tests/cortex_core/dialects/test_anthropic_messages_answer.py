@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
-from .event_streams import collected, event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.event_streams import collected, event_streams, sse_events, stream_bytes
 
 IDENTITY: dict[str, Any] = {"response_id": "msg_1", "created": 1_760_000_000, "model": "org/name"}
 USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=2, reasoning_tokens=1)

@@ -14,9 +14,8 @@ from cortex_core.sse import SseDecoder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cortex_core.dialects.event_streams import fragments, json_values
 from tests.counting import assert_linear, copied, peak_bytes, steps
-
-from .event_streams import fragments, json_values
 
 
 def chunk(*calls: dict[str, Any], index: int = 0, **delta: Any) -> bytes:

@@ -16,7 +16,7 @@ from cortex_core.fleet import ModelSpec
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from .rich_bodies import RICH_CHAT, RICH_MESSAGES
+from tests.cortex_core.dialects.rich_bodies import RICH_CHAT, RICH_MESSAGES
 
 PARSERS = [
     openai_chat.parse,

@@ -31,7 +31,7 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from .event_streams import collected, event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.event_streams import collected, event_streams, sse_events, stream_bytes
 
 IDENTITY: dict[str, Any] = {"response_id": "chatcmpl-1", "created": 1_760_000_000, "model": "org/name"}
 USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=2, reasoning_tokens=1)

@@ -52,8 +52,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import completion_create_params
 
-from .event_streams import event_streams, sse_events, stream_bytes
-from .rich_bodies import RICH_CHAT, RICH_MESSAGES
+from tests.cortex_core.dialects.event_streams import event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.rich_bodies import RICH_CHAT, RICH_MESSAGES
 
 OFFICIAL_TYPES = (
     completion_create_params.CompletionCreateParamsBase,

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from pydantic import ValidationError
 
-from .event_streams import collected, event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.event_streams import collected, event_streams, sse_events, stream_bytes
 
 IDENTITY: dict[str, Any] = {"response_id": "cmpl-1", "created": 1_760_000_000, "model": "org/name"}
 USAGE = Usage(prompt_tokens=7, completion_tokens=5)

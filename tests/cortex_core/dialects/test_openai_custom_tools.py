@@ -10,9 +10,8 @@ from cortex_core.dialects.openai_custom_tools import FreeformInput, freeform_arg
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cortex_core.dialects.event_streams import fragments, json_values, texts
 from tests.counting import assert_linear, copied, peak_bytes
-
-from .event_streams import fragments, json_values, texts
 
 
 def read(pieces: list[str]) -> str:

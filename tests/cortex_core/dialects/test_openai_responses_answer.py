@@ -33,7 +33,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
 
-from .event_streams import collected, event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.event_streams import collected, event_streams, sse_events, stream_bytes
 
 IDENTITY: dict[str, Any] = {
     "response_id": "resp_0a",

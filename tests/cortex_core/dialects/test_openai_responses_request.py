@@ -27,7 +27,7 @@ from cortex_core.errors import ApiError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .rich_bodies import RICH_RESPONSES
+from tests.cortex_core.dialects.rich_bodies import RICH_RESPONSES
 
 PIXEL = "iVBORw0KGgo="
 WEATHER = {"type": "function", "name": "get_weather", "parameters": {"type": "object"}, "strict": True}

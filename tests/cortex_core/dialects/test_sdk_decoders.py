@@ -13,7 +13,7 @@ from cortex_core.dialects import anthropic_messages, openai_chat, openai_complet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .event_streams import event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.event_streams import event_streams, sse_events, stream_bytes
 
 IDENTITY: dict[str, Any] = {"response_id": "x_1", "created": 1, "model": "m"}
 COMPLETION = openai_completions.parse(json.dumps({"model": "m", "prompt": "hi"}).encode())

@@ -15,8 +15,8 @@ from cortex_core.events import Event, Failure, Finish, TextDelta, Usage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .event_streams import collected, event_streams, sse_events, stream_bytes
-from .rich_bodies import RICH_MESSAGES, RICH_RESPONSES
+from tests.cortex_core.dialects.event_streams import collected, event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.rich_bodies import RICH_MESSAGES, RICH_RESPONSES
 
 TOOLS = [
     {"type": "function", "name": "get_weather", "parameters": {"type": "object"}},

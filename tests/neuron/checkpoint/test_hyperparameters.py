@@ -18,12 +18,12 @@ from neuron.checkpoint.hyperparameters import (
     check_values,
     quantization_of,
 )
+from neuron.checkpoint.layout import ModelShape
 from neuron.checkpoint.tensor_shapes import check_shapes
 from neuron.engine.errors import ModelError
-from neuron.layers.rotary import inverse_frequencies
-from neuron.lifecycle.estimate import ModelShape
-from neuron.models.errors import UnsupportedArchitecture
-from neuron.models.registry import build_model, family_of
+from neuron.engine.layers.rotary import inverse_frequencies
+from neuron.engine.models.errors import UnsupportedArchitecture
+from neuron.engine.models.registry import build_model, family_of
 
 from tests.neuron.checkpoint_folders import TINY
 from tests.neuron.rounds import ROUNDS

@@ -27,22 +27,22 @@ KNOWN = {
     # of a checkpoint: the one place, and what reads from the descriptors it gives
     ("checkpoint/files.py", "open_file"): "the place",
     ("checkpoint/weight_files.py", "headers_of"): "calls the place",
-    ("weights/safetensors_reader.py", "_headers"): "calls the place",
-    ("weights/pipeline.py", "_copy_runs"): "maps what the reader has opened, in the engine",
-    ("lifecycle/weight_cache.py", "_copy_file"): "a descriptor of the place",
+    ("engine/weights/safetensors_reader.py", "_headers"): "calls the place",
+    ("engine/weights/pipeline.py", "_copy_runs"): "maps what the reader has opened, in the engine",
+    ("daemon/memory/weight_cache.py", "_copy_file"): "a descriptor of the place",
     # the cache of downloads, as it is written
-    ("lifecycle/download.py", "_fetch"): "the growing part, in the cache's own folder",
-    ("lifecycle/download.py", "_try_lock"): "locks of the cache",
+    ("daemon/hub/download.py", "_fetch"): "the growing part, in the cache's own folder",
+    ("daemon/hub/download.py", "_try_lock"): "locks of the cache",
     # not of a checkpoint
-    ("lifecycle/state_file.py", "open"): "the neuron's own state",
-    ("lifecycle/state_file.py", "read_state"): "the neuron's own state",
-    ("lifecycle/state_file.py", "write_state"): "the neuron's own state",
-    ("text_workers/limits.py", "_data_bytes"): "/proc",
-    ("text_workers/host.py", "_fork"): "shared memory without a file",
-    ("hardware/host.py", "*"): "/proc and /sys",
-    ("hardware/nvml.py", "*"): "/proc and the driver",
-    ("engine/memory.py", "*"): "/proc and /sys",
-    ("weights/materialise.py", "*"): "/sys",
+    ("daemon/lifecycle/state_file.py", "open"): "the neuron's own state",
+    ("daemon/lifecycle/state_file.py", "read_state"): "the neuron's own state",
+    ("daemon/lifecycle/state_file.py", "write_state"): "the neuron's own state",
+    ("daemon/text_workers/limits.py", "_data_bytes"): "/proc",
+    ("daemon/text_workers/host.py", "_fork"): "shared memory without a file",
+    ("daemon/hardware/host.py", "*"): "/proc and /sys",
+    ("daemon/hardware/nvml.py", "*"): "/proc and the driver",
+    ("engine/host_memory.py", "*"): "/proc and /sys",
+    ("engine/weights/materialise.py", "*"): "/sys",
     ("server.py", "*"): "locks of the runtime folder",
 }
 
@@ -90,7 +90,7 @@ def test_H8_nothing_else_opens_a_checkpoints_files() -> None:
 
 def test_every_entry_of_the_list_is_still_there() -> None:
     found = {(file, function) for file, function, _ in openings()}
-    called = {("checkpoint/weight_files.py", "headers_of"), ("weights/safetensors_reader.py", "_headers")}
+    called = {("checkpoint/weight_files.py", "headers_of"), ("engine/weights/safetensors_reader.py", "_headers")}
     files = {file for file, _ in found}
     gone = [entry for entry in KNOWN if entry not in found | called and not (entry[1] == "*" and entry[0] in files)]
     assert not gone

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from neuron.engine.engine import Engine
-from neuron.engine.kv_cache import KVLayout, PagedKV
-from neuron.engine.runner import ModelRunner
-from neuron.engine.sampler import Sampler
-from neuron.engine.sampling_rows import SamplingRows
+from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.sampling.sampler import Sampler
+from neuron.engine.sampling.sampling_rows import SamplingRows
+from neuron.engine.step.engine import Engine
+from neuron.engine.step.runner import ModelRunner
 from neuron.protocol import SamplingParams
 from torch import Tensor
 
-from .lazy_stream import LazyStream
-from .toy import CPU, HEAD_DIM, NUM_HEADS, NUM_LAYERS, PAGE, VOCAB, ToyAttention, ToyModel
+from tests.neuron.engine.lazy_stream import LazyStream
+from tests.neuron.engine.toy import CPU, HEAD_DIM, NUM_HEADS, NUM_LAYERS, PAGE, VOCAB, ToyAttention, ToyModel
 
 
 class RecordedGraph:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from neuron.engine.engine import Engine
-from neuron.engine.loading import load_engine
+from neuron.engine.loading.loading import load_engine
+from neuron.engine.step.engine import Engine
 from neuron.protocol import EngineConfig, Generate, SamplingParams
 
-from .checkpoints import SHAPE, write_qwen3
-from .toy import Answers, request, run
+from tests.neuron.engine.checkpoints import SHAPE, write_qwen3
+from tests.neuron.engine.toy import Answers, request, run
 
 VOCAB = SHAPE["vocab_size"]
 

@@ -6,14 +6,14 @@ import random
 
 import pytest
 import torch
-from neuron.engine.engine import Engine
 from neuron.engine.errors import ModelError
-from neuron.engine.loading import load_engine, prefill_budget, resolve_dtype
+from neuron.engine.loading.loading import load_engine, prefill_budget, resolve_dtype
+from neuron.engine.step.engine import Engine
 from neuron.protocol import EngineConfig, LoadProgress, SamplingParams
 from safetensors.torch import load_file
 
-from .checkpoints import SHAPE, write_qwen3
-from .toy import Answers, request, run
+from tests.neuron.engine.checkpoints import SHAPE, write_qwen3
+from tests.neuron.engine.toy import Answers, request, run
 
 VOCAB = SHAPE["vocab_size"]
 

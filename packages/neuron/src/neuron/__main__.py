@@ -1,5 +1,5 @@
 """`python -m neuron`."""
 
-from neuron.cli import main
+from neuron.daemon.cli import main
 
 main()

@@ -78,7 +78,7 @@ def _check_file(path: Path, kind: str, secrets: bool, checked: list[str], faults
             load_catalogue(path)
         else:
             try:
-                from neuron.config import load_neuron_config
+                from neuron.daemon.common.config import load_neuron_config
             except ImportError:
                 raise ConfigError([f"{path}: helexa-neuron is not installed here, so it cannot be checked"]) from None
             neuron = load_neuron_config(path)
@@ -126,7 +126,7 @@ def _type_of(kind: str) -> type:
 
         return Catalogue
     try:
-        from neuron.config import NeuronConfig
+        from neuron.daemon.common.config import NeuronConfig
     except ImportError:
         raise CliError("helexa-neuron is not installed here, so its schema is not known") from None
     return NeuronConfig

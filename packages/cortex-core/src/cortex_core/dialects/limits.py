@@ -2,7 +2,7 @@
 
 Parts are counted before anything is made of them, so that no request takes more than in proportion to its bytes, and
 nothing that is said once and used often (a name, a description, a stop string) is large. How long a text may be is not
-for these to say: the model's window decides (`neuron.text.limits`).
+for these to say: the model's window decides (`neuron.daemon.text.limits`).
 """
 
 from __future__ import annotations

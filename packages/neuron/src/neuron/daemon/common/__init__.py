@@ -1,0 +1,1 @@
+"""Configuration and threads, which every room of the daemon may use."""

@@ -1,0 +1,1 @@
+"""Observability of the daemon: metrics, spans, and one record per request."""

@@ -1,0 +1,1 @@
+"""Output text: token ids become events, with reasoning, tool calls and stop strings told apart."""

@@ -1,0 +1,1 @@
+"""Plain data of text that every other room of it shares: prompts, markers, token bytes, limits."""

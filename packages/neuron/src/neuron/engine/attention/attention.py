@@ -1,0 +1,146 @@
+"""Self-attention over a paged KV cache: the layer, and the interface that a device's backend implements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neuron.engine import kernels
+from neuron.engine.layers.kernel_dispatch import fused_kernel
+from neuron.engine.layers.linear import QKVParallelLinear, RowParallelLinear, WeightFormat
+from neuron.engine.layers.norm import QKNorm
+from neuron.engine.layers.rotary import StepRotary, split_and_rotate
+from neuron.engine.parallel.group import ParallelGroup
+
+if TYPE_CHECKING:
+    from neuron.engine.step.batch import StepBatch, StepContext
+
+
+class AttentionBackend(Protocol):
+    """Paged attention on one kind of device. One instance per engine, used by its device thread."""
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Once per step, before the first layer: forget the last step."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_layer: Tensor,
+        batch: StepBatch,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Write this step's keys and values into their pages, then let each query attend to its sequence so far.
+
+        q: [T, Hq, D]; k, v: [T, Hkv, D]; rows may be strided. kv_layer: [num_pages, 2, page_size, Hkv, D].
+        Query position p sees the keys of positions p - sliding_window + 1 … p (0 … p without a window).
+        Returns [T, Hq, D] in q's dtype, contiguous.
+        """
+        ...
+
+    def attend(
+        self, q: Tensor, kv_layer: Tensor, batch: StepBatch, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        """`forward` where keys and values have already been written (by a fused kernel)."""
+        ...
+
+
+def make_attention_backend(device: torch.device, *, deterministic: bool = False) -> AttentionBackend:
+    """The backend for a device: Triton kernels where they run, else gathered pages and torch's SDPA.
+
+    deterministic: a token's result depends on its sequence alone, not on the batch nor on how its prompt was cut.
+    """
+    if kernels.is_available(device):
+        from neuron.engine.attention.attention_triton import TritonAttention
+
+        return TritonAttention(deterministic=deterministic)
+    if deterministic:
+        from neuron.engine.attention.attention_fixed import FixedRunAttention
+
+        return FixedRunAttention()
+    from neuron.engine.attention.attention_cpu import GatherAttention
+
+    return GatherAttention()
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, optional QK norm and sliding window.
+
+    One rank holds a part of the query heads and their KV heads (`shard_heads`); the output projection sums over ranks.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        layer_index: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        group: ParallelGroup,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        sliding_window: int | None = None,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+        self.sliding_window = sliding_window
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            bias=qkv_bias,
+            group=group,
+            weight_format=weight_format,
+        )
+        self.o_proj = RowParallelLinear(
+            self.qkv_proj.query_heads.scaled(head_dim),
+            hidden_size,
+            bias=output_bias,
+            group=group,
+            weight_format=weight_format,
+        )
+        self.num_heads = self.qkv_proj.num_heads
+        self.num_kv_heads = self.qkv_proj.num_kv_heads
+        self.qk_norm = None if qk_norm_eps is None else QKNorm(self.num_heads, self.num_kv_heads, head_dim, qk_norm_eps)
+
+    def forward(self, hidden: Tensor, rotary: StepRotary, ctx: StepContext) -> Tensor:
+        """[T, H] -> [T, H]"""
+        qkv = self.qkv_proj(hidden)
+        kv_layer = ctx.kv.layer(self.layer_index)
+        shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        norm = self.qk_norm
+        rotate_and_write = fused_kernel("attention.rotary", "rotate_and_write", qkv.device)
+        if rotate_and_write is not None:
+            q = rotate_and_write(
+                qkv,
+                rotary.positions,
+                rotary.cos_sin,
+                kv_layer,
+                ctx.batch.slot_mapping,
+                q_weight=None if norm is None else norm.q,
+                k_weight=None if norm is None else norm.k,
+                eps=0.0 if norm is None else norm.eps,
+                **shape,
+            )
+            attended = ctx.attention.attend(
+                q, kv_layer, ctx.batch, scale=self.scale, sliding_window=self.sliding_window
+            )
+        else:
+            q, k, v = split_and_rotate(qkv, rotary, qk_norm=norm, **shape)
+            attended = ctx.attention.forward(
+                q, k, v, kv_layer, ctx.batch, scale=self.scale, sliding_window=self.sliding_window
+            )
+        projected: Tensor = self.o_proj(attended.flatten(1))
+        return projected

@@ -1,0 +1,1 @@
+"""Triton kernels of attention, rotary embedding and KV writes."""

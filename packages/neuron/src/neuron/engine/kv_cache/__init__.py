@@ -1,0 +1,1 @@
+"""The paged KV cache: tensors, page ownership, prefix reuse."""

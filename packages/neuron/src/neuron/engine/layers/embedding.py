@@ -1,0 +1,91 @@
+"""The vocabulary's two ends: token embedding and output head, both split by rows of the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron.engine.layers.gemm import Product, default_product
+from neuron.engine.layers.weight_slices import Placement
+from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.parallel.sharding import shard_vocabulary, vocabulary_sizes
+
+
+class VocabularyWeight(nn.Module):
+    """Rows of a [vocab, hidden] matrix that this rank holds; rows beyond the vocabulary are zero."""
+
+    weight: nn.Parameter
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, group: ParallelGroup) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.group = group
+        self.shard, rows = shard_vocabulary(vocab_size, group)
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+
+    def placements(self, part: str | None) -> list[Placement]:
+        columns = slice(0, self.hidden_size)
+        return [
+            Placement(
+                "weight",
+                (self.vocab_size, self.hidden_size),
+                (self.shard.slice, columns),
+                "weight",
+                (slice(0, self.shard.length), columns),
+            )
+        ]
+
+    @property
+    def padding_elements(self) -> int:
+        """Elements of `weight` that no checkpoint tensor fills; the loader leaves them zero."""
+        return (self.weight.shape[0] - self.shard.length) * self.hidden_size
+
+
+class VocabParallelEmbedding(VocabularyWeight):
+    """[T] token ids -> [T, H] on every rank. The result is a new tensor that the caller may overwrite."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.group.world_size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.shard.start
+        is_elsewhere = (local < 0) | (local >= self.shard.length)
+        hidden = F.embedding(local.masked_fill_(is_elsewhere, 0), self.weight)
+        hidden.masked_fill_(is_elsewhere.unsqueeze(-1), 0)
+        return self.group.all_reduce(hidden)
+
+
+class LMHead(nn.Module):
+    """[R, H] hidden states -> [R, V] float32 logits on every rank.
+
+    Either with a matrix of its own or tied to the embedding's, whose memory it then shares.
+    """
+
+    def __init__(self, embedding: VocabParallelEmbedding, *, tied: bool) -> None:
+        super().__init__()
+        self.vocab_size = embedding.vocab_size
+        self.group = embedding.group
+        self._sizes = vocabulary_sizes(embedding.vocab_size, embedding.group)
+        self.matrix = (
+            None if tied else VocabularyWeight(embedding.vocab_size, embedding.hidden_size, group=embedding.group)
+        )
+        # In a tuple, so that the embedding is not registered a second time as a submodule of the head.
+        self._embedding = (embedding,)
+        self.weight: Tensor | None = None
+        self.product: Product | None = None
+
+    @property
+    def is_tied(self) -> bool:
+        return self.matrix is None
+
+    def finish_loading(self) -> None:
+        holder = self._embedding[0] if self.matrix is None else self.matrix
+        self.weight = holder.weight.detach()
+        self.product = default_product(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.weight is None or self.product is None:
+            raise RuntimeError("the head is used before its weights were loaded")
+        logits = self.group.all_gather(self.product.linear(hidden, self.weight, None), self._sizes)
+        return logits[:, : self.vocab_size].float()

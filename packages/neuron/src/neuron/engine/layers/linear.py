@@ -1,0 +1,238 @@
+"""Linear layers in Megatron's parallel form (Shoeybi et al. 2019, section 3), with the weight format as a strategy.
+
+A column-parallel layer splits its outputs among the ranks and needs no communication; a row-parallel layer splits
+its inputs and sums the ranks' products. A layer knows which slices of which checkpoint tensors it holds; how they
+are stored and multiplied is its `WeightFormat`'s business, so a quantised format is one new class. An unquantised
+matrix is multiplied by the layer's `Product`, which is decided after loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neuron.engine.layers.gemm import Product, default_product
+from neuron.engine.layers.weight_slices import Placement
+from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.parallel.sharding import Shard, shard_evenly, shard_heads, whole
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPart:
+    """One of the matrices merged into a column-parallel layer: the rows of it that this rank holds."""
+
+    name: str | None
+    rows: Shard
+
+
+class WeightFormat(Protocol):
+    """How a linear layer's matrix is stored, filled and multiplied. Stateless: tensors live on the layer."""
+
+    def create(self, layer: LinearLayer, *, bias: bool) -> None:
+        """Register the parameters of `layer` (its local in_features and out_features)."""
+        ...
+
+    def placements(self, layer: LinearLayer, part: OutputPart, row: int) -> list[Placement]:
+        """Checkpoint tensors of one part, whose local rows begin at `row` of the merged matrix."""
+        ...
+
+    def finish(self, layer: LinearLayer) -> None:
+        """Once after loading: rearrange for speed."""
+        ...
+
+    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out], with the layer's bias if it has one."""
+        ...
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor) -> Tensor:
+        """silu(first half) * second half of `apply`: [T, in] -> [T, out / 2]."""
+        ...
+
+
+class UnquantizedWeight:
+    """The matrix as it is: `weight` [out, in] and `bias` [out] in the model's dtype."""
+
+    def create(self, layer: LinearLayer, *, bias: bool) -> None:
+        weight = torch.empty(layer.out_features, layer.in_shard.length)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if bias else None
+
+    def placements(self, layer: LinearLayer, part: OutputPart, row: int) -> list[Placement]:
+        rows, columns = part.rows, layer.in_shard
+        target = slice(row, row + rows.length)
+        placements = [
+            Placement(
+                "weight",
+                (rows.total, columns.total),
+                (rows.slice, columns.slice),
+                "weight",
+                (target, slice(0, columns.length)),
+            )
+        ]
+        if layer.bias is not None:
+            placements.append(Placement("bias", (rows.total,), (rows.slice,), "bias", (target,)))
+        return placements
+
+    def finish(self, layer: LinearLayer) -> None:
+        layer.product = default_product(layer.weight)
+
+    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
+        return layer.product.linear(x, layer.weight, layer.bias)
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor) -> Tensor:
+        return layer.product.gated(x, layer.weight, layer.bias)
+
+
+class LinearLayer(nn.Module):
+    """What all linear layers share: input slice, output parts, weight format. [T, in] -> [T, out], both local.
+
+    is_gated: whoever uses the layer calls `forward_gated`.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    product: Product
+    is_gated = False
+
+    def __init__(
+        self,
+        in_shard: Shard,
+        parts: tuple[OutputPart, ...],
+        *,
+        bias: bool,
+        group: ParallelGroup,
+        weight_format: WeightFormat | None,
+    ) -> None:
+        super().__init__()
+        self.in_shard = in_shard
+        self.parts = parts
+        self.out_features = sum(part.rows.length for part in parts)
+        self.group = group
+        self.weight_format: WeightFormat = weight_format or UnquantizedWeight()
+        self.weight_format.create(self, bias=bias)
+
+    def placements(self, part: str | None) -> list[Placement]:
+        row = 0
+        for candidate in self.parts:
+            if candidate.name == part:
+                return self.weight_format.placements(self, candidate, row)
+            row += candidate.rows.length
+        raise ValueError(f"this layer has the parts {[candidate.name for candidate in self.parts]}, not {part!r}")
+
+    def finish_loading(self) -> None:
+        self.weight_format.finish(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight_format.apply(self, x)
+
+    def forward_gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of a layer whose parts are gate and up: [T, in] -> [T, out / 2]."""
+        return self.weight_format.apply_gated(self, x)
+
+
+class ColumnParallelLinear(LinearLayer):
+    """Outputs split among the ranks; each returns its own part, [T, in] -> [T, out / world_size]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: ParallelGroup,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        part = OutputPart(None, shard_evenly(out_features, group, what="output size"))
+        super().__init__(whole(in_features), (part,), bias=bias, group=group, weight_format=weight_format)
+
+
+class MergedColumnParallelLinear(LinearLayer):
+    """Several matrices with the same input as one product; the output is the parts' local rows side by side.
+
+    out_features: of each matrix, to be split evenly, or which part of it this rank holds.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Mapping[str, int | Shard],
+        *,
+        bias: bool,
+        group: ParallelGroup,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        parts = tuple(
+            OutputPart(name, size if isinstance(size, Shard) else shard_evenly(size, group, what=f"size of {name}"))
+            for name, size in out_features.items()
+        )
+        super().__init__(whole(in_features), parts, bias=bias, group=group, weight_format=weight_format)
+
+
+class QKVParallelLinear(LinearLayer):
+    """Query, key and value projections as one product: [T, H] -> [T, (Hq + 2·Hkv)·D], heads of this rank.
+
+    Heads are split among the ranks; KV heads are replicated when there are fewer of them than ranks.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        group: ParallelGroup,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        query, kv = shard_heads(num_heads, num_kv_heads, group)
+        self.query_heads = query
+        self.num_heads = query.length
+        self.num_kv_heads = kv.length
+        parts = (
+            OutputPart("q", query.scaled(head_dim)),
+            OutputPart("k", kv.scaled(head_dim)),
+            OutputPart("v", kv.scaled(head_dim)),
+        )
+        super().__init__(whole(hidden_size), parts, bias=bias, group=group, weight_format=weight_format)
+
+
+class RowParallelLinear(LinearLayer):
+    """Inputs split among the ranks, products summed: [T, in of this rank] -> [T, out] on every rank.
+
+    in_features: to be split evenly, or which part of them this rank holds. Only rank 0 holds the bias, so that the sum
+    contains it once.
+    """
+
+    def __init__(
+        self,
+        in_features: int | Shard,
+        out_features: int,
+        *,
+        bias: bool,
+        group: ParallelGroup,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        self._has_bias = bias
+        super().__init__(
+            in_features if isinstance(in_features, Shard) else shard_evenly(in_features, group, what="input size"),
+            (OutputPart(None, whole(out_features)),),
+            bias=bias and group.rank == 0,
+            group=group,
+            weight_format=weight_format,
+        )
+
+    def placements(self, part: str | None) -> list[Placement]:
+        placements = super().placements(part)
+        if self._has_bias and self.bias is None:
+            # Known to this layer, but not read by this rank: an empty slice.
+            total = self.parts[0].rows.total
+            placements.append(Placement("bias", (total,), (slice(0, 0),), "bias", (slice(0, 0),)))
+        return placements
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce(self.weight_format.apply(self, x))

@@ -1,0 +1,137 @@
+"""What all decoder families share: the pre-norm layer, the stack, and the names of its checkpoint tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from neuron.checkpoint.config import ModelConfig
+from neuron.engine.attention.attention import SelfAttention
+from neuron.engine.layers.embedding import LMHead, VocabParallelEmbedding
+from neuron.engine.layers.mlp import GatedMLP
+from neuron.engine.layers.norm import RMSNorm
+from neuron.engine.layers.rotary import RotaryEmbedding, StepRotary
+from neuron.engine.layers.weight_slices import Loadable, NeedsFinishing
+from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.parallel.sharding import shard_heads
+
+if TYPE_CHECKING:
+    from neuron.engine.step.batch import StepContext
+
+# Checkpoint module -> our module, `:part` where several are merged into one. `{}` stands for the layer's number.
+# These are the names of Llama, which most families took over; a family adds what it has beyond them.
+LLAMA_NAMES: Mapping[str, str] = {
+    "model.embed_tokens": "embed_tokens",
+    "model.layers.{}.input_layernorm": "layers.{}.input_norm",
+    "model.layers.{}.self_attn.q_proj": "layers.{}.attention.qkv_proj:q",
+    "model.layers.{}.self_attn.k_proj": "layers.{}.attention.qkv_proj:k",
+    "model.layers.{}.self_attn.v_proj": "layers.{}.attention.qkv_proj:v",
+    "model.layers.{}.self_attn.o_proj": "layers.{}.attention.o_proj",
+    "model.layers.{}.post_attention_layernorm": "layers.{}.post_attention_norm",
+    "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate_up_proj:gate",
+    "model.layers.{}.mlp.up_proj": "layers.{}.mlp.gate_up_proj:up",
+    "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
+    "model.norm": "norm",
+    "lm_head": "lm_head.matrix",
+}
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward block. The residual stream travels beside the hidden states, so that each
+    addition is fused with the norm that follows it."""
+
+    def __init__(self, hidden_size: int, eps: float, attention: SelfAttention, mlp: GatedMLP) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(hidden_size, eps)
+        self.attention = attention
+        self.post_attention_norm = RMSNorm(hidden_size, eps)
+        self.mlp = mlp
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, rotary: StepRotary, ctx: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        """hidden: [T, H], the last block's output; residual: [T, H], the sum before it. Returns the same pair."""
+        hidden, residual = self.input_norm(hidden, residual)
+        hidden = self.attention(hidden, rotary, ctx)
+        hidden, residual = self.post_attention_norm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model over packed tokens.
+
+    A family overrides `read_config`, `build_layer` and, where its checkpoints differ, `CHECKPOINT_NAMES`. Parameters
+    are created by whoever constructs the model (`registry.build_model`: on the meta device) and filled by
+    `neuron.engine.weights`.
+    """
+
+    CHECKPOINT_NAMES: ClassVar[Mapping[str, str]] = LLAMA_NAMES
+
+    def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
+        super().__init__()
+        query_heads, kv_heads = shard_heads(config.num_heads, config.num_kv_heads, group)
+        self.config = dataclasses.replace(
+            config, num_heads_local=query_heads.length, num_kv_heads_local=kv_heads.length
+        )
+        self.group = group
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group=group)
+        self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = LMHead(self.embed_tokens, tied=config.tie_word_embeddings)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+
+    @classmethod
+    def read_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        """The family's reading of a `config.json`. Raises `BadCheckpoint`, `UnsupportedArchitecture`."""
+        return ModelConfig.from_hf(hf)
+
+    def build_layer(self, index: int) -> DecoderLayer:
+        """Layer `index` of the stack."""
+        raise NotImplementedError
+
+    def forward(self, ctx: StepContext) -> Tensor:
+        """Hidden states [T, H] of the step's tokens after the last norm; writes their keys and values to the cache."""
+        batch = ctx.batch
+        hidden: Tensor = self.embed_tokens(batch.token_ids)
+        rotary = self.rotary.at(batch.positions, batch.max_context_len, hidden.dtype)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, rotary, ctx)
+        hidden, _ = self.norm(hidden, residual)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, vocab_size] float32."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def checkpoint_modules(self) -> Iterator[tuple[str, Loadable, str | None]]:
+        """(checkpoint module name, our layer, part) of everything a checkpoint of this model must hold."""
+        for checkpoint_name, ours in self.CHECKPOINT_NAMES.items():
+            path, _, part = ours.partition(":")
+            if path == "lm_head.matrix" and self.lm_head.is_tied:
+                continue
+            for index in range(self.config.num_layers) if "{}" in path else (0,):
+                module = self.get_submodule(path.format(index))
+                if not isinstance(module, Loadable):
+                    raise TypeError(f"{path} holds no weights")
+                yield checkpoint_name.format(index), module, part or None
+
+    def reserve_positions(self, num_positions: int) -> None:
+        """Make the rotary table long enough now, so that it does not move later (before capturing CUDA graphs)."""
+        self.rotary.reserve(num_positions, self.device)
+
+    def finish_loading(self) -> None:
+        """Called by the weight loader when every parameter is filled."""
+        for module in self.modules():
+            if module is not self and isinstance(module, NeedsFinishing):
+                module.finish_loading()
+        if self.device.type != "cpu":
+            self.reserve_positions(self.config.max_position_embeddings)
+        self.eval()

@@ -1,0 +1,27 @@
+"""Llama 2 and 3.x and their many descendants (Touvron et al. 2023; Llama team 2024).
+
+Rotary scaling (linear, llama3, yarn) is the config's business; attention and feed-forward biases are optional.
+"""
+
+from __future__ import annotations
+
+from neuron.engine.attention.attention import SelfAttention
+from neuron.engine.layers.mlp import GatedMLP
+from neuron.engine.models.decoder import CausalLM, DecoderLayer
+
+
+class LlamaForCausalLM(CausalLM):
+    def build_layer(self, index: int) -> DecoderLayer:
+        config = self.config
+        attention = SelfAttention(
+            config.hidden_size,
+            layer_index=index,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=config.attention_bias,
+            output_bias=config.attention_bias,
+            group=self.group,
+        )
+        mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, group=self.group)
+        return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, mlp)

@@ -1,0 +1,33 @@
+"""Mistral (Jiang et al. 2023): Llama's layer without biases, every layer with the same sliding window (or none)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from neuron.checkpoint.config import ModelConfig, window_of_all_layers
+from neuron.engine.attention.attention import SelfAttention
+from neuron.engine.layers.mlp import GatedMLP
+from neuron.engine.models.decoder import CausalLM, DecoderLayer
+
+
+class MistralForCausalLM(CausalLM):
+    @classmethod
+    def read_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        config = ModelConfig.from_hf(hf)
+        return dataclasses.replace(config, sliding_windows=window_of_all_layers(hf, config.num_layers))
+
+    def build_layer(self, index: int) -> DecoderLayer:
+        config = self.config
+        attention = SelfAttention(
+            config.hidden_size,
+            layer_index=index,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            sliding_window=config.sliding_windows[index],
+            group=self.group,
+        )
+        mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, group=self.group)
+        return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, mlp)

@@ -1,0 +1,1 @@
+"""The scheduler and what it knows of a sequence: pure Python, no tensors."""

@@ -1,0 +1,31 @@
+"""Random weights from a seed: what a benchmark needs where no checkpoint is at hand."""
+
+from __future__ import annotations
+
+import torch
+
+from neuron.engine.layers.norm import QKNorm, RMSNorm
+from neuron.engine.models.decoder import CausalLM
+from neuron.engine.weights.materialise import finish, materialise
+
+_STANDARD_DEVIATION = 0.02
+
+
+def load_dummy_weights(model: CausalLM, seed: int = 0) -> None:
+    """Fill `model` on its device: norms with ones, everything else normally distributed with deviation 0.02.
+
+    The same seed, shapes, dtype and kind of device give the same weights, however many ranks share them: each draws a
+    checkpoint's tensors whole and keeps its part. Raises `ModelError` (`out_of_memory`).
+    """
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    with torch.inference_mode(False), torch.no_grad():
+        for _, module, part in model.checkpoint_modules():
+            for placement in module.placements(part):
+                if isinstance(module, RMSNorm | QKNorm):
+                    materialise(model, module, placement.parameter)[placement.target].fill_(1.0)
+                    continue
+                drawn = torch.empty(placement.checkpoint_shape, dtype=model.dtype, device=model.device)
+                part_drawn = drawn.normal_(0.0, _STANDARD_DEVIATION, generator=generator)[placement.source]
+                if part_drawn.numel():
+                    materialise(model, module, placement.parameter)[placement.target] = part_drawn
+    finish(model)

@@ -1,0 +1,206 @@
+"""Filling a model from a checkpoint: plan, verify, then read each tensor's slice into its place."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from neuron.checkpoint.tensor_shapes import canonical_name
+from neuron.engine.layers.weight_slices import Loadable, Placement, Slices
+from neuron.engine.models.decoder import CausalLM
+from neuron.engine.models.errors import BadCheckpoint
+from neuron.engine.weights.dummy import load_dummy_weights
+from neuron.engine.weights.materialise import finish, materialise
+from neuron.engine.weights.pipeline import Piece, Transfer, make_transfer, num_reader_threads, transfer_pieces
+from neuron.engine.weights.safetensors_reader import CheckpointReader, TensorInfo, bytes_per_element
+from neuron.engine.weights.slices import runs_of
+
+__all__ = ["Progress", "WeightsRead", "canonical_name", "load_dummy_weights", "load_weights"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+# Tensors that checkpoints carry although nothing here needs them: tables that are recomputed, and the weights of
+# multi-token prediction, which is not used.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+_IGNORED_PREFIXES = ("mtp.", "model.mtp.")
+# The other half of a multimodal checkpoint whose language model is served.
+_OTHER_MODALITIES = (
+    "model.visual.",
+    "visual.",
+    "model.vision_tower.",
+    "vision_tower.",
+    "model.multi_modal_projector.",
+    "multi_modal_projector.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One slice of one tensor, and the parameter it goes to."""
+
+    info: TensorInfo
+    module: Loadable
+    placement: Placement
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_elements(self.placement.source) * bytes_per_element(self.info.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsRead:
+    """Of one rank: bytes of the checkpoint that it read, and seconds until they were in place."""
+
+    num_bytes: int
+    seconds: float
+
+
+def load_weights(
+    model: CausalLM,
+    path: str | os.PathLike[str],
+    *,
+    opened: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+    transfer: Transfer | None = None,
+    num_threads: int | None = None,
+) -> WeightsRead:
+    """Read this rank's part of the checkpoint in folder `path` into `model`, on its device and in its dtype.
+
+    opened: descriptors by file name to be read in place of the files, and closed. progress(bytes_done, bytes_total)
+    counts the bytes this rank reads; called before the first and after each piece of at most some megabytes.
+    transfer, num_threads: how, where not as usual. Everything is verified against the file headers first. Raises
+    `BadCheckpoint` naming the tensors that are missing, unexpected, of the wrong shape or unreadable, and `ModelError`
+    (`out_of_memory`).
+    """
+    started = time.perf_counter()
+    for descriptor in (opened or {}).values():
+        os.set_inheritable(descriptor, False)  # they hold much memory, and no child of ours is to have them
+    num_threads = num_threads or num_reader_threads(model.group.world_size)
+    with CheckpointReader(Path(path), opened=opened) as reader:
+        reads = _plan(model, reader)
+        reads.sort(key=lambda read: (read.info.file, read.info.offset))
+        bytes_total = sum(read.num_bytes for read in reads)
+        bytes_done = 0
+
+        def on_bytes(num_bytes: int) -> None:
+            nonlocal bytes_done
+            bytes_done += num_bytes
+            if progress is not None:
+                progress(bytes_done, bytes_total)
+
+        on_bytes(0)
+        with torch.inference_mode(False), torch.no_grad():
+            for each in reads:
+                materialise(model, each.module, each.placement.parameter)
+            transfer = transfer or make_transfer(model.device)  # its stream waits for what has zeroed them
+            pieces = [piece for read in reads for piece in _pieces(model, reader, read, transfer.block_bytes)]
+            transfer_pieces(pieces, transfer, num_threads=num_threads, on_bytes=on_bytes)
+    read = WeightsRead(bytes_total, time.perf_counter() - started)
+    logger.info(
+        "weights read bytes=%d seconds=%.3f gb_per_s=%.2f threads=%d from=%s to=%s",
+        read.num_bytes,
+        read.seconds,
+        read.num_bytes / read.seconds / 1e9,
+        num_threads,
+        "memory" if opened else "files",
+        model.device,
+    )
+    finish(model)
+    return read
+
+
+def _pieces(model: CausalLM, reader: CheckpointReader, read: _Read, block_bytes: int) -> Iterator[Piece]:
+    """A slice as runs of whole rows of it, each as many as a block holds."""
+    info, source = read.info, read.placement.source
+    target = materialise(model, read.module, read.placement.parameter)[read.placement.target]
+    num_rows = target.shape[0] if target.dim() else 1
+    rows_at_once = max(1, block_bytes // (read.num_bytes // num_rows))
+    for row in range(0, num_rows, rows_at_once):
+        end = min(row + rows_at_once, num_rows)
+        rows = (slice(source[0].start + row, source[0].start + end), *source[1:]) if source else source
+        runs = runs_of(info.shape, rows, offset=info.offset, item_bytes=bytes_per_element(info.dtype))
+        yield Piece(
+            f"{info.name} of {info.file.name}",
+            reader.descriptor(info.file),
+            tuple(runs),
+            reader.dtype_of(info),
+            target[row:end] if source else target,
+        )
+
+
+def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
+    """What to read where. Raises `BadCheckpoint` unless tensors and model fit exactly."""
+    available = {canonical_name(name): info for name, info in reader.tensors.items()}
+    if len(available) != len(reader.tensors):
+        raise BadCheckpoint("the checkpoint holds its language model twice, under different prefixes")
+    reads: list[_Read] = []
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for prefix, module, part in model.checkpoint_modules():
+        for placement in module.placements(part):
+            name = f"{prefix}.{placement.suffix}"
+            info = available.pop(name, None)
+            if info is None:
+                missing.append(name)
+            elif info.shape != placement.checkpoint_shape:
+                misshapen.append(f"{name} {list(info.shape)} (expected {list(placement.checkpoint_shape)})")
+            elif _num_elements(placement.source):
+                reader.dtype_of(info)
+                reads.append(_Read(info, module, placement))
+    if model.lm_head.is_tied:
+        available.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice
+    unexpected = sorted(name for name in available if not _is_ignored(name))
+    if missing:
+        raise BadCheckpoint("the checkpoint lacks tensors that the model needs", tensors=missing)
+    if misshapen:
+        raise BadCheckpoint("tensors have another shape than config.json says", tensors=misshapen)
+    if unexpected:
+        raise BadCheckpoint("the checkpoint holds tensors that the model does not know", tensors=unexpected)
+    _verify_coverage(model, reads)
+    return reads
+
+
+def _is_ignored(name: str) -> bool:
+    return name.endswith(_IGNORED_SUFFIXES) or name.startswith(_IGNORED_PREFIXES + _OTHER_MODALITIES)
+
+
+def _verify_coverage(model: CausalLM, reads: list[_Read]) -> None:
+    """Every element of every parameter is written exactly once: the parts add up, and none overlap.
+
+    A violation is an error in a family's name map, not in the checkpoint: RuntimeError.
+    """
+    owners = {id(module): name for name, module in model.named_modules()}
+    targets: dict[tuple[int, str], list[Slices]] = {}
+    for read in reads:
+        targets.setdefault((id(read.module), read.placement.parameter), []).append(read.placement.target)
+    for path, parameter in model.named_parameters():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        slices = targets.pop((id(module), name), [])
+        filled = sum(_num_elements(target) for target in slices)
+        expected = parameter.numel() - int(getattr(module, "padding_elements", 0))
+        if filled != expected or _overlap(slices):
+            raise RuntimeError(f"the name map fills {filled} of {expected} elements of {path}")
+    if targets:
+        raise RuntimeError(f"the name map fills unknown parameters of {[owners[key[0]] for key in targets]}")
+
+
+def _num_elements(slices: Slices) -> int:
+    return math.prod(part.stop - part.start for part in slices)
+
+
+def _overlap(targets: list[Slices]) -> bool:
+    return any(
+        all(a.start < b.stop and b.start < a.stop for a, b in zip(first, second, strict=True))
+        for index, first in enumerate(targets)
+        for second in targets[:index]
+    )

@@ -1,0 +1,112 @@
+"""The weights of a checkpoint folder as the engine reads them: which there are, where they lie, and the open files.
+
+The files, their headers and what they promise of each other are checked by `neuron.checkpoint`, as at preflight; here
+they stay open to be read from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.files import open_file
+from neuron.checkpoint.safetensors_header import TensorHeader, read_header
+from neuron.checkpoint.weight_files import files_of, merge
+from neuron.engine.models.errors import BadCheckpoint
+
+# safetensors dtype -> torch dtype, those that a float model's weights come in.
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, from its file's header. offset: of its data from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint folder and the open files they lie in. Opening reads and verifies headers only.
+
+    Takes `model.safetensors.index.json` with its shards, `model.safetensors`, or the only `*.safetensors` there is.
+    opened: descriptors, by file name, to be read instead of the files of that name (copies in memory); they are
+    closed with the others. What happens to the folder after the opening no longer matters, unless a file is cut short.
+    A context manager. Raises `BadCheckpoint`.
+    """
+
+    def __init__(self, path: Path, *, opened: Mapping[str, int] | None = None) -> None:
+        self._descriptors: dict[Path, int] = {path / name: number for name, number in (opened or {}).items()}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            files, weight_map = files_of(path)
+            for name, (file, tensor) in merge(self._headers(path, files), weight_map).items():
+                self.tensors[name] = TensorInfo(
+                    name, tensor.dtype, tensor.shape, path / file, tensor.offset, tensor.num_bytes
+                )
+        except CheckpointError as exc:
+            self.close()
+            raise BadCheckpoint(f"{path}: {exc.message}", tensors=exc.tensors, is_named=True) from exc
+        except OSError as exc:
+            self.close()
+            raise BadCheckpoint(f"{path} cannot be read: {exc}") from exc
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors together."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def descriptor(self, file: Path) -> int:
+        """The open file, for positioned reads by any thread."""
+        return self._descriptors[file]
+
+    def dtype_of(self, info: TensorInfo) -> torch.dtype:
+        """Raises `BadCheckpoint` if it is not a float's."""
+        dtype = _DTYPES.get(info.dtype)
+        if dtype is None:
+            raise BadCheckpoint(f"dtype {info.dtype} is not supported for weights", tensors=[info.name])
+        return dtype
+
+    def close(self) -> None:
+        """Close the files."""
+        for number in self._descriptors.values():
+            os.close(number)
+        self._descriptors.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _headers(self, path: Path, files: Sequence[str]) -> Iterator[tuple[str, list[TensorHeader]]]:
+        for name in files:
+            file = path / name
+            if file not in self._descriptors:
+                self._descriptors[file] = open_file(file)
+            yield name, read_header(self._descriptors[file], name)
+
+
+def bytes_per_element(dtype: str) -> int:
+    """Of a float dtype as safetensors names it."""
+    return _DTYPES[dtype].itemsize

@@ -1,0 +1,72 @@
+"""The preflight and the engine refuse the same divisions of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cortex_core.errors import ApiError
+from cortex_core.fleet import ModelSpec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from neuron.checkpoint.divisibility import indivisible
+from neuron.checkpoint.preflight import check_config
+from neuron.engine.models.registry import build_model
+from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.parallel.sharding import UnsupportedSharding
+
+
+def config_of(num_heads: int, num_kv_heads: int, intermediate_size: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 8,
+        "head_dim": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "intermediate_size": intermediate_size,
+    }
+
+
+def can_be_built(config: dict[str, Any], shares: tuple[int, ...], num_ranks: int) -> bool:
+    try:
+        for rank in range(num_ranks):
+            group = ParallelGroup(rank, num_ranks, shares=shares)
+            build_model(config, device=torch.device("cpu"), dtype=torch.float32, parallel=group)
+    except UnsupportedSharding:
+        return False
+    return True
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    heads_per_kv=st.integers(1, 6),
+    num_kv_heads=st.integers(1, 9),
+    intermediate_size=st.integers(1, 48),
+    num_ranks=st.integers(1, 6),
+    is_even=st.booleans(),
+)
+def test_preflight_and_engine_agree(
+    heads_per_kv: int, num_kv_heads: int, intermediate_size: int, num_ranks: int, is_even: bool
+) -> None:
+    config = config_of(heads_per_kv * num_kv_heads, num_kv_heads, intermediate_size)
+    shares = () if is_even else tuple(range(1, num_ranks + 1))
+    is_possible = indivisible(config, num_ranks, is_even=is_even or num_ranks == 1) is None
+    assert is_possible == can_be_built(config, shares, num_ranks)
+
+
+def test_the_refusal_comes_with_the_numbers() -> None:
+    spec = ModelSpec("org/model", tensor_parallel=3)
+    with pytest.raises(ApiError) as caught:
+        check_config(spec, config_of(8, 4, 12))
+    assert (caught.value.status, caught.value.code) == (422, "unsupported_parallelism")
+    assert "its 8 attention heads do not divide by 3 ranks" in caught.value.message
+    check_config(ModelSpec("org/model", tensor_parallel=2), config_of(8, 4, 12))
+    check_config(ModelSpec("org/model", tensor_split=(3.0, 2.0, 2.0)), config_of(8, 4, 12))
+
+
+def test_sizes_that_are_missing_are_for_the_engine_to_name() -> None:
+    assert indivisible({"num_attention_heads": 5}, 2, is_even=True) is None
+    assert indivisible({"text_config": config_of(5, 5, 10)}, 2, is_even=True) is not None

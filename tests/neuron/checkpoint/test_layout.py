@@ -1,0 +1,143 @@
+"""The daemon's estimate of bytes against what the engine's own code makes of the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.folder import weight_paths
+from neuron.checkpoint.layout import (
+    Footprint,
+    ModelShape,
+    NotEstimable,
+    dtype_of,
+    footprints,
+    stored_tensors,
+    tensors_of_size,
+)
+from neuron.engine.kv_cache.kv_cache import KVLayout
+from neuron.engine.loading.loading import resolve_dtype
+from neuron.engine.models.decoder import CausalLM
+from neuron.engine.models.registry import build_model
+from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.step.step_memory import StepMemory
+from neuron.protocol import EngineConfig
+
+from tests.parity.checkpoints import VARIANTS, save_checkpoint
+
+CPU = torch.device("cpu")
+NAMES = [variant.name for variant in VARIANTS]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for variant in VARIANTS:
+        save_checkpoint(variant, folder / variant.name, max_shard_size="40KB" if "tied" in variant.name else "5GB")
+    return folder
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "config.json").read_text()))
+
+
+def estimate(path: Path, **settings: Any) -> list[Footprint]:
+    config = EngineConfig(model_id="tiny", path=str(path), **settings)
+    return footprints(config, ModelShape.from_hf(read_config(path)), stored_tensors(weight_paths(path)))
+
+
+def built(path: Path, dtype: torch.dtype, ranks: int = 1, shares: tuple[int, ...] = ()) -> list[CausalLM]:
+    hf = read_config(path)
+    groups = [ParallelGroup(rank, ranks, shares=shares) for rank in range(ranks)]
+    return [build_model(hf, device=CPU, dtype=dtype, parallel=group) for group in groups]
+
+
+def weight_bytes(model: CausalLM) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def kv_bytes(model: CausalLM) -> int:
+    shape = model.config
+    return KVLayout(shape.num_layers, shape.num_kv_heads_local, shape.head_dim, 16, model.dtype).bytes_per_token
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_rank_is_estimated_to_the_byte(checkpoints: Path, name: str) -> None:
+    path = checkpoints / name
+    for device, devices in ((CPU, ()), (torch.device("cuda", 0), (0,))):
+        config = EngineConfig(model_id="tiny", path=str(path), devices=devices)
+        dtype = resolve_dtype(config, read_config(path), device)
+        shape = ModelShape.from_hf(read_config(path))
+        assert f"torch.{dtype_of(config, shape)}" == str(dtype)
+        (model,) = built(path, dtype)
+        (footprint,) = estimate(path, devices=devices)
+        assert footprint.weights == weight_bytes(model)
+        assert footprint.kv_bytes_per_token == kv_bytes(model)
+        assert shape.max_positions == model.config.max_position_embeddings
+        memory = StepMemory(model.config, dtype=dtype, device=CPU, num_ranks=1)
+        assert footprint.activations == 2048 * memory.bytes_per_token + 256 * memory.bytes_per_row
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied", "qwen2-mha-untied", "llama-mlp-bias-tied", "qwen3-wide-heads-mqa"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_take_what_they_hold(checkpoints: Path, name: str, ranks: int) -> None:
+    path = checkpoints / name
+    for footprint, model in zip(
+        estimate(path, tensor_parallel_size=ranks), built(path, torch.float32, ranks), strict=True
+    ):
+        assert footprint.kv_bytes_per_token == kv_bytes(model)
+        # Biases count in full, a vocabulary that does not divide is padded: a few rows of these tiny models.
+        assert weight_bytes(model) * 0.98 <= footprint.weights <= weight_bytes(model) * 1.06
+
+
+@pytest.mark.parametrize(("name", "shares"), [("llama-mha", (3, 1)), ("qwen2-mha-untied", (1, 3))])
+def test_unequal_parts_are_estimated_by_their_ratio(checkpoints: Path, name: str, shares: tuple[int, ...]) -> None:
+    path = checkpoints / name
+    models = built(path, torch.float32, 2, shares)
+    for footprint, model in zip(estimate(path, tensor_parallel_size=2, shares=shares), models, strict=True):
+        assert footprint.kv_bytes_per_token == kv_bytes(model)
+        assert footprint.weights == pytest.approx(weight_bytes(model), rel=0.1)
+
+
+def test_the_size_of_the_files_is_enough_for_an_estimate_before_they_are_there(checkpoints: Path) -> None:
+    path = checkpoints / "llama-mha"
+    shape = ModelShape.from_hf(read_config(path))
+    num_bytes = sum(file.stat().st_size for file in weight_paths(path)) // 2  # stored as float32, estimated as bfloat16
+    config = EngineConfig(model_id="tiny", path=str(path))
+    (rough,) = footprints(config, as_bf16(shape), tensors_of_size(num_bytes, as_bf16(shape)))
+    (exact,) = estimate(path)
+    assert rough.weights == pytest.approx(exact.weights, rel=0.05)
+    assert rough.kv_bytes_per_token == exact.kv_bytes_per_token
+
+
+def as_bf16(shape: ModelShape) -> ModelShape:
+    return msgspec.structs.replace(shape, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("config", [{}, {"hidden_size": 64}, {"num_attention_heads": "many", "hidden_size": 64}])
+def test_a_config_without_figures_is_not_estimated(config: dict[str, Any]) -> None:
+    with pytest.raises(NotEstimable):
+        ModelShape.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda data: b"", "has no header"),
+        (lambda data: data[:-1], "cut short by 1 bytes"),
+        (lambda data: data[:8] + b"x" * (len(data) - 8), "not a safetensors header"),
+        (lambda data: (2**40).to_bytes(8, "little") + data[8:], "a header of"),
+    ],
+)
+def test_damaged_files_are_found_by_their_headers(checkpoints: Path, tmp_path: Path, damage: Any, why: str) -> None:
+    (source,) = weight_paths(checkpoints / "llama-mha")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(damage(source.read_bytes()))
+    with pytest.raises(CheckpointError, match=why) as caught:
+        stored_tensors([file])
+    assert caught.value.file == "model.safetensors"

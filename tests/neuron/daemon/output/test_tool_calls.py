@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from cortex_core.conversation import Request, ToolChoice, ToolDefinition
+from cortex_core.events import Event, Finish, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from neuron.daemon.prompt.model import TextModel
+from neuron.protocol import FinishKind
+
+from tests.neuron.daemon.prompt.checkpoints import WEATHER, ask, byte_level_json, load
+
+OSLO = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>'
+XML = (
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+
+
+class Answer:
+    """Events of one choice, merged: text, reasoning, calls as (name, arguments), finish reason."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.events = events
+        self.text = "".join(e.text for e in events if isinstance(e, TextDelta))
+        self.reasoning = "".join(e.text for e in events if isinstance(e, ReasoningDelta))
+        self.calls: list[tuple[str, str]] = []
+        self.reason = ""
+        open_call: int | None = None
+        for event in events:
+            if isinstance(event, ToolCallStart):
+                assert open_call is None
+                assert event.index == len(self.calls)
+                open_call = event.index
+                self.calls.append((event.name, ""))
+            elif isinstance(event, ToolCallArguments):
+                assert event.index == open_call
+                self.calls[-1] = (self.calls[-1][0], self.calls[-1][1] + event.fragment)
+            elif isinstance(event, ToolCallEnd):
+                assert event.index == open_call
+                open_call = None
+            elif isinstance(event, Finish):
+                self.reason = event.reason
+        assert open_call is None
+        assert isinstance(events[-1], Finish)
+        assert sum(isinstance(e, Finish) for e in events) == 1
+        ids = [e.id for e in events if isinstance(e, ToolCallStart)]
+        assert len(set(ids)) == len(ids)
+
+    def key(self) -> tuple[Any, ...]:
+        return self.text, self.reasoning, self.calls, self.reason
+
+    @property
+    def arguments(self) -> list[Any]:
+        return [json.loads(arguments) for _, arguments in self.calls]
+
+
+def stream(
+    model: TextModel,
+    text: str,
+    request: Request | None = None,
+    *,
+    kind: FinishKind = "stop",
+    sizes: tuple[int, ...] = (1,),
+) -> Answer:
+    """Run `text`, tokenised by the model, through a stream in groups of `sizes` tokens (repeated)."""
+    request = request or ask(tools=(WEATHER,))
+    choice = model.event_stream(request, model.render(request)[0])
+    ids = model.tokenizer.encode(text)
+    events: list[Event] = []
+    at = turn = 0
+    while at < len(ids):
+        size = sizes[turn % len(sizes)]
+        events += choice.feed(ids[at : at + size])
+        at, turn = at + size, turn + 1
+    return Answer(events + choice.finish(kind))
+
+
+@pytest.fixture(scope="module")
+def spelled(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
+    """A model whose vocabulary has no markers: they are read in the text."""
+    return load(tmp_path_factory.mktemp("spelled"), tokenizer_json=byte_level_json(()))
+
+
+@pytest.fixture(params=["tokens", "text"])
+def model(request: pytest.FixtureRequest, qwen: TextModel, spelled: TextModel) -> TextModel:
+    return qwen if request.param == "tokens" else spelled
+
+
+# ---------------------------------------------------------------- the two forms
+
+
+def test_a_json_call_streams_its_arguments(model: TextModel) -> None:
+    answer = stream(model, OSLO)
+    assert answer.calls == [("get_weather", '{"city": "Oslo", "days": 3}')]
+    assert answer.text == ""
+    assert answer.reason == "tool_calls"
+    assert sum(isinstance(event, ToolCallArguments) for event in answer.events) > 3
+
+
+def test_the_start_leaves_as_soon_as_the_name_is_known(qwen: TextModel) -> None:
+    request = ask(tools=(WEATHER,))
+    choice = qwen.event_stream(request, qwen.render(request)[0])
+    events = choice.feed(qwen.tokenizer.encode('<tool_call>\n{"name": "get_weather"'))
+    assert [type(event) for event in events] == [ToolCallStart]
+    events = choice.feed(qwen.tokenizer.encode(', "arguments": {"ci'))
+    assert all(isinstance(event, ToolCallArguments) for event in events)
+    assert "".join(event.fragment for event in events if isinstance(event, ToolCallArguments)) == '{"ci'
+
+
+def test_N17_an_xml_call_is_typed_by_the_schema(model: TextModel) -> None:
+    answer = stream(model, XML)
+    assert answer.calls == [("get_weather", '{"city": "Oslo", "days": 3}')]
+    assert answer.reason == "tool_calls"
+    assert answer.text == ""
+
+
+def xml_call(**values: str) -> str:
+    body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function=get_weather>\n{body}</function>\n</tool_call>"
+
+
+def test_xml_values_of_every_type(qwen: TextModel) -> None:
+    answer = stream(
+        qwen,
+        xml_call(city="12", days="07", scale="1.5", hourly="True", tags='["a", "b"]', where='{"lat": 1}', other="[1]"),
+    )
+    expected = {
+        "city": "12",
+        "days": "07",
+        "scale": 1.5,
+        "hourly": True,
+        "tags": ["a", "b"],
+        "where": {"lat": 1},
+        "other": [1],
+    }
+    assert answer.arguments == [expected]
+
+
+def test_xml_values_that_do_not_fit_stay_text(qwen: TextModel) -> None:
+    answer = stream(qwen, xml_call(city="true", days="soon", hourly="maybe", tags="a, b", where="here"))
+    assert answer.arguments == [{"city": "true", "days": "soon", "hourly": "maybe", "tags": "a, b", "where": "here"}]
+
+
+def test_xml_text_keeps_its_lines_and_markup(qwen: TextModel) -> None:
+    code = 'if a < b:\n    print("<parameter=x>")\n\nreturn </div>\n'
+    assert stream(qwen, xml_call(city=code)).arguments == [{"city": code}]
+
+
+def test_xml_forgotten_closing_tags(qwen: TextModel) -> None:
+    text = (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n<parameter=days>\n2\n</parameter>\n</tool_call>"
+    )
+    assert stream(qwen, text).arguments == [{"city": "Oslo", "days": 2}]
+    text = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</function>\n</tool_call>"
+    assert stream(qwen, text).arguments == [{"city": "Oslo"}]
+
+
+def test_a_call_without_arguments(model: TextModel) -> None:
+    assert stream(model, '<tool_call>{"name": "now"}</tool_call>').calls == [("now", "{}")]
+    assert stream(model, '<tool_call>{"name": "now", "arguments": null}</tool_call>').calls == [("now", "{}")]
+    assert stream(model, "<tool_call><function=now></function></tool_call>").calls == [("now", "{}")]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"arguments": {"city": "Oslo"}, "name": "get_weather"}',
+        '{"name": "get_weather", "parameters": {"city": "Oslo"}}',
+        '{"id": "x", "name": "get_weather", "extra": [1, {"}": "]"}], "arguments": {"city": "Oslo"}}',
+        '{"name": "get_weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}',
+        '[{"name": "get_weather", "arguments": {"city": "Oslo"}}]',
+        '{"name": "get_weather", "arguments": {"city": "Oslo"}}}',
+        '\n\n  {"name" : "get_weather" , "arguments" :\n{"city": "Oslo"} }\n',
+        '{"name": "get_weather", "arguments": {"city": "Oslo"}',
+    ],
+)
+def test_json_calls_written_otherwise(model: TextModel, body: str) -> None:
+    answer = stream(model, f"<tool_call>{body}</tool_call>")
+    assert [name for name, _ in answer.calls] == ["get_weather"]
+    assert answer.arguments == [{"city": "Oslo"}]
+    assert answer.text == ""
+    assert answer.reason == "tool_calls"
+
+
+def test_a_forgotten_quote_does_not_swallow_the_closing_marker(model: TextModel) -> None:
+    answer = stream(model, '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo}}\n</tool_call>Well.')
+    assert answer.arguments == [{"city": "Oslo}}\n"}]
+    assert answer.text == "Well."
+
+
+def test_a_line_break_inside_a_json_string_becomes_an_escape(qwen: TextModel) -> None:
+    answer = stream(qwen, '<tool_call>{"name": "w", "arguments": {"code": "a\nb\tc"}}</tool_call>')
+    assert answer.arguments == [{"code": "a\nb\tc"}]
+
+
+@pytest.mark.parametrize("inner", ["</tool_call>", "<tool_call>", "<think>", "</think>", '\\"}}</tool_call>'])
+def test_markers_inside_of_an_argument_are_text(model: TextModel, inner: str) -> None:
+    answer = stream(model, f'<tool_call>{{"name": "w", "arguments": {{"code": "x {inner} y"}}}}</tool_call>ok')
+    assert answer.arguments == [{"code": f"x {inner} y".replace("\\", "")}]
+    assert answer.text == "ok"
+
+
+# ---------------------------------------------------------------- text around calls, several calls
+
+
+def test_text_before_between_and_after_calls(model: TextModel) -> None:
+    answer = stream(model, f"Let me look.\n\n{OSLO}\n{XML}\nThat was it.")
+    assert answer.text == "Let me look.That was it."
+    assert answer.arguments == [{"city": "Oslo", "days": 3}] * 2
+    assert answer.reason == "tool_calls"
+
+
+def test_white_space_around_calls_is_no_text(model: TextModel) -> None:
+    answer = stream(model, f"\n\n{OSLO}\n\n{OSLO}\n")
+    assert answer.text == ""
+    assert len(answer.calls) == 2
+
+
+def test_without_a_call_white_space_stays(model: TextModel) -> None:
+    assert stream(model, "a  \n b \n").text == "a  \n b \n"
+
+
+def test_two_functions_in_one_block(model: TextModel) -> None:
+    body = '{"name": "a", "arguments": {}}\n{"name": "b", "arguments": {"x": 1}}'
+    assert stream(model, f"<tool_call>{body}</tool_call>").calls == [("a", "{}"), ("b", '{"x": 1}')]
+    body = "<function=a></function>\n<function=b><parameter=x>1</parameter></function>"
+    assert stream(model, f"<tool_call>{body}</tool_call>").calls == [("a", "{}"), ("b", '{"x": 1}')]
+
+
+def test_a_missing_closing_marker(model: TextModel) -> None:
+    unclosed = OSLO.removesuffix("\n</tool_call>")
+    assert stream(model, unclosed).arguments == [{"city": "Oslo", "days": 3}]
+    answer = stream(model, f"{unclosed}\n{OSLO}")
+    assert len(answer.calls) == 2
+    answer = stream(model, f"{unclosed}\nDone.")
+    assert (len(answer.calls), answer.text, answer.reason) == (1, "Done.", "tool_calls")
+
+
+def test_without_parallel_calls_only_the_first_counts(model: TextModel) -> None:
+    request = ask(tools=(WEATHER,), parallel_tool_calls=False)
+    choice = model.event_stream(request, model.render(request)[0])
+    ids = model.tokenizer.encode(f"{OSLO}\n{OSLO}\nmore")
+    events = choice.feed(ids)
+    assert choice.is_done
+    assert choice.completion_tokens < len(ids)
+    assert choice.feed(ids) == []
+    answer = Answer(events + choice.finish("stop"))
+    assert (len(answer.calls), answer.text, answer.reason) == (1, "", "tool_calls")
+
+
+def test_an_xml_function_without_its_marker(tmp_path_factory: pytest.TempPathFactory, model: TextModel) -> None:
+    folder = tmp_path_factory.mktemp("coder")
+    coder = load(folder, template="coder_xml", tokenizer_json=model.tokenizer_json)
+    bare = XML.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+    for step in (1, 3, 1000):
+        answer = stream(coder, f"Well.\n{bare}\n</tool_call>\n{XML}\n{bare}\nDone.", sizes=(step,))
+        assert answer.arguments == [{"city": "Oslo", "days": 3}] * 3
+        assert answer.text == "Well.Done."
+        assert stream(coder, "a <function b </function>", sizes=(step,)).text == "a <function b </function>"
+        assert stream(coder, "a <function=", sizes=(step,)).text == "a <function="
+    assert stream(model, bare).text == bare
+
+
+# ---------------------------------------------------------------- what is no call
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\nget_weather(Oslo)\n</tool_call>",
+        '<tool_call>{"function": "get_weather"}</tool_call>',
+        '<tool_call>{"name": 3, "arguments": {}}</tool_call> and more',
+        "<tool_call></tool_call>",
+        "<tool_call>\n",
+        '<tool_call>{"na',
+        "<tool_call><func",
+        "<tool_call><b>bold</b></tool_call>",
+        "I write \n<tool_call> for a call and </tool_call> after it.",
+    ],
+)
+def test_what_is_no_call_stays_text_verbatim(model: TextModel, text: str) -> None:
+    answer = stream(model, text)
+    assert answer.text == text
+    assert answer.calls == []
+    assert answer.reason == "stop"
+
+
+def test_a_call_after_something_that_was_none(model: TextModel) -> None:
+    answer = stream(model, f"<tool_call>nonsense</tool_call>\n{OSLO}")
+    assert answer.text == "<tool_call>nonsense</tool_call>"
+    assert len(answer.calls) == 1
+
+
+@pytest.mark.parametrize("text", [OSLO, XML])
+def test_a_call_cut_by_the_limit_is_length(model: TextModel, text: str) -> None:
+    ids = model.tokenizer.encode(text)
+    for size in range(1, len(ids)):
+        answer = stream(model, model.tokenizer.decode(ids[:size]), kind="length")
+        assert answer.reason == "length"
+        assert len(answer.calls) <= 1
+        if answer.calls and answer.calls[0][1]:
+            assert '{"city": "Oslo", "days": 3}'.startswith(answer.calls[0][1])
+
+
+def test_an_unknown_tool_is_passed_on_but_an_excluded_one_is_not(model: TextModel) -> None:
+    assert stream(model, OSLO.replace("get_weather", "get_wether")).calls[0][0] == "get_wether"
+    request = ask(
+        tools=(WEATHER, ToolDefinition("other", None, {})), tool_choice=ToolChoice("auto", allowed=("other",))
+    )
+    for text in (OSLO, XML):
+        answer = stream(model, text, request)
+        assert (answer.calls, answer.text) == ([], text)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": (WEATHER,), "tool_choice": ToolChoice("none")}])
+def test_without_tools_markers_mean_nothing(model: TextModel, fields: dict[str, Any]) -> None:
+    answer = stream(model, OSLO, ask(**fields))
+    assert (answer.text, answer.calls, answer.reason) == (OSLO, [], "stop")
+
+
+# ---------------------------------------------------------------- reasoning
+
+
+def test_a_thought_then_an_answer(model: TextModel) -> None:
+    answer = stream(model, "<think>\nhm, 12\n\n30\n</think>\n\nIt is 42.")
+    assert (answer.reasoning, answer.text) == ("hm, 12\n\n30", "It is 42.")
+
+
+def test_a_tool_call_inside_of_a_thought_stays_a_thought(model: TextModel) -> None:
+    answer = stream(model, f"<think>I could {OSLO} now</think>No.")
+    assert (answer.reasoning, answer.text, answer.calls) == (f"I could {OSLO} now", "No.", [])
+
+
+def test_an_empty_thought_leaves_no_event(model: TextModel) -> None:
+    answer = stream(model, "<think>\n\n</think>\n\nhi")
+    assert not any(isinstance(event, ReasoningDelta) for event in answer.events)
+    assert answer.text == "hi"
+
+
+def test_thoughts_between_calls(model: TextModel) -> None:
+    answer = stream(model, f"<think>a</think>\n{OSLO}\n<think>b</think>\n{OSLO}")
+    assert (answer.reasoning, answer.text, len(answer.calls)) == ("ab", "", 2)
+
+
+def test_a_stray_closing_marker_is_not_shown(model: TextModel) -> None:
+    assert stream(model, "well</think>, yes").text == "well, yes"
+
+
+# ---------------------------------------------------------------- any chunking
+
+JSON_TEXT = st.sampled_from(
+    ['{"name": "w", ', '"arguments": {"a": "b\\"', "}}", "</tool", '"x": [1, {}]', "{", '"', ",", "}"]
+)
+PIECES = st.one_of(
+    st.sampled_from([OSLO, XML, "<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "<function=w>"]),
+    st.sampled_from(["<parameter=city>\n", "\n</parameter>", "</function>", "hello 🇩🇪", "STOP", "ST", "<", "</"]),
+    JSON_TEXT,
+    st.text(alphabet='ab<>{}"\\\n ü🇩', max_size=6),
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.lists(PIECES, max_size=12).map("".join),
+    st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple),
+    st.sampled_from(["stop", "length"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_events_do_not_depend_on_the_chunking(
+    qwen: TextModel,
+    spelled: TextModel,
+    text: str,
+    sizes: tuple[int, ...],
+    kind: FinishKind,
+    has_stop: bool,
+    is_spelled: bool,
+) -> None:
+    from cortex_core.conversation import Limits
+
+    model = spelled if is_spelled else qwen
+    request = ask(tools=(WEATHER,), limits=Limits(stop=("STOP", "b\n")) if has_stop else Limits())
+    one_by_one = stream(model, text, request, kind=kind)
+    assert stream(model, text, request, kind=kind, sizes=sizes).key() == one_by_one.key()
+    assert stream(model, text, request, kind=kind, sizes=(10_000,)).key() == one_by_one.key()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(PIECES, max_size=10).map("".join))
+def test_markers_as_text_and_as_tokens_agree(qwen: TextModel, spelled: TextModel, text: str) -> None:
+    assert stream(qwen, text).key() == stream(spelled, text).key()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            max_leaves=6,
+        ),
+        max_size=4,
+    ),
+    st.booleans(),
+)
+def test_any_arguments_come_through(qwen: TextModel, arguments: dict[str, Any], is_ascii: bool) -> None:
+    written = json.dumps({"name": "w", "arguments": arguments}, ensure_ascii=is_ascii)
+    answer = stream(qwen, f"<tool_call>\n{written}\n</tool_call>", sizes=(1, 3))
+    assert answer.arguments == [arguments]
