@@ -18,9 +18,9 @@ from gpu_engine import EngineUnderTest, Request, mixed_requests
 from gpu_steps import PAGE_SIZE, pages_for, step_batch, step_plan
 from gpu_timing import Ceilings, Timer
 from neuron.engine.attention.attention import make_attention_backend
+from neuron.engine.attention.interface import StepContext
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.models.registry import build_model
-from neuron.engine.step.batch import StepContext
 from neuron.engine.weights.loader import load_weights
 from torch import Tensor
 
@@ -246,7 +246,7 @@ def check_against_peer(device: torch.device, dtype: torch.dtype, *, small: bool)
     ids = torch.tensor([chunk.sequence.tokens], device=device)
     expected = peer.model(input_ids=ids).logits[0].float()
     shape = model.config
-    layout = KVLayout(shape.num_layers, shape.num_kv_heads_local, shape.head_dim, PAGE_SIZE, dtype)
+    layout = KVLayout(shape.num_layers, model.local.num_kv_heads, shape.head_dim, PAGE_SIZE, dtype)
     kv = PagedKV(layout, pages_for(1, length), device)
     attention = make_attention_backend(device)
     parts = []

@@ -6,9 +6,10 @@ import random
 from typing import Any
 
 import torch
+from neuron.engine.attention.interface import StepBatch
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
-from neuron.engine.step.batch import BatchBuilder, StepBatch
+from neuron.engine.step.batch import BatchBuilder
 from neuron.protocol import Generate, SamplingParams
 
 PAGE_SIZE = 16

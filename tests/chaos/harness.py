@@ -1,8 +1,8 @@
 """A neuron as a real process that tests may break, its HTTP interface as a client sees it, and what it leaves behind.
 
 Every answer that a fault has touched is compared with the one that the same request gets when nothing happens. A test
-kills, stops and poisons through signals or through the debug levers of a load (`neuron.engine.fault_injection`);
-nothing inside the daemon is replaced.
+kills, stops and poisons through signals or through the debug levers of a load
+(`neuron.engine.loading.fault_injection`); nothing inside the daemon is replaced.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Neuron:
         return answer
 
     async def load(self, model: str = MODEL, *levers: dict[str, Any], **spec: Any) -> None:
-        """Returns when the model is loaded; levers are those of `neuron.engine.fault_injection`."""
+        """Returns when the model is loaded; levers are those of `neuron.engine.loading.fault_injection`."""
         body = {"model_id": model, **spec, **({"debug": {"levers": levers}} if levers else {})}
         status, answer = await self.call("POST", "/models/load", body)
         assert status == 200, (answer, self.log[-3000:])

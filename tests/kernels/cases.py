@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from neuron.engine.step.batch import StepBatch
+from neuron.engine.attention.interface import StepBatch
 from torch import Tensor
 
 

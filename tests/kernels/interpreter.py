@@ -37,8 +37,8 @@ def enable() -> None:
             _decorate_library_again()
             for name in stale:
                 del sys.modules[name]
-        for info in pkgutil.iter_modules(neuron.kernels.__path__):
-            importlib.import_module(f"neuron.engine.kernels.{info.name}")
+        for info in pkgutil.walk_packages(neuron.engine.kernels.__path__, "neuron.engine.kernels."):
+            importlib.import_module(info.name)
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

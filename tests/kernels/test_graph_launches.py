@@ -64,7 +64,7 @@ def make_runner(family: str) -> tuple[ModelRunner, PagedKV]:
     model.reserve_positions(LIMITS["max_model_len"])
     shape = model.config
     kv = PagedKV(
-        KVLayout(shape.num_layers, shape.num_kv_heads_local, shape.head_dim, PAGE, torch.float32), NUM_PAGES, cpu
+        KVLayout(shape.num_layers, model.local.num_kv_heads, shape.head_dim, PAGE, torch.float32), NUM_PAGES, cpu
     )
     runner = ModelRunner(
         model, kv, TritonAttention(), vocab_size=VOCAB, device=cpu, overlaps=True, graphs=FakeGraphDevice(), **LIMITS

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from neuron.engine.attention.attention import AttentionBackend, make_attention_backend
+from neuron.engine.attention.attention import make_attention_backend
+from neuron.engine.attention.interface import AttentionBackend, StepBatch, StepContext
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.models.registry import build_model
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.step.batch import StepBatch, StepContext
 from neuron.engine.weights.loader import load_weights
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class PagedModel:
         self.model = model
         self.page_size = page_size
         config = model.config
-        layout = KVLayout(config.num_layers, config.num_kv_heads_local, config.head_dim, page_size, model.dtype)
+        layout = KVLayout(config.num_layers, model.local.num_kv_heads, config.head_dim, page_size, model.dtype)
         self.kv = PagedKV(layout, num_pages, CPU)
         for layer in range(config.num_layers):
             self.kv.layer(layer).fill_(1e4)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
+from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.folder import weight_paths
 from neuron.checkpoint.layout import (
     Footprint,
-    ModelShape,
-    NotEstimable,
     dtype_of,
     footprints,
     stored_tensors,
@@ -42,17 +41,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def hf_config(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "config.json").read_text()))
 
 
 def estimate(path: Path, **settings: Any) -> list[Footprint]:
     config = EngineConfig(model_id="tiny", path=str(path), **settings)
-    return footprints(config, ModelShape.from_hf(read_config(path)), stored_tensors(weight_paths(path)))
+    return footprints(config, read_config(hf_config(path)), stored_tensors(weight_paths(path)))
 
 
 def built(path: Path, dtype: torch.dtype, ranks: int = 1, shares: tuple[int, ...] = ()) -> list[CausalLM]:
-    hf = read_config(path)
+    hf = hf_config(path)
     groups = [ParallelGroup(rank, ranks, shares=shares) for rank in range(ranks)]
     return [build_model(hf, device=CPU, dtype=dtype, parallel=group) for group in groups]
 
@@ -62,24 +61,24 @@ def weight_bytes(model: CausalLM) -> int:
 
 
 def kv_bytes(model: CausalLM) -> int:
-    shape = model.config
-    return KVLayout(shape.num_layers, shape.num_kv_heads_local, shape.head_dim, 16, model.dtype).bytes_per_token
+    shape = model.local
+    return KVLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, 16, model.dtype).bytes_per_token
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_rank_is_estimated_to_the_byte(checkpoints: Path, name: str) -> None:
     path = checkpoints / name
-    for device, devices in ((CPU, ()), (torch.device("cuda", 0), (0,))):
+    for devices in ((), (0,)):
         config = EngineConfig(model_id="tiny", path=str(path), devices=devices)
-        dtype = resolve_dtype(config, read_config(path), device)
-        shape = ModelShape.from_hf(read_config(path))
+        dtype = resolve_dtype(config, read_config(hf_config(path)))
+        shape = read_config(hf_config(path))
         assert f"torch.{dtype_of(config, shape)}" == str(dtype)
         (model,) = built(path, dtype)
         (footprint,) = estimate(path, devices=devices)
         assert footprint.weights == weight_bytes(model)
         assert footprint.kv_bytes_per_token == kv_bytes(model)
-        assert shape.max_positions == model.config.max_position_embeddings
-        memory = StepMemory(model.config, dtype=dtype, device=CPU, num_ranks=1)
+        assert shape.max_position_embeddings == model.config.max_position_embeddings
+        memory = StepMemory(model.local, dtype=dtype, device=CPU, num_ranks=1)
         assert footprint.activations == 2048 * memory.bytes_per_token + 256 * memory.bytes_per_row
 
 
@@ -106,7 +105,7 @@ def test_unequal_parts_are_estimated_by_their_ratio(checkpoints: Path, name: str
 
 def test_the_size_of_the_files_is_enough_for_an_estimate_before_they_are_there(checkpoints: Path) -> None:
     path = checkpoints / "llama-mha"
-    shape = ModelShape.from_hf(read_config(path))
+    shape = read_config(hf_config(path))
     num_bytes = sum(file.stat().st_size for file in weight_paths(path)) // 2  # stored as float32, estimated as bfloat16
     config = EngineConfig(model_id="tiny", path=str(path))
     (rough,) = footprints(config, as_bf16(shape), tensors_of_size(num_bytes, as_bf16(shape)))
@@ -115,14 +114,14 @@ def test_the_size_of_the_files_is_enough_for_an_estimate_before_they_are_there(c
     assert rough.kv_bytes_per_token == exact.kv_bytes_per_token
 
 
-def as_bf16(shape: ModelShape) -> ModelShape:
-    return msgspec.structs.replace(shape, dtype="bfloat16")
+def as_bf16(shape: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(shape, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("config", [{}, {"hidden_size": 64}, {"num_attention_heads": "many", "hidden_size": 64}])
 def test_a_config_without_figures_is_not_estimated(config: dict[str, Any]) -> None:
-    with pytest.raises(NotEstimable):
-        ModelShape.from_hf(config)
+    with pytest.raises(CheckpointError):
+        read_config({"model_type": "llama"} | config)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ KNOWN = {
     ("daemon/hardware/nvml.py", "*"): "/proc and the driver",
     ("engine/host_memory.py", "*"): "/proc and /sys",
     ("engine/weights/materialise.py", "*"): "/sys",
-    ("server.py", "*"): "locks of the runtime folder",
+    ("daemon/server.py", "*"): "locks of the runtime folder",
 }
 
 

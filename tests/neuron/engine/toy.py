@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from neuron.engine.attention.interface import StepBatch, StepContext
 from neuron.engine.device_stream import Stream
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
-from neuron.engine.step.batch import StepBatch, StepContext
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.runner import ModelRunner
 from neuron.protocol import Generate, Logprobs, SamplingParams, SequenceFailed

@@ -43,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     of all ranks together. collective_timeout_s: how long the ranks wait to meet, and then for each other in one
     collective; the last resort behind the daemon's own deadlines. deterministic: results do not depend on the batch.
     overlap: launch a step while the one before is computed; None does so on devices and not on a CPU. cuda_graphs:
-    record decode steps, where kernels allow it. debug: levers of tests, see `neuron.engine.fault_injection`.
+    record decode steps, where kernels allow it. debug: levers of tests, see `neuron.engine.loading.fault_injection`.
     all_reduce: how ranks sum, by what is fastest for each size of message, or always by NCCL (gloo on a CPU).
     weight_descriptors: inherited descriptors, by file name, of copies in memory that are read instead of the files.
     """

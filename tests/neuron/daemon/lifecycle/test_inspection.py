@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
+from neuron.checkpoint.config import read_config
 from neuron.checkpoint.folder import weight_paths
-from neuron.checkpoint.layout import ModelShape, footprints, stored_tensors
+from neuron.checkpoint.layout import footprints, stored_tensors
 from neuron.daemon.hub.download import FetchCancelled
 from neuron.daemon.lifecycle import inspection
 from neuron.daemon.lifecycle.inspection import inspect, inspect_in_process
@@ -44,12 +45,12 @@ def test_the_figures_of_a_checkpoint_come_back(tmp_path: Path, tied: bool, ranks
     path = write_checkpoint(tmp_path / "model", config)
     found = look(path)
     assert found == inspect(SPEC, path)
-    assert found.shape == ModelShape.from_hf(config)
+    assert found.model == read_config(config)
     assert found.weight_files == ("model.safetensors",)
     assert found.weight_bytes == (path / "model.safetensors").stat().st_size
     engine = EngineConfig(model_id="m", path=str(path), tensor_parallel_size=ranks)
     whole = stored_tensors(weight_paths(path))
-    assert footprints(engine, found.shape, found.tensors) == footprints(engine, found.shape, whole)
+    assert footprints(engine, found.model, found.tensors) == footprints(engine, found.model, whole)
     assert len(found.tensors) <= 3 < len(whole)
 
 

@@ -8,7 +8,8 @@ import pytest
 from cortex_core.errors import ApiError
 from hypothesis import given
 from hypothesis import strategies as st
-from neuron.checkpoint.layout import ModelShape, StoredTensor, footprints
+from neuron.checkpoint.config import read_config
+from neuron.checkpoint.layout import StoredTensor, footprints
 from neuron.daemon.memory.memory_fit import MIN_CONTEXT_TOKENS, DeviceMemory, Fit, Resident, fit
 from neuron.protocol import EngineConfig
 
@@ -16,17 +17,19 @@ MIB, GIB = 2**20, 2**30
 FLOOR = 512 * MIB
 
 # About Qwen3-8B: 16 GiB of bfloat16, 144 KiB of KV cache per token.
-SHAPE = ModelShape(
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    hidden_size=4096,
-    intermediate_size=12288,
-    vocab_size=151936,
-    max_positions=40960,
-    dtype="bfloat16",
-    tie_word_embeddings=False,
+SHAPE = read_config(
+    {
+        "model_type": "qwen3",
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "dtype": "bfloat16",
+    }
 )
 WEIGHTS = [StoredTensor("model.layers.0.mlp.gate_proj.weight", 8 * 2**30, is_matrix=True)]
 

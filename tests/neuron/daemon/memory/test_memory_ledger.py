@@ -9,8 +9,9 @@ import msgspec
 import pytest
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceHealth
+from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.folder import weight_paths
-from neuron.checkpoint.layout import ModelShape, StoredTensor, stored_tensors
+from neuron.checkpoint.layout import StoredTensor, stored_tensors
 from neuron.daemon.hardware.host import anonymous_bytes
 from neuron.daemon.hardware.monitor import HardwareReading
 from neuron.daemon.memory.memory_fit import DeviceMemory
@@ -27,10 +28,10 @@ def ledger(*, free_mb: int = 10_000, devices: tuple[DeviceHealth, ...] = ()) -> 
     return MemoryLedger(lambda: reading, host_total_bytes=16 * GIB, floor_bytes=512 * MIB)
 
 
-def checkpoint_in(folder: Path) -> tuple[EngineConfig, ModelShape, list[StoredTensor]]:
+def checkpoint_in(folder: Path) -> tuple[EngineConfig, ModelConfig, list[StoredTensor]]:
     path = write_qwen3(folder / "model")
     config = EngineConfig(model_id="tiny", path=str(path))
-    return config, ModelShape.from_hf(SHAPE), stored_tensors(weight_paths(path))
+    return config, read_config(SHAPE), stored_tensors(weight_paths(path))
 
 
 def host_of(memory: list[DeviceMemory]) -> DeviceMemory:

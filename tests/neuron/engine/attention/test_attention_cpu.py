@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from neuron.engine.attention.attention import make_attention_backend
 from neuron.engine.attention.attention_cpu import GatherAttention, Staircase, decode_buckets
-from neuron.engine.step.batch import StepBatch
+from neuron.engine.attention.interface import StepBatch
 from torch import Tensor
 
 PAGE = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from neuron.checkpoint.sharding import UnsupportedSharding
 from neuron.engine.layers.embedding import LMHead, VocabParallelEmbedding
 from neuron.engine.layers.linear import (
     ColumnParallelLinear,
@@ -17,7 +18,6 @@ from neuron.engine.layers.linear import (
 )
 from neuron.engine.layers.weight_slices import Loadable
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.sharding import UnsupportedSharding
 from torch import Tensor
 
 SINGLE = ParallelGroup.single()

@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
+from neuron.checkpoint.rope import RopeScaling, yarn_attention_factor
 from neuron.engine.layers.rotary import (
-    RopeScaling,
     RotaryEmbedding,
     gather_angles,
     inverse_frequencies,
     rotate,
     split_and_rotate,
-    yarn_attention_factor,
 )
 
 

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from neuron.checkpoint.errors import NotSupported, UnsupportedSharding
+from neuron.checkpoint.families import FAMILIES, family_of
 from neuron.engine.layers.weight_slices import Loadable
-from neuron.engine.models.errors import UnsupportedArchitecture
 from neuron.engine.models.llama import LlamaForCausalLM
 from neuron.engine.models.mistral import MistralForCausalLM
 from neuron.engine.models.qwen2 import Qwen2ForCausalLM
 from neuron.engine.models.qwen3 import Qwen3ForCausalLM
-from neuron.engine.models.registry import FAMILIES, build_model, family_of
+from neuron.engine.models.registry import build_model, class_of
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.sharding import UnsupportedSharding
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -44,21 +44,21 @@ TINY: dict[str, Any] = {
     ],
 )
 def test_the_family_of_a_checkpoint(hf: dict[str, Any], family: type) -> None:
-    assert family_of(hf) is family
+    assert class_of(family_of(hf)) is family
 
 
 def test_an_unknown_model_type_is_refused_with_the_list_of_known_ones() -> None:
-    with pytest.raises(UnsupportedArchitecture) as caught:
+    with pytest.raises(NotSupported) as caught:
         family_of({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
     assert "model_type 'mamba' is not supported" in caught.value.message
     for name in FAMILIES:
         assert name in caught.value.message
-    with pytest.raises(UnsupportedArchitecture, match="OddForCausalLM"):
+    with pytest.raises(NotSupported, match="OddForCausalLM"):
         family_of({"architectures": ["OddForCausalLM"]})
 
 
 def test_a_checkpoint_without_a_language_model_head_is_refused() -> None:
-    with pytest.raises(UnsupportedArchitecture, match=r"Qwen3ForSequenceClassification.*does not generate text"):
+    with pytest.raises(NotSupported, match=r"Qwen3ForSequenceClassification.*does not generate text"):
         family_of({"model_type": "qwen3", "architectures": ["Qwen3ForSequenceClassification"]})
 
 
@@ -95,8 +95,8 @@ def test_the_name_map_fills_every_parameter_exactly_once(model_type: str, tied: 
 
 def test_sizes_of_a_rank() -> None:
     hf = TINY | {"model_type": "qwen3", "head_dim": 8}
-    config = build_model(hf, device=CPU, dtype=torch.float32, parallel=ParallelGroup(3, 4)).config
-    assert (config.num_heads, config.num_kv_heads) == (4, 2)
-    assert (config.num_heads_local, config.num_kv_heads_local) == (1, 1)
+    model = build_model(hf, device=CPU, dtype=torch.float32, parallel=ParallelGroup(3, 4))
+    assert (model.config.num_heads, model.config.num_kv_heads) == (4, 2)
+    assert (model.local.num_heads, model.local.num_kv_heads, model.local.intermediate_size) == (1, 1, 6)
     with pytest.raises(UnsupportedSharding, match="attention heads"):
         build_model(hf, device=CPU, dtype=torch.float32, parallel=ParallelGroup(0, 3))

@@ -20,6 +20,7 @@ from neuron.engine.parallel.messages import (
     Figures,
     FollowerLink,
     LeaderLink,
+    PackedBatch,
     Proceed,
     Ready,
     RunStep,
@@ -28,7 +29,7 @@ from neuron.engine.parallel.messages import (
 )
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
-from neuron.engine.step.batch import BatchBuilder, PackedBatch
+from neuron.engine.step.batch import BatchBuilder
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.leader import StepLeader, StepTooLarge
 from neuron.protocol import EngineConfig, Generate, SamplingParams

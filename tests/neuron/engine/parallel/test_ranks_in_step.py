@@ -11,8 +11,7 @@ import torch
 from neuron.engine.errors import DeviceError
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.messages import FollowerLink, LeaderLink
-from neuron.engine.step.cuda_graphs import GraphKey
+from neuron.engine.parallel.messages import FollowerLink, GraphKey, LeaderLink
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.follower import Follower
 from neuron.engine.step.leader import StepLeader

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from neuron.checkpoint.layout import GRAPH_SIZES
 from neuron.engine.errors import DeviceError
+from neuron.engine.parallel.messages import GraphKey
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
-from neuron.engine.step.cuda_graphs import GRAPH_SIZES, GraphKey, StepGraphs, graph_sizes
+from neuron.engine.step.cuda_graphs import StepGraphs, graph_sizes
 from neuron.protocol import GrammarSpec
 
 from tests.neuron.engine.graph_device import FakeGraphDevice, graph_engine

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from neuron.engine.models.llama import LlamaForCausalLM
+from neuron.checkpoint.config import read_config
+from neuron.checkpoint.layout import rank_sizes
+from neuron.checkpoint.sharding import RankOf
 from neuron.engine.step import step_memory
 from neuron.engine.step.step_memory import StepMemory
 
 CPU = torch.device("cpu")
-CONFIG = LlamaForCausalLM.read_config(
+CONFIG = read_config(
     {
+        "model_type": "llama",
         "vocab_size": 1000,
         "hidden_size": 64,
         "intermediate_size": 256,
@@ -23,7 +26,7 @@ FLOOR = 64 * 2**20
 
 
 def memory(num_ranks: int = 1) -> StepMemory:
-    return StepMemory(CONFIG, dtype=torch.float32, device=CPU, num_ranks=num_ranks)
+    return StepMemory(rank_sizes(CONFIG, RankOf()), dtype=torch.float32, device=CPU, num_ranks=num_ranks)
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from neuron.engine.step.batch import StepBatch
+from neuron.engine.attention.interface import StepBatch
 from neuron.engine.step.warm_up import every_variant
 
 from tests.neuron.engine.toy import ToyModel, request, run, toy_engine

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neuron.engine.models.errors import BadCheckpoint
+from neuron.checkpoint.errors import CheckpointError
 from neuron.engine.weights.pipeline import CudaTransfer, HostTransfer, Piece, num_reader_threads, transfer_pieces
 from neuron.engine.weights.slices import Runs
 from torch import Tensor
@@ -110,7 +110,7 @@ def test_a_damaged_file_ends_it_with_everything_given_back(content: tuple[int, T
     descriptor, _ = content
     device = SlowDevice(2)
     targets = [torch.zeros(16, dtype=torch.float16) for _ in range(80)]
-    with pytest.raises(BadCheckpoint, match=r"become shorter\): tensor (992|1\d\d\d)$"):
+    with pytest.raises(CheckpointError, match=r"become shorter\): tensor (992|1\d\d\d)$"):
         transfer_pieces(
             pieces_of(descriptor, targets, [16] * 80), device, num_threads=3, on_bytes=lambda num_bytes: None
         )

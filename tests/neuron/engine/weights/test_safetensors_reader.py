@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from neuron.checkpoint.errors import CheckpointError
 from neuron.engine.layers.weight_slices import Slices
-from neuron.engine.models.errors import BadCheckpoint
 from neuron.engine.weights.pipeline import HostTransfer, Piece, transfer_pieces
 from neuron.engine.weights.safetensors_reader import CheckpointReader, bytes_per_element
 from neuron.engine.weights.slices import runs_of
@@ -70,14 +70,14 @@ def test_the_only_file_may_have_any_name(single: Path) -> None:
 
 def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(BadCheckpoint, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="no safetensors file"):
         CheckpointReader(tmp_path)
 
 
 def test_several_files_need_an_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(
-        BadCheckpoint,
+        CheckpointError,
         match=r"several safetensors files but no .*: model-1.safetensors, model-2",
     ):
         CheckpointReader(sharded)
@@ -85,33 +85,33 @@ def test_several_files_need_an_index(sharded: Path) -> None:
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / "model-2.safetensors").unlink()
-    with pytest.raises(BadCheckpoint, match=r"names 1 files that do not exist: model-2.safetensors"):
+    with pytest.raises(CheckpointError, match=r"names 1 files that do not exist: model-2.safetensors"):
         CheckpointReader(sharded)
 
 
 def test_a_tensor_that_only_the_index_knows_is_named(sharded: Path) -> None:
     save_file({"other": B}, sharded / "model-2.safetensors")
-    with pytest.raises(BadCheckpoint, match="no shard holds: b") as caught:
+    with pytest.raises(CheckpointError, match="no shard holds: b") as caught:
         CheckpointReader(sharded)
     assert caught.value.tensors == ("b",)
 
 
 def test_a_tensor_in_two_shards_is_named(sharded: Path) -> None:
     save_file({"a": A, "b": B}, sharded / "model-2.safetensors")
-    with pytest.raises(BadCheckpoint, match=r"two files hold the same tensor \(model-1.* and model-2.*\): a"):
+    with pytest.raises(CheckpointError, match=r"two files hold the same tensor \(model-1.* and model-2.*\): a"):
         CheckpointReader(sharded)
 
 
 def test_an_index_does_not_lead_out_of_its_folder(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model-1.safetensors"}}')
-    with pytest.raises(BadCheckpoint, match=r"outside of its folder.*: \.\./model-1"):
+    with pytest.raises(CheckpointError, match=r"outside of its folder.*: \.\./model-1"):
         CheckpointReader(sharded)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_broken_index_is_named(sharded: Path, text: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(BadCheckpoint, match=r"model.safetensors.index.json"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors.index.json"):
         CheckpointReader(sharded)
 
 
@@ -120,7 +120,7 @@ def test_every_truncation_is_noticed_before_anything_is_read(single: Path) -> No
     content = file.read_bytes()
     for length in (0, 5, 8, 30, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
-        with pytest.raises(BadCheckpoint, match=r"model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"model.safetensors"):
             CheckpointReader(single)
 
 
@@ -140,20 +140,20 @@ def test_every_truncation_is_noticed_before_anything_is_read(single: Path) -> No
 def test_a_damaged_header_is_named(tmp_path: Path, header: bytes) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(BadCheckpoint, match=r"model.safetensors is"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is"):
         CheckpointReader(tmp_path)
 
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(BadCheckpoint, match="a header of 4611686018427387904 bytes in a file of 10"):
+    with pytest.raises(CheckpointError, match="a header of 4611686018427387904 bytes in a file of 10"):
         CheckpointReader(tmp_path)
 
 
 def test_integers_are_not_weights(tmp_path: Path) -> None:
     save_file({"a": torch.arange(4)}, tmp_path / "model.safetensors")
-    with CheckpointReader(tmp_path) as reader, pytest.raises(BadCheckpoint, match=r"dtype I64 is not supported.*: a"):
+    with CheckpointReader(tmp_path) as reader, pytest.raises(CheckpointError, match=r"dtype I64 is not supported.*: a"):
         read(reader, "a", (slice(0, 4),))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 _NAMES_SHOWN = 8
 
@@ -12,15 +12,24 @@ class CheckpointError(Exception):
     """What a checkpoint's files say cannot be served. `file` is the file's name; `tensors` those concerned, if any.
 
     Names are what the files say; where they hold what is not printable, they show as Python escapes it. `kind` is that
-    of the refusal, as clients see it.
+    of the refusal, as clients see it, and `facts` what it comes with. is_named: the message has the tensors' names.
     """
 
     kind: ClassVar[str] = "bad_checkpoint"
 
-    def __init__(self, message: str, *, file: str | None = None, tensors: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        tensors: Sequence[str] = (),
+        facts: Mapping[str, Any] | None = None,
+        is_named: bool = False,
+    ) -> None:
         self.file = None if file is None else printable(file)
         self.tensors = tuple(tensors)
-        self.message = printable(with_names(message, self.tensors))
+        self.facts = dict(facts or {})
+        self.message = printable(message if is_named else with_names(message, self.tensors))
         super().__init__(self.message)
 
 
@@ -28,6 +37,12 @@ class NotSupported(CheckpointError):
     """A checkpoint that makes sense, and asks for what no layer here has."""
 
     kind = "unsupported_architecture"
+
+
+class UnsupportedSharding(CheckpointError):
+    """The model's sizes do not divide among the ranks; the message carries the numbers."""
+
+    kind = "unsupported_parallelism"
 
 
 class NotJson(CheckpointError):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from neuron.checkpoint.errors import CheckpointError, NotSupported
+from neuron.checkpoint.errors import CheckpointError
 
 FILE = "config.json"
 
@@ -58,8 +58,6 @@ _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_atten
 _SHOWN = 80
 _LONGEST_NAME = 200
 _MOST_ARCHITECTURES = 16
-# Families whose heads share the hidden size where the config does not give a head's.
-_DERIVES_HEAD_DIM = ("llama", "mistral", "qwen2")
 
 
 def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -98,52 +96,28 @@ def check_values(config: Mapping[str, Any], *, is_complete: bool = False) -> Non
             raise _wrong("model_type", model_type, "a name")
 
 
-def check_supported(config: Mapping[str, Any]) -> None:
-    """Refuse a config that no layer here can follow; the engine decides the same when it builds the model.
-
-    config: one that `check_values` has passed as complete. Raises `NotSupported`, `CheckpointError`.
-    """
+def is_complete(config: Mapping[str, Any]) -> bool:
+    """Whether a config has every value that has no default."""
     values = language_model(config)
-    activation = values.get("hidden_act") or values.get("hidden_activation") or "silu"
-    if activation not in ("silu", "swish"):
-        raise NotSupported(f"{FILE}: activation {_brief(activation)} is not supported, only silu is", file=FILE)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise NotSupported(f"{FILE}: rope parameters that differ between layer types are not supported", file=FILE)
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-        raise NotSupported(
-            f"{FILE}: rope type {_brief(rope_type)} is not supported, only {', '.join(ROPE_TYPES)} are", file=FILE
-        )
-    for key in ROPE_TYPES[rope_type]:
-        if rope.get(key) is None:
-            raise CheckpointError(f"{FILE}: {key} is missing, which the rope type {rope_type} needs", file=FILE)
-    partial = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
-    head_dim = values.get("head_dim") or default_head_dim(config)
-    head_dim = head_dim or values["hidden_size"] // values["num_attention_heads"]
-    rotated = int(head_dim * partial)
-    if rotated < 2 or rotated % 2:
-        raise CheckpointError(
-            f"{FILE}: of heads of {head_dim} elements, {rotated} would be rotated, which are no pairs", file=FILE
-        )
+    return all(values.get(key) is not None for key in _REQUIRED)
 
 
-def default_head_dim(config: Mapping[str, Any]) -> int | None:
-    """The size of a head in families that do not derive it, where the config does not give it."""
-    types = [config.get("model_type"), language_model(config).get("model_type")]
-    if "qwen3" in types:
-        return 128
-    is_known = any(name in _DERIVES_HEAD_DIM for name in types)
-    return 128 if not is_known and "Qwen3ForCausalLM" in (config.get("architectures") or ()) else None
+def count(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number, or its default. Raises `CheckpointError` where there is neither, or one below 1."""
+    value = values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(key, value, "a positive integer")
+    return value
 
 
-def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """The method by which a config says that its weights are quantised; None if it says nothing of that."""
-    values = language_model(config)
-    found = values.get("quantization_config") or values.get("compression_config")
-    if not found:
-        return None
-    return _brief(found.get("quant_method", "unknown") if isinstance(found, Mapping) else found).strip("'")
+def number(values: Mapping[str, Any], key: str, default: float) -> float:
+    """A number above 0, or its default. Raises `CheckpointError`."""
+    value = values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise _wrong(key, value, "a positive number")
+    return float(value)
 
 
 def _check_names(values: Mapping[str, Any], key: str, most: int) -> None:
@@ -161,7 +135,7 @@ def _check_rope(values: Mapping[str, Any], form: str) -> None:
     if rope is None:
         return
     if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{FILE}: rope parameters must be an object, got {_brief(rope)}", file=FILE)
+        raise CheckpointError(f"{FILE}: rope parameters must be an object, got {brief(rope)}", file=FILE)
     for key, limits in ROPE_NUMBERS.items():
         _check_number(rope, key, limits, prefix=f"{form}.")
     low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
@@ -179,18 +153,11 @@ def _check_rope(values: Mapping[str, Any], form: str) -> None:
 
 
 def _check_heads(values: Mapping[str, Any]) -> None:
-    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    heads = values.get("num_attention_heads")
     kv_heads = values.get("num_key_value_heads")
     if heads is not None and kv_heads is not None and heads % kv_heads:
         raise CheckpointError(f"{FILE}: {heads} attention heads do not divide among {kv_heads} KV heads", file=FILE)
     head_dim = values.get("head_dim")
-    derives = values.get("model_type") in _DERIVES_HEAD_DIM
-    if head_dim is None and derives and heads is not None and hidden is not None:
-        if hidden < heads:
-            raise CheckpointError(
-                f"{FILE}: hidden_size {hidden} leaves {heads} attention heads no dimension", file=FILE
-            )
-        head_dim = hidden // heads
     if head_dim is not None and head_dim % 2:
         raise _wrong("head_dim", head_dim, "an even number, as its halves are rotated against each other")
 
@@ -210,10 +177,11 @@ def _is_integer(value: Any) -> bool:
 
 
 def _wrong(key: str, value: Any, wanted: str, limits: str = "") -> CheckpointError:
-    return CheckpointError(f"{FILE}: {key} must be {wanted}, got {_brief(value)}{limits}", file=FILE)
+    return CheckpointError(f"{FILE}: {key} must be {wanted}, got {brief(value)}{limits}", file=FILE)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value as Python writes it, cut to what a message bears."""
     if isinstance(value, int) and value.bit_length() > 256:
         return "a number of hundreds of digits"
     text = repr(value)

@@ -15,14 +15,12 @@ import msgspec
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
-from neuron.checkpoint.divisibility import indivisible
+from neuron.checkpoint.config import read_config, refuse_quantised
 from neuron.checkpoint.errors import CheckpointError, printable
+from neuron.checkpoint.families import family_of
 from neuron.checkpoint.files import INDEX_FILE
-from neuron.checkpoint.hyperparameters import check_values, quantization_of
-
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_SUPPORTED_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+from neuron.checkpoint.hyperparameters import check_values, is_complete
+from neuron.checkpoint.sharding import check_division
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _SMALL_FILES = frozenset(
@@ -148,51 +146,31 @@ def check_layout(spec: ModelSpec, names: Iterable[str]) -> Layout:
 
 
 def check_config(spec: ModelSpec, config: Any) -> None:
-    """Whether the architecture of `config.json` can be served. Raises `ApiError` 422.
+    """Whether the model of a `config.json` can be served, and divided as asked. Raises `ApiError` 422.
 
-    The engine decides again when it builds the model; a test holds the two decisions equal.
+    What is missing from the config is left to `inspection`, which has all of the checkpoint before it.
     """
     if not isinstance(config, Mapping):
         raise refusal("bad_checkpoint", "config.json is not a JSON object.", model_id=spec.model_id)
     with refusing(spec):
         check_values(config)
-    nested = config.get("text_config")
-    model_types = [holder.get("model_type") for holder in (config, nested) if isinstance(holder, Mapping)]
-    listed = config.get("architectures")
-    architectures = [str(name) for name in listed] if isinstance(listed, list) else []
-    is_known = any(name in SUPPORTED_MODEL_TYPES for name in model_types) or any(
-        name in _SUPPORTED_CLASSES for name in architectures
-    )
-    generates = not architectures or any(name.endswith(_GENERATIVE) for name in architectures)
-    if not (is_known and generates):
-        named = f"model_type `{model_types[0]}`" if model_types[0] else "no model_type"
-        why = named if generates else f"the architecture {architectures[0]}, which does not generate text"
-        raise refusal(
-            "unsupported_architecture",
-            f"`{spec.model_id}` has {why}; supported are causal language models of the types "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}.",
-            model_id=spec.model_id,
-            model_type=model_types[0],
-            architectures=architectures,
-            supported=list(SUPPORTED_MODEL_TYPES),
-        )
-    method = quantization_of(config)
-    if method is not None:
-        raise refusal(
-            "quant_unsupported",
-            f"`{spec.model_id}` holds weights quantised with `{method}`, which is not supported yet.",
-            model_id=spec.model_id,
-            requested=method,
-        )
+        family = family_of(config)
+        refuse_quantised(config)
+        if not is_complete(config):
+            return
+        model = read_config(config, family)
     ranks = num_ranks(spec)
-    problem = indivisible(config, ranks, is_even=spec.tensor_split is None)
-    if problem is not None:
+    # In which ratio the devices share is known later; any uneven one can be apportioned alike.
+    shares = () if spec.tensor_split is None else range(1, ranks + 1)
+    try:
+        check_division(model.num_heads, model.num_kv_heads, model.intermediate_size, ranks, shares)
+    except CheckpointError as exc:
         raise refusal(
-            "unsupported_parallelism",
-            f"`{spec.model_id}` cannot be divided among {ranks} devices: {problem}.",
+            exc.kind,
+            f"`{spec.model_id}` cannot be divided among {ranks} devices: {exc}.",
             model_id=spec.model_id,
             tp_size=ranks,
-        )
+        ) from exc
 
 
 def refusal(kind: str, message: str, **facts: Any) -> ApiError:
@@ -206,7 +184,7 @@ def refusing(spec: ModelSpec, path: Path | None = None) -> Iterator[None]:
     try:
         yield
     except CheckpointError as exc:
-        facts: dict[str, Any] = {"file": exc.file} if exc.file else {}
+        facts: dict[str, Any] = exc.facts | ({"file": exc.file} if exc.file else {})
         if exc.tensors:
             facts["tensors"] = [printable(name[:200]) for name in exc.tensors[:_TENSORS_NAMED]]
         raise refusal(exc.kind, f"`{spec.model_id}`: {exc}.", model_id=spec.model_id, **facts) from exc

@@ -6,63 +6,52 @@ are in no file would otherwise cost a start of the engine, and be asked of the m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
+from neuron.checkpoint.config import ModelConfig
 from neuron.checkpoint.errors import CheckpointError
-from neuron.checkpoint.hyperparameters import language_model
 from neuron.checkpoint.safetensors_header import TensorHeader
+from neuron.checkpoint.tensor_names import HEAD, canonical_name
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that a float model's weights come in."""
 
-# What a layer of every supported family has: rows and columns by the sizes they are of.
-_OF_A_LAYER: Mapping[str, tuple[str, ...]] = {
-    "self_attn.q_proj.weight": ("queries", "hidden"),
-    "self_attn.k_proj.weight": ("keys", "hidden"),
-    "self_attn.v_proj.weight": ("keys", "hidden"),
-    "self_attn.o_proj.weight": ("hidden", "queries"),
-    "mlp.gate_proj.weight": ("inner", "hidden"),
-    "mlp.up_proj.weight": ("inner", "hidden"),
-    "mlp.down_proj.weight": ("hidden", "inner"),
-    "input_layernorm.weight": ("hidden",),
-    "post_attention_layernorm.weight": ("hidden",),
+# Sizes of the weights of our modules, rows and columns. One that is not here is left to the engine.
+_SIZES: Mapping[str, tuple[str, ...]] = {
+    "embed_tokens": ("vocabulary", "hidden"),
+    "layers.{}.input_norm": ("hidden",),
+    "layers.{}.attention.qkv_proj:q": ("queries", "hidden"),
+    "layers.{}.attention.qkv_proj:k": ("keys", "hidden"),
+    "layers.{}.attention.qkv_proj:v": ("keys", "hidden"),
+    "layers.{}.attention.o_proj": ("hidden", "queries"),
+    "layers.{}.attention.qk_norm:q": ("head",),
+    "layers.{}.attention.qk_norm:k": ("head",),
+    "layers.{}.post_attention_norm": ("hidden",),
+    "layers.{}.mlp.gate_up_proj:gate": ("inner", "hidden"),
+    "layers.{}.mlp.gate_up_proj:up": ("inner", "hidden"),
+    "layers.{}.mlp.down_proj": ("hidden", "inner"),
+    "norm": ("hidden",),
+    HEAD: ("vocabulary", "hidden"),
 }
-_OF_A_MODEL: Mapping[str, tuple[str, ...]] = {
-    "model.embed_tokens.weight": ("vocabulary", "hidden"),
-    "model.norm.weight": ("hidden",),
-}
-_HEAD = "lm_head.weight"
 
 
-def canonical_name(name: str) -> str:
-    """A tensor's name as a plain text checkpoint has it: multimodal ones wrap the language model in one of two ways."""
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    return name.removeprefix("language_model.")
-
-
-def check_shapes(config: Mapping[str, Any], tensors: Iterable[TensorHeader], *, default_head_dim: int | None) -> None:
+def check_shapes(config: ModelConfig, names: Mapping[str, str], tensors: Iterable[TensorHeader]) -> None:
     """Refuse a checkpoint whose tensors are missing, or of another shape or dtype than its config needs.
 
-    config: one that `check_values` has passed as complete. default_head_dim: the family's, where the config has none.
-    Raises `CheckpointError`, which names the tensors.
+    names: its family's `tensor_names`. Raises `CheckpointError`, which names the tensors.
     """
-    values = language_model(config)
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    head_dim = values.get("head_dim") or default_head_dim or hidden // heads
     sizes = {
-        "hidden": hidden,
-        "inner": values["intermediate_size"],
-        "vocabulary": values["vocab_size"],
-        "queries": heads * head_dim,
-        "keys": (values.get("num_key_value_heads") or heads) * head_dim,
+        "hidden": config.hidden_size,
+        "inner": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "head": config.head_dim,
+        "queries": config.num_heads * config.head_dim,
+        "keys": config.num_kv_heads * config.head_dim,
     }
     by_name = {canonical_name(tensor.name): tensor for tensor in tensors}
-    wanted = _wanted(values["num_hidden_layers"], has_head=not values.get("tie_word_embeddings", False))
     missing: list[str] = []
     misshapen: list[str] = []
-    for name, shape in wanted:
+    for name, shape in _wanted(config, names):
         tensor = by_name.get(name)
         expected = tuple(sizes[size] for size in shape)
         if tensor is None:
@@ -77,10 +66,9 @@ def check_shapes(config: Mapping[str, Any], tensors: Iterable[TensorHeader], *, 
         raise CheckpointError("tensors have another shape than config.json says", tensors=misshapen)
 
 
-def _wanted(num_layers: int, *, has_head: bool) -> Iterable[tuple[str, tuple[str, ...]]]:
-    yield from _OF_A_MODEL.items()
-    if has_head:
-        yield _HEAD, ("vocabulary", "hidden")
-    for index in range(num_layers):
-        for suffix, shape in _OF_A_LAYER.items():
-            yield f"model.layers.{index}.{suffix}", shape
+def _wanted(config: ModelConfig, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for theirs, ours in names.items():
+        if ours not in _SIZES or (ours == HEAD and config.tie_word_embeddings):
+            continue
+        for index in range(config.num_layers) if "{}" in theirs else (0,):
+            yield f"{theirs.format(index)}.weight", _SIZES[ours]

@@ -25,9 +25,10 @@ import msgspec
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 
+from neuron.checkpoint.config import ModelConfig, read_config
+from neuron.checkpoint.families import family_of
 from neuron.checkpoint.files import list_files, read_json
-from neuron.checkpoint.hyperparameters import check_supported, check_values, default_head_dim
-from neuron.checkpoint.layout import ModelShape, NotEstimable, StoredTensor, stored, summarised
+from neuron.checkpoint.layout import StoredTensor, stored, summarised
 from neuron.checkpoint.preflight import check_config, check_layout, refusal, refusing
 from neuron.checkpoint.tensor_shapes import check_shapes
 from neuron.checkpoint.weight_files import headers_of, merge, read_index, select
@@ -51,7 +52,7 @@ class Inspection(msgspec.Struct, frozen=True):
     """A checkpoint that has passed. tensors: its tensors summed up by what an estimate tells apart; weight_files: names
     of the files to be read; weight_bytes: of them together."""
 
-    shape: ModelShape
+    model: ModelConfig
     tensors: tuple[StoredTensor, ...]
     weight_files: tuple[str, ...]
     weight_bytes: int
@@ -66,19 +67,15 @@ def inspect(spec: ModelSpec, path: Path) -> Inspection:
         check_layout(spec, names)
         config = read_json(path / "config.json")
         check_config(spec, config)
-        check_values(config, is_complete=True)
-        check_supported(config)
+        family = family_of(config)
+        model = read_config(config, family)
         weight_map = read_index(path)
         files = select(names, weight_map)
         found = merge(headers_of(path, files), weight_map)
         tensors = [tensor for _, tensor in found.values()]
-        check_shapes(config, tensors, default_head_dim=default_head_dim(config))
+        check_shapes(model, family.tensor_names, tensors)
         weight_bytes = sum((path / name).stat().st_size for name in files)
-    try:
-        shape = ModelShape.from_hf(config)
-    except NotEstimable as exc:
-        raise refusal("bad_checkpoint", f"`{spec.model_id}`: config.json: {exc}.", model_id=spec.model_id) from exc
-    return Inspection(shape, tuple(summarised(map(stored, tensors), shape)), files, weight_bytes)
+    return Inspection(model, tuple(summarised(map(stored, tensors), model)), files, weight_bytes)
 
 
 # ---------------------------------------------------------------- the process

@@ -366,7 +366,7 @@ class ModelManager:
             config = self._engine_config(model.id, spec, path)
             promises = [promise for other in self._models.values() if (promise := other.promise()) is not None]
             model.fit = await run_in_daemon_thread(
-                lambda: ledger.fit(config, promises, inspection.shape, inspection.tensors), name=f"fit {model.id}"
+                lambda: ledger.fit(config, promises, inspection.model, inspection.tensors), name=f"fit {model.id}"
             )
             if model.fit is not None and model.fit.reclaim_bytes:
                 self.weights.give_up(model.fit.reclaim_bytes, keep=path)

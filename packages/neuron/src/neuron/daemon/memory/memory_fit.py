@@ -11,9 +11,11 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from cortex_core.errors import ApiError
 
-from neuron.checkpoint.divisibility import indivisible
-from neuron.checkpoint.layout import Footprint, ModelShape, StoredTensor, footprints
+from neuron.checkpoint.config import ModelConfig
+from neuron.checkpoint.errors import UnsupportedSharding
+from neuron.checkpoint.layout import Footprint, StoredTensor, footprints, rank_sizes
 from neuron.checkpoint.preflight import refusal
+from neuron.checkpoint.sharding import ranks_of
 from neuron.daemon.admission.capacity import KVCapacity, KVNeed
 from neuron.protocol import EngineConfig
 
@@ -108,7 +110,7 @@ class _Case(msgspec.Struct, frozen=True):
 
 def fit(
     config: EngineConfig,
-    shape: ModelShape,
+    model: ModelConfig,
     tensors: Sequence[StoredTensor],
     memory: Sequence[DeviceMemory],
     *,
@@ -121,7 +123,7 @@ def fit(
     smallest useful context does; the same as a retryable 503 where only loads and unloads that are going on are in
     its way.
     """
-    problem = _Problem(shape, tensors, memory, floor_bytes)
+    problem = _Problem(model, tensors, memory, floor_bytes)
     case = problem.case(config)
     if not case.fits:
         raise problem.refusal(case, list(residents))
@@ -165,19 +167,19 @@ class _Problem:
     """One checkpoint on one host, for which several settings may be tried."""
 
     def __init__(
-        self, shape: ModelShape, tensors: Sequence[StoredTensor], memory: Sequence[DeviceMemory], floor_bytes: int
+        self, model: ModelConfig, tensors: Sequence[StoredTensor], memory: Sequence[DeviceMemory], floor_bytes: int
     ) -> None:
-        self._shape = shape
+        self._model = model
         self._tensors = tensors
         self._memory = memory
         self._floor_bytes = floor_bytes
 
     def full_context(self, config: EngineConfig) -> int:
         """Positions a sequence could have if memory were no matter."""
-        return min(self._shape.max_positions, config.max_model_len or self._shape.max_positions)
+        return min(self._model.max_position_embeddings, config.max_model_len or self._model.max_position_embeddings)
 
     def case(self, config: EngineConfig) -> _Case:
-        ranks = footprints(config, self._shape, self._tensors)
+        ranks = footprints(config, self._model, self._tensors)
         places: list[tuple[DeviceMemory, tuple[Footprint, ...]]]
         if config.devices:
             by_index = {each.index: each for each in self._memory}
@@ -245,7 +247,7 @@ class _Problem:
                 options.append({"devices": list(moved.devices)})
             for wider in range(size + 1, len(indexes) + 1):
                 spread = replace(config, devices=indexes[:wider], tensor_parallel_size=wider, shares=())
-                if _divides(self._shape, wider) and self.fits(spread):
+                if _divides(self._model, wider) and self.fits(spread):
                     options.append({"tensor_parallel": wider, "devices": list(spread.devices)})
                     break
         elif config.dtype not in ("bfloat16", "float16") and self.fits(replace(config, dtype="bfloat16")):
@@ -274,14 +276,14 @@ def _facts(demand: _Demand, num_tokens: int) -> dict[str, object]:
     }
 
 
-def _divides(shape: ModelShape, num_ranks: int) -> bool:
-    """Whether the model can be divided among so many ranks, by the decision that loads are refused by."""
-    sizes = {
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "intermediate_size": shape.intermediate_size,
-    }
-    return indivisible(sizes, num_ranks, is_even=True) is None
+def _divides(model: ModelConfig, num_ranks: int) -> bool:
+    """Whether the model can be divided among so many equal ranks, by the decision that loads are refused by."""
+    try:
+        for rank in ranks_of(num_ranks):
+            rank_sizes(model, rank)
+    except UnsupportedSharding:
+        return False
+    return True
 
 
 def _victims(case: _Case, residents: list[Resident]) -> list[str]:

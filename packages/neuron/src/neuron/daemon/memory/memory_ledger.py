@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from neuron.checkpoint.layout import ModelShape, NotEstimable, StoredTensor, tensors_of_size
+from neuron.checkpoint.config import ModelConfig, read_config
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.layout import StoredTensor, tensors_of_size
 from neuron.daemon.hardware.host import anonymous_bytes
 from neuron.daemon.hardware.monitor import HardwareReading
 from neuron.daemon.memory.memory_fit import DeviceMemory, Fit, Resident, fit
@@ -52,10 +54,10 @@ class MemoryLedger:
         self._reclaimable = reclaimable
 
     def fit(
-        self, config: EngineConfig, promises: Sequence[Promise], shape: ModelShape, tensors: Sequence[StoredTensor]
+        self, config: EngineConfig, promises: Sequence[Promise], model: ModelConfig, tensors: Sequence[StoredTensor]
     ) -> Fit | None:
         """The load of `config` with the context that fits beside what others were promised; None where free memory
-        cannot be read, which leaves it to the engine. shape, tensors: of its checkpoint.
+        cannot be read, which leaves it to the engine. model, tensors: of its checkpoint.
 
         Blocks (driver). Raises `ApiError`: 422 with the numbers and what would help.
         """
@@ -65,7 +67,7 @@ class MemoryLedger:
             return None
         found = fit(
             config,
-            shape,
+            model,
             tensors,
             memory,
             floor_bytes=self._floor_bytes,
@@ -92,12 +94,12 @@ class MemoryLedger:
         """Whether weights of so many bytes, of which nothing else is known yet, could ever be loaded on this host, if
         there were nothing else. Blocks. Raises `ApiError` 422."""
         try:
-            shape = ModelShape.from_hf(hf_config)
-        except NotEstimable:
+            model = read_config(hf_config)
+        except CheckpointError:
             return
         empty = [msgspec.structs.replace(each, available=each.total) for each in self.memory(())]
         if _is_known(config, empty):
-            fit(config, shape, tensors_of_size(num_bytes, shape), empty, floor_bytes=self._floor_bytes)
+            fit(config, model, tensors_of_size(num_bytes, model), empty, floor_bytes=self._floor_bytes)
 
     def memory(self, promises: Sequence[Promise], *, reclaimable: int = 0) -> list[DeviceMemory]:
         """What is available now, of the host and of every device; a total of 0 is unknown. reclaimable: what is in use

@@ -1,54 +1,17 @@
-"""Self-attention over a paged KV cache: the layer, and the interface that a device's backend implements."""
+"""Self-attention over a paged KV cache: the layer, and which backend a device has."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from neuron.engine import kernels
+from neuron.engine.attention.interface import AttentionBackend, StepContext
 from neuron.engine.layers.kernel_dispatch import fused_kernel
 from neuron.engine.layers.linear import QKVParallelLinear, RowParallelLinear, WeightFormat
 from neuron.engine.layers.norm import QKNorm
 from neuron.engine.layers.rotary import StepRotary, split_and_rotate
 from neuron.engine.parallel.group import ParallelGroup
-
-if TYPE_CHECKING:
-    from neuron.engine.step.batch import StepBatch, StepContext
-
-
-class AttentionBackend(Protocol):
-    """Paged attention on one kind of device. One instance per engine, used by its device thread."""
-
-    def prepare(self, batch: StepBatch) -> None:
-        """Once per step, before the first layer: forget the last step."""
-        ...
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kv_layer: Tensor,
-        batch: StepBatch,
-        *,
-        scale: float,
-        sliding_window: int | None,
-    ) -> Tensor:
-        """Write this step's keys and values into their pages, then let each query attend to its sequence so far.
-
-        q: [T, Hq, D]; k, v: [T, Hkv, D]; rows may be strided. kv_layer: [num_pages, 2, page_size, Hkv, D].
-        Query position p sees the keys of positions p - sliding_window + 1 … p (0 … p without a window).
-        Returns [T, Hq, D] in q's dtype, contiguous.
-        """
-        ...
-
-    def attend(
-        self, q: Tensor, kv_layer: Tensor, batch: StepBatch, *, scale: float, sliding_window: int | None
-    ) -> Tensor:
-        """`forward` where keys and values have already been written (by a fused kernel)."""
-        ...
 
 
 def make_attention_backend(device: torch.device, *, deterministic: bool = False) -> AttentionBackend:

@@ -126,7 +126,7 @@ def _problem(
     device: torch.device,
 ) -> Attend:
     """Attention of chunks (query length, context length) over random pages, by our kernel or by a plug-in."""
-    from neuron.engine.step.batch import StepBatch
+    from neuron.engine.attention.interface import StepBatch
 
     counts = [-(-context // shape.page_size) for _, context in chunks]
     order = torch.randperm(sum(counts)) + 1

@@ -26,7 +26,7 @@ from torch import Tensor
 from neuron.engine.attention.decode_workspace import DecodeWorkspace
 
 if TYPE_CHECKING:
-    from neuron.engine.step.batch import StepBatch
+    from neuron.engine.attention.interface import StepBatch
 
 _TILE_ROWS = 256
 # Decodes are split into buckets of similar length when padding would make them gather this much more than they hold.

@@ -17,7 +17,7 @@ from torch import Tensor
 from neuron.engine.attention.attention_cpu import Staircase, page_rows
 
 if TYPE_CHECKING:
-    from neuron.engine.step.batch import StepBatch
+    from neuron.engine.attention.interface import StepBatch
 
 _RUN = 16
 

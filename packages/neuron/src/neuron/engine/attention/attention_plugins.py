@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from neuron.engine.step.batch import StepBatch
+    from neuron.engine.attention.interface import StepBatch
 
 _FLASHINFER_WORKSPACE_BYTES = 128 * 2**20
 

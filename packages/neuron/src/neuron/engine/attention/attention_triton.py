@@ -26,7 +26,7 @@ from neuron.engine.kernels.attention.tiling import (
 )
 
 if TYPE_CHECKING:
-    from neuron.engine.step.batch import StepBatch
+    from neuron.engine.attention.interface import StepBatch
 
 MAX_HEAD_DIM = 256
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuron.checkpoint.sharding import shard_vocabulary, vocabulary_sizes
 from neuron.engine.layers.gemm import Product, default_product
 from neuron.engine.layers.weight_slices import Placement
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.sharding import shard_vocabulary, vocabulary_sizes
 
 
 class VocabularyWeight(nn.Module):

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from neuron.checkpoint.sharding import Shard, shard_evenly, shard_heads, whole
 from neuron.engine.layers.gemm import Product, default_product
 from neuron.engine.layers.weight_slices import Placement
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.sharding import Shard, shard_evenly, shard_heads, whole
 
 
 @dataclass(frozen=True, slots=True)

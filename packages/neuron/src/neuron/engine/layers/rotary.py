@@ -12,43 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuron.checkpoint.rope import RopeScaling
 from neuron.engine.layers.norm import QKNorm
 
 _FIRST_TABLE_LEN = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """Frequencies of a rotary embedding, as the checkpoint's `rope_parameters` give them.
-
-    rope_type: `default`, `linear`, `llama3` or `yarn`. theta: the base. partial_rotary_factor: share of a head's
-    elements that is rotated, from the front. factor: how much longer the context became. original_max_positions: the
-    context the model was pretrained on. low_freq_factor, high_freq_factor: llama3's band borders. beta_fast,
-    beta_slow, truncate: yarn's ramp. attention_factor: what cosines and sines are multiplied by.
-    """
-
-    rope_type: str = "default"
-    theta: float = 10_000.0
-    partial_rotary_factor: float = 1.0
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-
-
-def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
-    """Temperature of attention under YaRN (Peng et al. 2023, section 3.4); the two mscales as DeepSeek uses them."""
-
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-    if mscale and mscale_all_dim:
-        return magnitude(mscale) / magnitude(mscale_all_dim)
-    return magnitude(1.0)
 
 
 def inverse_frequencies(scaling: RopeScaling, rotary_dim: int) -> Tensor:

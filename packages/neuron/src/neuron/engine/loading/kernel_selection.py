@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from neuron.engine import kernels
-from neuron.engine.attention.attention import AttentionBackend
 from neuron.engine.attention.attention_choice import HeadShape, choose_prefill_plugin
 from neuron.engine.attention.determinism import make_deterministic
+from neuron.engine.attention.interface import AttentionBackend
 from neuron.engine.errors import ModelError
 from neuron.engine.layers.gemm_autotune import choose_products
 from neuron.engine.models.decoder import CausalLM
@@ -46,8 +46,8 @@ def settle_compute(
     if isinstance(attention, TritonAttention):
         config = model.config
         shape = HeadShape(
-            config.num_heads_local,
-            config.num_kv_heads_local,
+            model.local.num_heads,
+            model.local.num_kv_heads,
             config.head_dim,
             page_size,
             model.dtype,

@@ -18,16 +18,17 @@ from typing import Any
 import msgspec
 import torch
 
+from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import read_json
-from neuron.checkpoint.graph_memory import graph_bytes
 from neuron.checkpoint.hyperparameters import check_values
+from neuron.checkpoint.layout import dtype_of, graph_bytes
 from neuron.engine import kernels
 from neuron.engine.attention.attention import make_attention_backend
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
-from neuron.engine.fault_injection import Levers, LoadPhase
 from neuron.engine.host_memory import available_host_bytes, num_physical_cores
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.loading.fault_injection import Levers, LoadPhase
 from neuron.engine.loading.kernel_selection import settle_compute
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.models.registry import build_model
@@ -105,7 +106,7 @@ def load_follower(
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder, with senseless values refused. Raises `ModelError` (`bad_checkpoint`)."""
+    """`config.json` of a checkpoint folder, with senseless values refused. Raises `CheckpointError`."""
     file = path / "config.json"
     try:
         config = read_json(file)
@@ -113,20 +114,15 @@ def read_hf_config(path: Path) -> dict[str, Any]:
             raise CheckpointError("config.json is not a JSON object")
         check_values(config)
     except CheckpointError as exc:
-        raise ModelError(exc.kind, f"{path}: {exc.message}") from exc
+        raise CheckpointError(f"{path}: {exc.message}", file=exc.file) from exc
     except OSError as exc:
-        raise ModelError("bad_checkpoint", f"{file} cannot be read: {exc}") from exc
+        raise CheckpointError(f"{file} cannot be read: {exc}", file=file.name) from exc
     return config
 
 
-def resolve_dtype(config: EngineConfig, hf_config: dict[str, Any], device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations: `auto` is float32 on the CPU and the checkpoint's own on a device."""
-    if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    if device.type == "cpu":
-        return torch.float32
-    name = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return _DTYPES.get(name, torch.bfloat16)
+def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
+    """The dtype of weights and activations (`checkpoint.layout.dtype_of`)."""
+    return _DTYPES[dtype_of(config, model)]
 
 
 def num_cache_pages(
@@ -168,6 +164,8 @@ def _typed_errors() -> Iterator[None]:
         yield
     except EngineError:
         raise
+    except CheckpointError as exc:
+        raise ModelError(exc.kind, exc.message) from exc
     except Exception as exc:
         if is_out_of_memory(exc):
             raise ModelError("out_of_memory", describe(exc)) from exc
@@ -215,7 +213,7 @@ def _load_rank(
 ) -> _Rank:
     path = Path(config.path)
     hf_config = read_hf_config(path)
-    dtype = resolve_dtype(config, hf_config, device)
+    dtype = resolve_dtype(config, read_config(hf_config))
 
     report.phase("weights")
     model = build_model(hf_config, device=device, dtype=dtype, parallel=group)
@@ -229,28 +227,19 @@ def _load_rank(
 
     report.phase("kv_cache")
     shape = model.config
-    layout = KVLayout(shape.num_layers, shape.num_kv_heads_local, shape.head_dim, config.page_size, dtype)
+    layout = KVLayout(shape.num_layers, model.local.num_kv_heads, shape.head_dim, config.page_size, dtype)
     max_model_len = shape.max_position_embeddings
     if config.max_model_len is not None:
         max_model_len = min(max_model_len, config.max_model_len)
     max_running = min(config.max_running, config.max_step_tokens)
-    memory = None if link is None else StepMemory(shape, dtype=dtype, device=device, num_ranks=group.world_size)
+    memory = None if link is None else StepMemory(model.local, dtype=dtype, device=device, num_ranks=group.world_size)
 
     attention = make_attention_backend(device, deterministic=config.deterministic)
     overlaps = config.overlap if config.overlap is not None else device.type == "cuda"
     has_graphs = config.cuda_graphs and kernels.is_available(device)
     graphs_bytes = 0
     if has_graphs:
-        sizes = memory or StepMemory(shape, dtype=dtype, device=device, num_ranks=group.world_size)
-        graphs_bytes = graph_bytes(
-            max_running=max_running,
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads_local,
-            head_dim=shape.head_dim,
-            vocab_size=shape.vocab_size,
-            bytes_per_token=sizes.bytes_per_token,
-            item_bytes=dtype.itemsize,
-        )
+        graphs_bytes = graph_bytes(model.local, dtype.itemsize, max_running=max_running)
 
     def build_runner(num_pages: int, *, is_last: bool = True) -> ModelRunner:
         return ModelRunner(

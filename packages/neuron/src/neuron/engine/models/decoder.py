@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from neuron.checkpoint.config import ModelConfig
+from neuron.checkpoint.layout import rank_sizes
+from neuron.checkpoint.tensor_names import LLAMA_NAMES
 from neuron.engine.attention.attention import SelfAttention
 from neuron.engine.layers.embedding import LMHead, VocabParallelEmbedding
 from neuron.engine.layers.mlp import GatedMLP
@@ -17,27 +18,9 @@ from neuron.engine.layers.norm import RMSNorm
 from neuron.engine.layers.rotary import RotaryEmbedding, StepRotary
 from neuron.engine.layers.weight_slices import Loadable, NeedsFinishing
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.sharding import shard_heads
 
 if TYPE_CHECKING:
-    from neuron.engine.step.batch import StepContext
-
-# Checkpoint module -> our module, `:part` where several are merged into one. `{}` stands for the layer's number.
-# These are the names of Llama, which most families took over; a family adds what it has beyond them.
-LLAMA_NAMES: Mapping[str, str] = {
-    "model.embed_tokens": "embed_tokens",
-    "model.layers.{}.input_layernorm": "layers.{}.input_norm",
-    "model.layers.{}.self_attn.q_proj": "layers.{}.attention.qkv_proj:q",
-    "model.layers.{}.self_attn.k_proj": "layers.{}.attention.qkv_proj:k",
-    "model.layers.{}.self_attn.v_proj": "layers.{}.attention.qkv_proj:v",
-    "model.layers.{}.self_attn.o_proj": "layers.{}.attention.o_proj",
-    "model.layers.{}.post_attention_layernorm": "layers.{}.post_attention_norm",
-    "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate_up_proj:gate",
-    "model.layers.{}.mlp.up_proj": "layers.{}.mlp.gate_up_proj:up",
-    "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
-    "model.norm": "norm",
-    "lm_head": "lm_head.matrix",
-}
+    from neuron.engine.attention.interface import StepContext
 
 
 class DecoderLayer(nn.Module):
@@ -64,19 +47,16 @@ class DecoderLayer(nn.Module):
 class CausalLM(nn.Module):
     """A decoder-only language model over packed tokens.
 
-    A family overrides `read_config`, `build_layer` and, where its checkpoints differ, `CHECKPOINT_NAMES`. Parameters
-    are created by whoever constructs the model (`registry.build_model`: on the meta device) and filled by
+    A family overrides `build_layer`; what else is its own stands in its entry of `neuron.checkpoint.families`.
+    Parameters are created by whoever constructs the model (`registry.build_model`: on the meta device) and filled by
     `neuron.engine.weights`.
     """
 
-    CHECKPOINT_NAMES: ClassVar[Mapping[str, str]] = LLAMA_NAMES
-
     def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
         super().__init__()
-        query_heads, kv_heads = shard_heads(config.num_heads, config.num_kv_heads, group)
-        self.config = dataclasses.replace(
-            config, num_heads_local=query_heads.length, num_kv_heads_local=kv_heads.length
-        )
+        self.config = config
+        self.local = rank_sizes(config, group)
+        self.checkpoint_names: Mapping[str, str] = LLAMA_NAMES
         self.group = group
         self.device = torch.device("cpu")
         self.dtype = torch.float32
@@ -85,11 +65,6 @@ class CausalLM(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = LMHead(self.embed_tokens, tied=config.tie_word_embeddings)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
-
-    @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """The family's reading of a `config.json`. Raises `BadCheckpoint`, `UnsupportedArchitecture`."""
-        return ModelConfig.from_hf(hf)
 
     def build_layer(self, index: int) -> DecoderLayer:
         """Layer `index` of the stack."""
@@ -113,7 +88,7 @@ class CausalLM(nn.Module):
 
     def checkpoint_modules(self) -> Iterator[tuple[str, Loadable, str | None]]:
         """(checkpoint module name, our layer, part) of everything a checkpoint of this model must hold."""
-        for checkpoint_name, ours in self.CHECKPOINT_NAMES.items():
+        for checkpoint_name, ours in self.checkpoint_names.items():
             path, _, part = ours.partition(":")
             if path == "lm_head.matrix" and self.lm_head.is_tied:
                 continue

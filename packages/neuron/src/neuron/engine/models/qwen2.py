@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-from neuron.checkpoint.config import ModelConfig, windows_by_layer_type
 from neuron.engine.attention.attention import SelfAttention
 from neuron.engine.layers.mlp import GatedMLP
 from neuron.engine.models.decoder import CausalLM, DecoderLayer
 
 
 class Qwen2ForCausalLM(CausalLM):
-    @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        config = ModelConfig.from_hf(hf)
-        return dataclasses.replace(config, sliding_windows=windows_by_layer_type(hf, config.num_layers))
-
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
         attention = SelfAttention(

@@ -12,13 +12,43 @@ import socket
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from neuron.engine.errors import DeviceError
-from neuron.engine.step.batch import PackedBatch
-from neuron.engine.step.cuda_graphs import GraphKey
+
+Ending = Literal["tokens", "logits"]
+
+
+class GraphKey(NamedTuple):
+    """Everything a launch of a decode step depends on that the host decides, apart from what never changes after
+    loading (shapes and dtypes of the model, of the cache and its page tables, back ends, ranks).
+
+    num_rows: sequences, each with one token, the last of them perhaps padding: it gives every shape and grid.
+    max_context_len: sizes attention's scratch memory and lists. ends_with: whether sampling is in the graph (`tokens`),
+    or follows it because penalties, masks or log-probabilities are wanted (`logits`).
+    """
+
+    num_rows: int
+    max_context_len: int
+    ends_with: Ending
+
+
+class PackedBatch(msgspec.Struct, frozen=True, array_like=True):
+    """A batch as it lies in its builder's host buffers, for a rank that has an equal builder.
+
+    table_width: columns of the page tables. int64, int32: the filled part of each buffer.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    num_decodes: int
+    num_logits: int
+    table_width: int
+    int64: memoryview
+    int32: memoryview
+
 
 _SOCKET_FILE = "ctl"
 _BUFFER_BYTES = 4 * 2**20

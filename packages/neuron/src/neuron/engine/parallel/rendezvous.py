@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from neuron.checkpoint.errors import UnsupportedSharding
 from neuron.engine.errors import ModelError, describe
 from neuron.engine.parallel.all_reduce import build_all_reduce
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.sharding import UnsupportedSharding
 
 _STORE_FILE = "store"
 

@@ -5,79 +5,16 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from neuron.engine.attention.interface import StepBatch
 from neuron.engine.device_stream import ImmediateStream, Stream, Ticket
-
-if TYPE_CHECKING:
-    from neuron.engine.attention.attention import AttentionBackend
-    from neuron.engine.kv_cache.kv_cache import PagedKV
-    from neuron.engine.scheduler.scheduler import StepPlan
-
-
-@dataclass(slots=True)
-class StepBatch:
-    """One flat varlen forward pass over T tokens of S sequences, without padding; decodes first, then prefill chunks.
-
-    token_ids, positions: [T] int64. slot_mapping: [T] int64, page * page_size + offset where each token's K and V
-    are written. query_start: [S+1] int32, cumulative query lengths. context_lens: [S] int32, KV length after this
-    step's tokens are written. page_tables: [S, max_pages] int32, page 0 is padding. logits_indices: [R] int64,
-    rows of T whose logits are wanted. The `_host` lists are copies, so that CPU attention needs no sync.
-    A negative token id -1 - r stands for the token that row r of the step before has sampled, until the runner has
-    replaced it. The tensors are views of the builder's buffers and are valid until its next `build`.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    query_start: Tensor
-    context_lens: Tensor
-    page_tables: Tensor
-    logits_indices: Tensor
-    query_lens_host: list[int]
-    context_lens_host: list[int]
-    num_decodes: int  # the first num_decodes sequences have exactly one query token
-    max_query_len: int
-    max_context_len: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.token_ids.shape[0]
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.query_lens_host)
-
-
-class PackedBatch(msgspec.Struct, frozen=True, array_like=True):
-    """A batch as it lies in its builder's host buffers, for a rank that has an equal builder.
-
-    table_width: columns of the page tables. int64, int32: the filled part of each buffer.
-    """
-
-    num_tokens: int
-    num_sequences: int
-    num_decodes: int
-    num_logits: int
-    table_width: int
-    int64: memoryview
-    int32: memoryview
-
-
-@dataclass(slots=True)
-class StepContext:
-    """What a model's forward pass needs beyond its weights; passed explicitly, there is no global."""
-
-    batch: StepBatch
-    kv: PagedKV
-    attention: AttentionBackend
-
+from neuron.engine.parallel.messages import PackedBatch
+from neuron.engine.scheduler.scheduler import StepPlan
 
 # Every region of a packed buffer starts at a multiple of this many elements (at least 128 bytes), so that a Triton
 # kernel always sees 16-byte aligned pointers and never compiles a second variant for unaligned ones.

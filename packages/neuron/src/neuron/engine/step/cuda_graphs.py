@@ -17,12 +17,13 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from neuron.checkpoint.graph_memory import GRAPH_SIZES
+from neuron.checkpoint.layout import GRAPH_SIZES
 from neuron.engine.errors import DeviceError, describe, is_capture_refusal, is_device_fault, is_out_of_memory
+from neuron.engine.parallel.messages import Ending, GraphKey
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +34,7 @@ _MAX_PADDING = 4
 _STEPS_UNTIL_WORTH_IT = 64
 
 
-Ending = Literal["tokens", "logits"]
 _ENDS: tuple[Ending, ...] = ("tokens", "logits")
-
-
-class GraphKey(NamedTuple):
-    """Everything a launch of a decode step depends on that the host decides, apart from what never changes after
-    loading (shapes and dtypes of the model, of the cache and its page tables, back ends, ranks).
-
-    num_rows: sequences, each with one token, the last of them perhaps padding: it gives every shape and grid.
-    max_context_len: sizes attention's scratch memory and lists. ends_with: whether sampling is in the graph (`tokens`),
-    or follows it because penalties, masks or log-probabilities are wanted (`logits`).
-    """
-
-    num_rows: int
-    max_context_len: int
-    ends_with: Ending
 
 
 class Graph(Protocol):

@@ -9,13 +9,13 @@ from neuron.engine.parallel.messages import (
     Capture,
     Captured,
     FreeMemory,
+    GraphKey,
     LeaderLink,
+    PackedBatch,
     Proceed,
     RunStep,
     ZeroPages,
 )
-from neuron.engine.step.batch import PackedBatch
-from neuron.engine.step.cuda_graphs import GraphKey
 
 
 class StepTooLarge(MemoryError):

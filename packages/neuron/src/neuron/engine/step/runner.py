@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from neuron.engine.attention.interface import StepBatch, StepContext
 from neuron.engine.device_stream import Stream, Ticket, stream_of, to_device
 from neuron.engine.errors import DeviceError, describe, is_device_fault
 from neuron.engine.layers.kernel_dispatch import fused_kernel
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.parallel.messages import GraphKey, PackedBatch
 from neuron.engine.sampling.sampler import DeviceLogprobs, Draw, KernelDraw, Sampled, Sampler, report_of
 from neuron.engine.sampling.sampling_rows import SamplingRows, depends_on_last_token, wants_only_a_token
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
-from neuron.engine.step.batch import BatchBuilder, PackedBatch, StepBatch, StepContext
+from neuron.engine.step.batch import BatchBuilder
 from neuron.engine.step.compile_watch import CompileWatch
-from neuron.engine.step.cuda_graphs import GraphDevice, GraphKey, StepGraphs
+from neuron.engine.step.cuda_graphs import GraphDevice, StepGraphs
 from neuron.engine.step.graph_inputs import GraphInputs
 from neuron.protocol import Generate, Logprobs, SamplingParams
 
 if TYPE_CHECKING:
-    from neuron.engine.attention.attention import AttentionBackend
+    from neuron.engine.attention.interface import AttentionBackend
     from neuron.engine.kv_cache.kv_cache import PagedKV
     from neuron.engine.step.leader import StepLeader
     from neuron.engine.step.step_memory import StepMemory

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from neuron.checkpoint.config import ModelConfig
+from neuron.checkpoint.layout import RankSizes, activation_bytes_per_token, logit_bytes_per_row
 from neuron.engine.errors import is_out_of_memory
 from neuron.engine.host_memory import available_host_bytes
 
@@ -18,20 +18,11 @@ _HOST_FLOOR_BYTES = 64 * 2**20
 
 
 class StepMemory:
-    """What a step takes on one rank: an upper estimate from the model's shape.
+    """What a step takes on one rank: an upper estimate (`checkpoint.layout`), against what is free."""
 
-    Hidden-sized tensors alive at once are counted generously (the residual, its norm, a projection and its sum, each
-    possibly beside a float32 copy), and the widest intermediate of the block twice.
-    """
-
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, num_ranks: int) -> None:
-        heads = config.num_heads_local + 2 * config.num_kv_heads_local
-        # With unequal parts a rank may hold more of the block than an equal part; its heads show how much more.
-        inner = -(-config.intermediate_size * config.num_heads_local // config.num_heads)
-        widest = 3 * max(inner, heads * config.head_dim)
-        self.bytes_per_token = (6 * config.hidden_size + 2 * widest) * max(dtype.itemsize, 2)
-        # Gathered, cut, and as float32.
-        self.bytes_per_row = config.vocab_size * (2 * dtype.itemsize + 4)
+    def __init__(self, rank: RankSizes, *, dtype: torch.dtype, device: torch.device, num_ranks: int) -> None:
+        self.bytes_per_token = activation_bytes_per_token(rank, dtype.itemsize)
+        self.bytes_per_row = logit_bytes_per_row(rank, dtype.itemsize)
         self._device = device
         # Ranks on the CPU ask at the same time and take from the same memory.
         self._num_sharers = num_ranks if device.type == "cpu" else 1

@@ -12,35 +12,21 @@ from pathlib import Path
 
 import torch
 
-from neuron.checkpoint.tensor_shapes import canonical_name
+from neuron.checkpoint.errors import CheckpointError
+from neuron.checkpoint.tensor_names import canonical_name, is_unread
 from neuron.engine.layers.weight_slices import Loadable, Placement, Slices
 from neuron.engine.models.decoder import CausalLM
-from neuron.engine.models.errors import BadCheckpoint
 from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.engine.weights.materialise import finish, materialise
 from neuron.engine.weights.pipeline import Piece, Transfer, make_transfer, num_reader_threads, transfer_pieces
 from neuron.engine.weights.safetensors_reader import CheckpointReader, TensorInfo, bytes_per_element
 from neuron.engine.weights.slices import runs_of
 
-__all__ = ["Progress", "WeightsRead", "canonical_name", "load_dummy_weights", "load_weights"]
+__all__ = ["Progress", "WeightsRead", "load_dummy_weights", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-
-# Tensors that checkpoints carry although nothing here needs them: tables that are recomputed, and the weights of
-# multi-token prediction, which is not used.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
-_IGNORED_PREFIXES = ("mtp.", "model.mtp.")
-# The other half of a multimodal checkpoint whose language model is served.
-_OTHER_MODALITIES = (
-    "model.visual.",
-    "visual.",
-    "model.vision_tower.",
-    "vision_tower.",
-    "model.multi_modal_projector.",
-    "multi_modal_projector.",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +64,8 @@ def load_weights(
     opened: descriptors by file name to be read in place of the files, and closed. progress(bytes_done, bytes_total)
     counts the bytes this rank reads; called before the first and after each piece of at most some megabytes.
     transfer, num_threads: how, where not as usual. Everything is verified against the file headers first. Raises
-    `BadCheckpoint` naming the tensors that are missing, unexpected, of the wrong shape or unreadable, and `ModelError`
-    (`out_of_memory`).
+    `CheckpointError` naming the tensors that are missing, unexpected, of the wrong shape or unreadable, and
+    `ModelError` (`out_of_memory`).
     """
     started = time.perf_counter()
     for descriptor in (opened or {}).values():
@@ -138,10 +124,10 @@ def _pieces(model: CausalLM, reader: CheckpointReader, read: _Read, block_bytes:
 
 
 def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
-    """What to read where. Raises `BadCheckpoint` unless tensors and model fit exactly."""
+    """What to read where. Raises `CheckpointError` unless tensors and model fit exactly."""
     available = {canonical_name(name): info for name, info in reader.tensors.items()}
     if len(available) != len(reader.tensors):
-        raise BadCheckpoint("the checkpoint holds its language model twice, under different prefixes")
+        raise CheckpointError("the checkpoint holds its language model twice, under different prefixes")
     reads: list[_Read] = []
     missing: list[str] = []
     misshapen: list[str] = []
@@ -158,19 +144,15 @@ def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
                 reads.append(_Read(info, module, placement))
     if model.lm_head.is_tied:
         available.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice
-    unexpected = sorted(name for name in available if not _is_ignored(name))
+    unexpected = sorted(name for name in available if not is_unread(name))
     if missing:
-        raise BadCheckpoint("the checkpoint lacks tensors that the model needs", tensors=missing)
+        raise CheckpointError("the checkpoint lacks tensors that the model needs", tensors=missing)
     if misshapen:
-        raise BadCheckpoint("tensors have another shape than config.json says", tensors=misshapen)
+        raise CheckpointError("tensors have another shape than config.json says", tensors=misshapen)
     if unexpected:
-        raise BadCheckpoint("the checkpoint holds tensors that the model does not know", tensors=unexpected)
+        raise CheckpointError("the checkpoint holds tensors that the model does not know", tensors=unexpected)
     _verify_coverage(model, reads)
     return reads
-
-
-def _is_ignored(name: str) -> bool:
-    return name.endswith(_IGNORED_SUFFIXES) or name.startswith(_IGNORED_PREFIXES + _OTHER_MODALITIES)
 
 
 def _verify_coverage(model: CausalLM, reads: list[_Read]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuron.engine.models.errors import BadCheckpoint
+from neuron.checkpoint.errors import CheckpointError
 from neuron.engine.weights.slices import Runs
 
 # The longest request: enough for the bus and the disk to be busy, little enough to stay in a CPU's cache.
@@ -150,8 +150,8 @@ def transfer_pieces(
     """Fill every piece's target; returns when all are there. on_bytes: called by this thread after each piece.
 
     No piece that is not direct may be longer than `transfer.block_bytes`, unless it is a single row; pieces are read in
-    about the given order. Raises `BadCheckpoint` naming the tensor that cannot be read; threads and blocks are gone by
-    then.
+    about the given order. Raises `CheckpointError` naming the tensor that cannot be read; threads and blocks are gone
+    by then.
     """
     staged_bytes = [piece.num_bytes for piece in pieces if not piece.is_direct]
     block_bytes = max(staged_bytes, default=0)
@@ -229,7 +229,7 @@ class _Readers:
             try:
                 self._read(piece, memory.reshape(-1).view(torch.uint8).numpy())
             except (OSError, ValueError) as exc:
-                error = BadCheckpoint(f"its file cannot be read ({exc})", tensors=[piece.label])
+                error = CheckpointError(f"its file cannot be read ({exc})", tensors=[piece.label])
             except Exception as exc:  # whoever waits for this piece would wait for ever
                 error = exc
             self.done.put((piece, block, error))

@@ -18,7 +18,6 @@ from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import open_file
 from neuron.checkpoint.safetensors_header import TensorHeader, read_header
 from neuron.checkpoint.weight_files import files_of, merge
-from neuron.engine.models.errors import BadCheckpoint
 
 # safetensors dtype -> torch dtype, those that a float model's weights come in.
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -47,7 +46,7 @@ class CheckpointReader:
     Takes `model.safetensors.index.json` with its shards, `model.safetensors`, or the only `*.safetensors` there is.
     opened: descriptors, by file name, to be read instead of the files of that name (copies in memory); they are
     closed with the others. What happens to the folder after the opening no longer matters, unless a file is cut short.
-    A context manager. Raises `BadCheckpoint`.
+    A context manager. Raises `CheckpointError`.
     """
 
     def __init__(self, path: Path, *, opened: Mapping[str, int] | None = None) -> None:
@@ -61,10 +60,10 @@ class CheckpointReader:
                 )
         except CheckpointError as exc:
             self.close()
-            raise BadCheckpoint(f"{path}: {exc.message}", tensors=exc.tensors, is_named=True) from exc
+            raise CheckpointError(f"{path}: {exc.message}", file=exc.file, tensors=exc.tensors, is_named=True) from exc
         except OSError as exc:
             self.close()
-            raise BadCheckpoint(f"{path} cannot be read: {exc}") from exc
+            raise CheckpointError(f"{path} cannot be read: {exc}") from exc
         except BaseException:
             self.close()
             raise
@@ -79,10 +78,10 @@ class CheckpointReader:
         return self._descriptors[file]
 
     def dtype_of(self, info: TensorInfo) -> torch.dtype:
-        """Raises `BadCheckpoint` if it is not a float's."""
+        """Raises `CheckpointError` if it is not a float's."""
         dtype = _DTYPES.get(info.dtype)
         if dtype is None:
-            raise BadCheckpoint(f"dtype {info.dtype} is not supported for weights", tensors=[info.name])
+            raise CheckpointError(f"dtype {info.dtype} is not supported for weights", tensors=[info.name])
         return dtype
 
     def close(self) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from neuron.engine.errors import ModelError
-from neuron.engine.parallel.group import ParallelGroup
+from neuron.checkpoint.errors import UnsupportedSharding
 
 # Columns and rows are apportioned in runs of at most this many (what a matrix product's tiles are wide), and of fewer
 # where that would leave a rank with less than _MIN_UNITS of them.
@@ -18,11 +18,29 @@ _MAX_UNIT = 128
 _MIN_UNITS = 8
 
 
-class UnsupportedSharding(ModelError):
-    """The model's sizes do not divide among the ranks; the message carries the numbers."""
+class Rank(Protocol):
+    """One of the ranks that share a model: `rank` of `world_size`, with the relative sizes of all of them.
 
-    def __init__(self, message: str) -> None:
-        super().__init__("unsupported_parallelism", message)
+    No shares: equal parts. A group of processes is one, and so is `RankOf`.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def shares(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RankOf:
+    """A rank as plain data, for whoever reckons with ranks that are not there (yet)."""
+
+    rank: int = 0
+    world_size: int = 1
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +88,7 @@ def _part(sizes: Sequence[int], rank: int) -> Shard:
     return Shard(sum(sizes[:rank]), sizes[rank], sum(sizes))
 
 
-def shard_evenly(total: int, group: ParallelGroup, *, what: str) -> Shard:
+def shard_evenly(total: int, group: Rank, *, what: str) -> Shard:
     """An equal part for each rank. `what` names the dimension in the error. Raises `UnsupportedSharding`."""
     if total % group.world_size:
         raise UnsupportedSharding(f"{what} ({total}) does not divide by the tensor parallel size {group.world_size}")
@@ -78,7 +96,7 @@ def shard_evenly(total: int, group: ParallelGroup, *, what: str) -> Shard:
     return Shard(group.rank * length, length, total)
 
 
-def shard_heads(num_heads: int, num_kv_heads: int, group: ParallelGroup) -> tuple[Shard, Shard]:
+def shard_heads(num_heads: int, num_kv_heads: int, group: Rank) -> tuple[Shard, Shard]:
     """(query heads, KV heads) of a rank: its query heads are those that attend to the KV heads it holds.
 
     KV heads are divided with all their query heads while there are enough of them; else neighbouring ranks hold the
@@ -99,7 +117,7 @@ def shard_heads(num_heads: int, num_kv_heads: int, group: ParallelGroup) -> tupl
     return Shard(kv.start * heads_per_kv + own.start, own.length, num_heads), kv
 
 
-def shard_kv_heads(num_kv_heads: int, group: ParallelGroup) -> Shard:
+def shard_kv_heads(num_kv_heads: int, group: Rank) -> Shard:
     """KV heads of a rank: an equal part, or one head held by several ranks when there are fewer heads than ranks.
 
     Replicas are neighbours, so that a rank's query heads (split evenly) belong to the KV head it holds.
@@ -114,7 +132,7 @@ def shard_kv_heads(num_kv_heads: int, group: ParallelGroup) -> Shard:
     return Shard(group.rank // (group.world_size // num_kv_heads), 1, num_kv_heads)
 
 
-def shard_columns(total: int, group: ParallelGroup, *, what: str) -> Shard:
+def shard_columns(total: int, group: Rank, *, what: str) -> Shard:
     """Part of a dimension that may be cut anywhere: equal, or in the ratio of the shares in runs of up to 128.
 
     Raises `UnsupportedSharding`.
@@ -124,14 +142,14 @@ def shard_columns(total: int, group: ParallelGroup, *, what: str) -> Shard:
     return _part(_apportion_in_runs(total, group, what=what), group.rank)
 
 
-def _apportion_in_runs(total: int, group: ParallelGroup, *, what: str) -> list[int]:
+def _apportion_in_runs(total: int, group: Rank, *, what: str) -> list[int]:
     unit = _MAX_UNIT
     while unit > 1 and (total % unit or total // unit < _MIN_UNITS * group.world_size):
         unit //= 2
     return [size * unit for size in apportion(total // unit, group.shares, what=what)]
 
 
-def shard_vocabulary(vocab_size: int, group: ParallelGroup) -> tuple[Shard, int]:
+def shard_vocabulary(vocab_size: int, group: Rank) -> tuple[Shard, int]:
     """Rows of the vocabulary that a rank holds, and the number of rows it allocates.
 
     Vocabularies rarely divide evenly: with equal parts every rank allocates the same number of rows, the last ones
@@ -147,8 +165,23 @@ def shard_vocabulary(vocab_size: int, group: ParallelGroup) -> tuple[Shard, int]
     return Shard(start, min(rows, vocab_size - start), vocab_size), rows
 
 
-def vocabulary_sizes(vocab_size: int, group: ParallelGroup) -> list[int] | None:
+def vocabulary_sizes(vocab_size: int, group: Rank) -> list[int] | None:
     """Rows of every rank where they differ, None with equal parts. Raises `UnsupportedSharding`."""
     if not group.shares:
         return None
     return _apportion_in_runs(vocab_size, group, what="vocabulary size")
+
+
+def ranks_of(num_ranks: int, shares: Sequence[int] = ()) -> list[RankOf]:
+    """All ranks of a group. shares: relative sizes; where they do not differ, parts are equal."""
+    uneven = tuple(shares) if len(set(shares)) > 1 else ()
+    return [RankOf(rank, num_ranks, uneven) for rank in range(num_ranks)]
+
+
+def check_division(
+    num_heads: int, num_kv_heads: int, intermediate_size: int, num_ranks: int, shares: Sequence[int] = ()
+) -> None:
+    """Whether a decoder of these sizes can be divided among so many ranks. Raises `UnsupportedSharding`."""
+    for rank in ranks_of(num_ranks, shares):
+        shard_heads(num_heads, num_kv_heads, rank)
+        shard_columns(intermediate_size, rank, what="columns of its feed-forward block")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from neuron.engine.errors import DeviceError, ModelError
-from neuron.engine.fault_injection import Levers
+from neuron.engine.loading.fault_injection import Levers
 from neuron.engine.step import engine
 
 from tests.neuron.engine.toy import VOCAB, ToyModel, answer_alone, request, run, toy_engine

@@ -1,4 +1,4 @@
-"""The preflight and the engine refuse the same divisions of a model."""
+"""What the preflight says can be divided among ranks, the engine builds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neuron.checkpoint.divisibility import indivisible
+from neuron.checkpoint.errors import UnsupportedSharding
 from neuron.checkpoint.preflight import check_config
+from neuron.checkpoint.sharding import check_division
 from neuron.engine.models.registry import build_model
 from neuron.engine.parallel.group import ParallelGroup
-from neuron.engine.parallel.sharding import UnsupportedSharding
 
 
 def config_of(num_heads: int, num_kv_heads: int, intermediate_size: int) -> dict[str, Any]:
@@ -53,8 +53,12 @@ def test_preflight_and_engine_agree(
 ) -> None:
     config = config_of(heads_per_kv * num_kv_heads, num_kv_heads, intermediate_size)
     shares = () if is_even else tuple(range(1, num_ranks + 1))
-    is_possible = indivisible(config, num_ranks, is_even=is_even or num_ranks == 1) is None
-    assert is_possible == can_be_built(config, shares, num_ranks)
+    try:
+        check_division(heads_per_kv * num_kv_heads, num_kv_heads, intermediate_size, num_ranks, shares)
+    except UnsupportedSharding:
+        assert not can_be_built(config, shares, num_ranks)
+    else:
+        assert can_be_built(config, shares, num_ranks)
 
 
 def test_the_refusal_comes_with_the_numbers() -> None:
@@ -62,11 +66,12 @@ def test_the_refusal_comes_with_the_numbers() -> None:
     with pytest.raises(ApiError) as caught:
         check_config(spec, config_of(8, 4, 12))
     assert (caught.value.status, caught.value.code) == (422, "unsupported_parallelism")
-    assert "its 8 attention heads do not divide by 3 ranks" in caught.value.message
+    assert "number of attention heads (8) does not divide by the tensor parallel size 3" in caught.value.message
     check_config(ModelSpec("org/model", tensor_parallel=2), config_of(8, 4, 12))
     check_config(ModelSpec("org/model", tensor_split=(3.0, 2.0, 2.0)), config_of(8, 4, 12))
 
 
-def test_sizes_that_are_missing_are_for_the_engine_to_name() -> None:
-    assert indivisible({"num_attention_heads": 5}, 2, is_even=True) is None
-    assert indivisible({"text_config": config_of(5, 5, 10)}, 2, is_even=True) is not None
+def test_sizes_that_are_missing_are_for_the_inspection_to_name() -> None:
+    check_config(ModelSpec("org/model", tensor_parallel=2), {"model_type": "llama", "num_attention_heads": 5})
+    with pytest.raises(ApiError, match="number of attention heads"):
+        check_config(ModelSpec("org/model", tensor_parallel=2), {"text_config": config_of(5, 5, 10)})

@@ -22,7 +22,7 @@ from torch import Tensor
 from neuron.engine.errors import ModelError
 
 if TYPE_CHECKING:
-    from neuron.engine.step.batch import StepBatch, StepContext
+    from neuron.engine.attention.interface import StepBatch, StepContext
 
 logger = logging.getLogger(__name__)
 
