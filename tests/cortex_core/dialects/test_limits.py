@@ -201,6 +201,8 @@ def asked(limit: str, count: int) -> Iterator[tuple[tuple[Parse, Body], str | No
     elif limit == "MAX_TOP_LOGPROBS":
         yield chat(logprobs=True, top_logprobs=count), "top_logprobs"
         yield responses(top_logprobs=count), "top_logprobs"
+    elif limit == "MAX_CACHE_SALT":
+        yield from ((dialect(cache_salt=text), "cache_salt") for dialect in OPENAI)
     elif limit == "MAX_LOGPROBS":
         yield completion(logprobs=count), "logprobs"
     else:

@@ -151,7 +151,8 @@ class Request(msgspec.Struct, frozen=True):
     token's log-probability and the k most likely alternatives. `continue_final_turn`: the last assistant turn
     is a prefix to continue (Anthropic prefill).
 
-    The last three are no part of what is asked. param_names: fields as this module calls them (`messages`), by the
+    cache_salt: requests with different ones share no cached prefix. The last three are no part of what is asked.
+    param_names: fields as this module calls them (`messages`), by the
     path that the client wrote them at, where that differs. dropped: names of the filters that took something out of
     the prompt. echo_fields: what the dialect that parsed the request repeats in its answer; nobody else reads it.
     """
@@ -173,6 +174,7 @@ class Request(msgspec.Struct, frozen=True):
     include_usage: bool = False
     continue_final_turn: bool = False
     template_kwargs: dict[str, Any] = {}
+    cache_salt: str = ""
     param_names: dict[str, str] = {}
     dropped: tuple[str, ...] = ()
     echo_fields: dict[str, Any] = {}

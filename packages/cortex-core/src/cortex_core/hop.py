@@ -33,6 +33,8 @@ from cortex_core.errors import ENDED_ENGINE
 RESOLVED_MODEL_HEADER = "x-cortex-resolved-model"
 HOP_HEADER = "x-cortex-hop"
 RESUME_HEADER = "x-cortex-resume"
+CACHE_SALT_HEADER = "x-cortex-cache-salt"
+"""Requests with different ones share no cached prefix: a gateway sends one for each account."""
 SECRET_HEADER = "x-cortex-secret"  # noqa: S105  (its name)
 
 CLAIMS = frozenset(
@@ -42,6 +44,7 @@ CLAIMS = frozenset(
         b"x-helexa-key-id",
         HOP_HEADER.encode(),
         RESUME_HEADER.encode(),
+        CACHE_SALT_HEADER.encode(),
     )
 )
 """Who asks, and what only a gateway has a use for. Not the resolved model: a body may name any model as well."""

@@ -100,12 +100,22 @@ class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
     grammar: str
 
 
+class ContentDigest(msgspec.Struct, frozen=True, array_like=True):
+    """What stands at `length` positions from `start` on, whose tokens are placeholders: a hash of it."""
+
+    start: int
+    length: int
+    digest: bytes
+
+
 class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
     """Start (or, with `output_ids`, resume) one sequence.
 
     Generation ends at a token of `stop_token_ids` (which is not reported as output), after `max_tokens` output
     tokens in all (resumed ones included), or when the grammar is complete. prompt_logprobs asks for the
     log-probability of every prompt token (completions with echo); it disables the prefix cache for the request.
+    cache_salt: requests with different ones do not share cached prefixes. contents: of positions whose tokens do not
+    say what stands there, in order.
     """
 
     request_id: int
@@ -116,6 +126,8 @@ class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
     grammar: GrammarSpec | None = None
     output_ids: tuple[int, ...] = ()
     prompt_logprobs: bool = False
+    cache_salt: str = ""
+    contents: tuple[ContentDigest, ...] = ()
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):

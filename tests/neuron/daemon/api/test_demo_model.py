@@ -74,6 +74,33 @@ async def test_counting_equals_billing(neuron: RunningNeuron) -> None:
     assert json.loads(counted)["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
 
 
+async def cached_tokens(neuron: RunningNeuron, route: str, body: dict[str, Any], account: str | None = None) -> int:
+    headers = {} if account is None else {"x-cortex-cache-salt": account}
+    status, _, answer = await neuron.post(route, body, headers)
+    assert status == 200, answer
+    usage = json.loads(answer)["usage"]
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    return int(usage.get("cache_read_input_tokens") or details.get("cached_tokens") or 0)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/messages"])
+async def test_H10_what_one_account_has_asked_is_found_by_no_other(neuron: RunningNeuron, route: str) -> None:
+    body = ask(neuron, f"Repeat after me, {route}: " + "a long and secret story. " * 12, max_tokens=1)
+    assert await cached_tokens(neuron, route, body, "a") == 0
+    for account in ("b", None):
+        assert await cached_tokens(neuron, route, body, account) == 0
+    for account in ("a", "b", None):
+        assert await cached_tokens(neuron, route, body, account) >= 32
+
+
+async def test_H10_a_client_may_keep_its_prefixes_to_itself(neuron: RunningNeuron) -> None:
+    route, text = "/v1/chat/completions", "Tell me of the sea and of its tides. " * 8
+    body = ask(neuron, text, max_tokens=1, cache_salt="mine")
+    assert await cached_tokens(neuron, route, body) == 0
+    assert await cached_tokens(neuron, route, ask(neuron, text, max_tokens=1)) == 0
+    assert await cached_tokens(neuron, route, body) >= 32
+
+
 async def test_a_schema_is_obeyed(neuron: RunningNeuron) -> None:
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
     form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from neuron.engine.errors import RequestError
 from neuron.engine.kv_cache.page_pool import OutOfPages, PagePool
-from neuron.engine.kv_cache.prefix_cache import PrefixCache
+from neuron.engine.kv_cache.prefix_cache import PageHashes, PrefixCache
 from neuron.engine.scheduler.scheduler import Scheduler
 from neuron.engine.scheduler.sequence import Sequence, Status
-from neuron.protocol import Generate, SamplingParams
+from neuron.protocol import ContentDigest, Generate, SamplingParams
 
 PAGE = 4
 
@@ -214,7 +214,7 @@ def test_least_recently_used_prefixes_are_evicted_tail_first():
     pool = PagePool(5)
     cache = PrefixCache(pool, PAGE, root="m:0")
     tokens = list(range(16))
-    hashes: list[bytes] = []
+    hashes = PageHashes()
     cache.extend_hashes(hashes, tokens, 4)
     pages = pool.allocate(4)
     for page, page_hash in zip(pages, hashes, strict=True):
@@ -222,7 +222,7 @@ def test_least_recently_used_prefixes_are_evicted_tail_first():
     pool.release(pages)
     assert pool.num_free == 4 and pool.num_idle == 4
     assert pool.allocate(1) == [pages[3]]
-    assert cache.match(list(hashes), [*tokens, 99]) == pages[:3]
+    assert cache.match(PageHashes(), [*tokens, 99]) == pages[:3]
     with pytest.raises(OutOfPages):
         pool.allocate(4)
     assert pool.num_free == 3
@@ -230,10 +230,38 @@ def test_least_recently_used_prefixes_are_evicted_tail_first():
 
 def test_the_prefix_of_another_model_or_epoch_is_not_found():
     pool = PagePool(5)
-    hashes: list[list[bytes]] = [[], []]
+    hashes = [PageHashes(), PageHashes()]
     for root, target in zip(("m:0", "m:1"), hashes, strict=True):
         PrefixCache(pool, PAGE, root=root).extend_hashes(target, list(range(8)), 2)
     assert not set(hashes[0]) & set(hashes[1])
+
+
+def hashes_of(tokens: list[int], num_pages: int, salt: str = "", *contents: ContentDigest) -> PageHashes:
+    hashes = PageHashes(salt, contents)
+    PrefixCache(PagePool(5), PAGE, root="m:0").extend_hashes(hashes, tokens, num_pages)
+    return hashes
+
+
+def test_H10_prefixes_of_other_salts_are_not_found():
+    tokens = list(range(4 * PAGE))
+    plain, one, again, two = (hashes_of(tokens, 4, salt) for salt in ("", "a", "a", "b"))
+    assert one == again
+    assert len({*plain, *one, *two}) == 12
+
+
+def test_what_stands_at_placeholders_tells_pages_apart():
+    """An image that reaches from the second page into the third: every page from the second on depends on it."""
+    tokens = [7] * (4 * PAGE)
+    plain = hashes_of(tokens, 4)
+    image = ContentDigest(PAGE + 1, PAGE, b"image")
+    seen = hashes_of(tokens, 4, "", image)
+    assert seen == hashes_of(tokens, 4, "", ContentDigest(PAGE + 1, PAGE, b"image"))
+    assert [a == b for a, b in zip(plain, seen, strict=True)] == [True, False, False, False]
+    others = (ContentDigest(PAGE + 1, PAGE, b"other"), ContentDigest(PAGE + 2, PAGE, b"image"))
+    for other in others:
+        assert [a == b for a, b in zip(seen, hashes_of(tokens, 4, "", other), strict=True)] == [True] + [False] * 3
+    only_third = ContentDigest(2 * PAGE, PAGE, b"image")
+    assert hashes_of(tokens, 2, "", only_third) == plain[:2]
 
 
 def test_pages_released_twice_are_an_error():

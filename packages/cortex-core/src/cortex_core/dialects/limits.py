@@ -61,6 +61,9 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKEN_ID_DIGITS = 9
 """No vocabulary has a thousand million tokens."""
 
+MAX_CACHE_SALT = 256
+"""Characters."""
+
 # ---------------------------------------------------------------- answers of other servers
 
 MAX_WHOLE_ANSWER_BYTES = 16 * 2**20

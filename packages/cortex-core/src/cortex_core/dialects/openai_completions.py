@@ -31,6 +31,7 @@ from cortex_core.events import (
 )
 
 MAPPED = (
+    "cache_salt",
     "echo",
     "frequency_penalty",
     "ignore_eos",
@@ -91,6 +92,7 @@ def parse(body: bytes) -> Request:
         echo=echo,
         stream=fields.boolean("stream"),
         include_usage=openai_fields.include_usage(fields),
+        cache_salt=openai_fields.cache_salt(fields),
     )
 
 

@@ -77,6 +77,14 @@ def stop(body: Fields, name: str = "stop") -> tuple[str, ...]:
     return read_stop_sequences(value, path)
 
 
+def cache_salt(body: Fields) -> str:
+    """`cache_salt`, as vLLM has it. Raises `ApiError`."""
+    value = body.string("cache_salt") or ""
+    if len(value) > limits.MAX_CACHE_SALT:
+        raise invalid(f"cache_salt: at most {limits.MAX_CACHE_SALT} characters, got {len(value)}", param="cache_salt")
+    return value
+
+
 def template_kwargs(body: Fields) -> Fields | None:
     """Variables for the chat template."""
     given = body.object("chat_template_kwargs")

@@ -105,6 +105,7 @@ CHAT_REQUEST: Schema = fields(
     {
         **shared.SAMPLING,
         **shared.THINKING,
+        "cache_salt": shared.CACHE_SALT,
         "continue_final_message": optional(BOOLEAN),
         "guided_json": optional(JSON_SCHEMA),
         "ignore_eos": optional(BOOLEAN),
@@ -139,6 +140,7 @@ COMPLETION_REQUEST: Schema = fields(
     {
         **shared.SAMPLING,
         "best_of": optional(integer(1)),
+        "cache_salt": shared.CACHE_SALT,
         "echo": optional(BOOLEAN),
         "ignore_eos": optional(BOOLEAN),
         "logprobs": optional(integer(0, MAX_LOGPROBS)),

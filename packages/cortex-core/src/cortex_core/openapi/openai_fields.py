@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cortex_core.dialects.limits import (
+    MAX_CACHE_SALT,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_STOP_CHARACTERS,
@@ -33,6 +34,7 @@ TOKEN_LIMIT = optional(integer(1))
 """Clamped to the window, never refused for being large."""
 
 STOP_SEQUENCE: Schema = {**NAME, "maxLength": MAX_STOP_CHARACTERS}
+CACHE_SALT = {"type": ["string", "null"], "maxLength": MAX_CACHE_SALT}
 STOP = any_of(STOP_SEQUENCE, array(STOP_SEQUENCE, maxItems=MAX_STOP_SEQUENCES), {"type": "null"})
 STREAM_OPTIONS = optional(fields({}, {"include_usage": optional(BOOLEAN)}))
 EFFORT = optional(choice(*REASONING_EFFORTS))

@@ -157,6 +157,7 @@ RESPONSES_REQUEST: Schema = fields(
         **shared.SAMPLING,
         **shared.THINKING,
         **_SETTINGS,
+        "cache_salt": shared.CACHE_SALT,
         "ignore_eos": optional(BOOLEAN),
         "include": optional(array(True)),
         "instructions": optional(TEXT),

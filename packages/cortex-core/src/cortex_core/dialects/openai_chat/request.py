@@ -38,6 +38,7 @@ from cortex_core.dialects.openai_images import image_part
 from cortex_core.errors import ApiError, invalid
 
 MAPPED = (
+    "cache_salt",
     "chat_template_kwargs",
     "continue_final_message",
     "enable_thinking",
@@ -129,6 +130,7 @@ def parse(body: bytes) -> Request:
         include_usage=openai_fields.include_usage(fields),
         continue_final_turn=_continues(fields, turns),
         template_kwargs={} if template_kwargs is None else template_kwargs.values,
+        cache_salt=openai_fields.cache_salt(fields),
         param_names={
             f"tools[{index}].function.parameters": f"tools[{index}].custom.format"
             for index, tool in enumerate(tools)

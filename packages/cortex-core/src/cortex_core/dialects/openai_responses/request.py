@@ -16,6 +16,7 @@ from cortex_core.dialects.openai_responses.tools import Tools, read_tool_choice,
 from cortex_core.errors import ApiError
 
 MAPPED = (
+    "cache_salt",
     "chat_template_kwargs",
     "enable_thinking",
     "frequency_penalty",
@@ -109,6 +110,7 @@ def _request(fields: Fields, model: str) -> Request:
         logprobs=_logprobs(fields, include),
         stream=fields.boolean("stream"),
         template_kwargs={} if template_kwargs is None else template_kwargs.values,
+        cache_salt=openai_fields.cache_salt(fields),
         param_names=_param_names(tools),
         echo_fields={"object": echoed(fields), "carries_thoughts": ENCRYPTED_REASONING in include},
     )

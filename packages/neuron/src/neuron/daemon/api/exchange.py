@@ -20,6 +20,7 @@ from cortex_core.dialects.errors import (
     status_of,
 )
 from cortex_core.errors import ApiError
+from cortex_core.hop import CACHE_SALT_HEADER
 
 from neuron.daemon.api.asgi import ClientGone, RawHeaders, Receive, Scope, Send
 from neuron.daemon.api.body import RequestBody
@@ -89,6 +90,12 @@ class Exchange:
             scheme, _, key = (self.header(b"authorization") or b"").partition(b" ")
             key = key.strip() if scheme.lower() == b"bearer" else b""
         return f"key:{_digest(key)}" if key else None
+
+    @property
+    def cache_salt(self) -> str:
+        """With whom cached prefixes are not to be shared, as a gateway says; empty without."""
+        value = self.header(CACHE_SALT_HEADER.encode())
+        return "" if not value else _digest(value)
 
     @property
     def is_hop(self) -> bool:

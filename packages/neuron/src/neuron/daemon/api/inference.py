@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 
+import msgspec
 from cortex_core.conversation import Request
 from cortex_core.dialects.errors import status_of
 from cortex_core.dialects.interface import Dialect
@@ -90,6 +91,7 @@ class Inference:
                 if model.loaded is not None and text.tokens.vocab_size > model.loaded.vocab_size:
                     _check_ids(request, choices, model.loaded.vocab_size)
                 with request.own_words():
+                    choices = _salted(choices, exchange.cache_salt, request.cache_salt)
                     events, head = self._begun(request, choices, text, record, state)
                     ticket.request(model.need(events.needs(), num_choices=request.num_choices))
                     if request.stream:
@@ -147,6 +149,14 @@ class Inference:
         collector.feed(record.usage)
         await exchange.respond(200, collector.body())
         record.end("ok")
+
+
+def _salted(choices: list[Choice], of_account: str, of_client: str) -> list[Choice]:
+    """Choices that share cached prefixes only with those of equal salts: the gateway's for an account, the client's."""
+    if not of_account and not of_client:
+        return choices
+    salt = f"{of_account}:{of_client}"
+    return [msgspec.structs.replace(choice, cache_salt=salt) for choice in choices]
 
 
 def _check_ids(request: Request, choices: list[Choice], vocab_size: int) -> None:

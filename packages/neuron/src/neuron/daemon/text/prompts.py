@@ -47,6 +47,7 @@ class Generation(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...]
     grammar: GrammarSpec | None = None
     prompt_logprobs: bool = False
+    cache_salt: str = ""
 
     def generate(self, request_id: int, output_ids: tuple[int, ...] = ()) -> Generate:
         """The frame that starts this choice, or resumes it after `output_ids`."""
@@ -59,6 +60,7 @@ class Generation(msgspec.Struct, frozen=True):
             grammar=self.grammar,
             output_ids=output_ids,
             prompt_logprobs=self.prompt_logprobs,
+            cache_salt=self.cache_salt,
         )
 
 

@@ -1,8 +1,12 @@
 """Finding pages that already hold the keys and values of a prompt's beginning.
 
-A full page is known by the hash of (hash of the page before it, its tokens), so equal hashes mean equal whole
-prefixes (the hash-chain scheme of vLLM's automatic prefix caching; radix trees find the same pages). Pages without a
-holder stay findable until the pool hands them out for new content, least recently let go first.
+A full page is known by the hash of (hash of the page before it, its tokens, what else its content depends on), so equal
+hashes mean equal whole prefixes (the hash-chain scheme of vLLM's automatic prefix caching; radix trees find the same
+pages). Pages without a holder stay findable until the pool hands them out for new content, least recently let go first.
+
+Two things tell pages of equal tokens apart. A *salt* begins the chain: requests with different salts never find each
+other's pages, nor learn from the time an answer takes what others have asked. A *digest* names what stands at positions
+whose tokens are placeholders (an image): it goes into the hash of every page that it reaches into.
 """
 
 from __future__ import annotations
@@ -12,11 +16,31 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from neuron.engine.kv_cache.page_pool import PagePool
+from neuron.protocol import ContentDigest
 
 PageHash = bytes
 
 # 128 bits of a cryptographic hash: nobody can craft a prompt that is answered from another prompt's pages.
 _DIGEST_BYTES = 16
+
+
+class PageHashes(list[PageHash]):
+    """Hashes of the first pages of one sequence, as far as they were needed, and what they depend on besides tokens.
+
+    salt: begins the chain. contents: digests by position, in order, none overlapping another.
+    """
+
+    __slots__ = ("contents", "salt")
+
+    def __init__(self, salt: str = "", contents: Sequence[ContentDigest] = ()) -> None:
+        super().__init__()
+        self.salt = salt
+        self.contents = tuple(contents)
+
+    def content_of(self, start: int, end: int) -> bytes:
+        """What the tokens from `start` up to `end` do not say of their content."""
+        reaching = [each for each in self.contents if each.start < end and start < each.start + each.length]
+        return b"".join(each.digest + (start - each.start).to_bytes(8, "little", signed=True) for each in reaching)
 
 
 class PrefixCache:
@@ -34,16 +58,23 @@ class PrefixCache:
         pool.is_findable = self._hash_of.__contains__
         pool.on_reuse = self._drop
 
-    def extend_hashes(self, hashes: list[PageHash], tokens: Sequence[int], num_pages: int) -> None:
+    def extend_hashes(self, hashes: PageHashes, tokens: Sequence[int], num_pages: int) -> None:
         """Append to `hashes` those of the full pages of `tokens` up to `num_pages`."""
         page_size = self._page_size
-        parent = hashes[-1] if hashes else self._root
+        parent = hashes[-1] if hashes else self._first_parent(hashes.salt)
         for index in range(len(hashes), num_pages):
-            content = array("q", tokens[index * page_size : (index + 1) * page_size])
-            parent = blake2b(parent + content.tobytes(), digest_size=_DIGEST_BYTES).digest()
+            content = array("q", tokens[index * page_size : (index + 1) * page_size]).tobytes()
+            if hashes.contents:
+                content += hashes.content_of(index * page_size, (index + 1) * page_size)
+            parent = blake2b(parent + content, digest_size=_DIGEST_BYTES).digest()
             hashes.append(parent)
 
-    def match(self, hashes: list[PageHash], tokens: Sequence[int]) -> list[int]:
+    def _first_parent(self, salt: str) -> PageHash:
+        if not salt:
+            return self._root
+        return blake2b(self._root + salt.encode(), digest_size=_DIGEST_BYTES).digest()
+
+    def match(self, hashes: PageHashes, tokens: Sequence[int]) -> list[int]:
         """Pages that hold the longest known beginning of `tokens`; not yet retained.
 
         At least the last token is left out, because its logits are wanted. `hashes` is extended as far as needed.

@@ -6,7 +6,7 @@ from array import array
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from neuron.engine.kv_cache.prefix_cache import PageHash
+from neuron.engine.kv_cache.prefix_cache import PageHashes
 from neuron.protocol import FinishKind, Generate, Logprobs
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.is_cached_reported = False
         self.pages: array[int] = array("i")
-        self.page_hashes: list[PageHash] = []
+        self.page_hashes = PageHashes(request.cache_salt, request.contents)
         self.num_pending_until = 0  # the scheduler's: full pages announced as being computed
         self.sampling = request.sampling
         self.max_tokens = request.max_tokens
