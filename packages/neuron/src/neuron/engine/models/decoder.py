@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +11,35 @@ from torch import Tensor, nn
 from neuron.checkpoint.config import ModelConfig
 from neuron.checkpoint.layout import rank_sizes
 from neuron.checkpoint.tensor_names import LLAMA_NAMES
-from neuron.engine.attention.attention import SelfAttention
+from neuron.engine.attention.interface import StepContext
 from neuron.engine.layers.embedding import LMHead, VocabParallelEmbedding
-from neuron.engine.layers.mlp import GatedMLP
 from neuron.engine.layers.norm import RMSNorm
 from neuron.engine.layers.rotary import RotaryEmbedding, StepRotary
 from neuron.engine.layers.weight_slices import Loadable, NeedsFinishing
 from neuron.engine.parallel.group import ParallelGroup
 
-if TYPE_CHECKING:
-    from neuron.engine.attention.interface import StepContext
+
+class Mixer(Protocol):
+    """What mixes the tokens of a sequence: attention, or a recurrent state."""
+
+    def __call__(self, hidden: Tensor, rotary: StepRotary, ctx: StepContext, /) -> Tensor:
+        """[T, H] -> [T, H]; reads and writes this layer's part of the cache."""
+        ...
+
+
+class FeedForward(Protocol):
+    """What works on each token by itself: a gated block, or experts."""
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """[T, H] -> [T, H]."""
+        ...
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward block. The residual stream travels beside the hidden states, so that each
+    """Pre-norm mixer and feed-forward block. The residual stream travels beside the hidden states, so that each
     addition is fused with the norm that follows it."""
 
-    def __init__(self, hidden_size: int, eps: float, attention: SelfAttention, mlp: GatedMLP) -> None:
+    def __init__(self, hidden_size: int, eps: float, attention: Mixer, mlp: FeedForward) -> None:
         super().__init__()
         self.input_norm = RMSNorm(hidden_size, eps)
         self.attention = attention
