@@ -147,5 +147,6 @@ def test_every_toml_example_is_accepted(name: str, block: str) -> None:
 
 
 def test_the_readme_and_ci_run_the_same_test_command() -> None:
-    assert "uv run pytest" in (ROOT / "README.md").read_text()
-    assert "\nuv run pytest\n" in (ROOT / ".ci" / "run").read_text()
+    command = "uv run pytest -n 2\n"
+    assert f"&& {command}" in (ROOT / "README.md").read_text()
+    assert f"\n{command}" in (ROOT / ".ci" / "run").read_text()

@@ -127,7 +127,9 @@ async def _has_seats_free(neuron: Neuron) -> bool:
 # ---------------------------------------------------------------------- the process lives, and does not work
 
 
-@pytest.mark.parametrize("how", ["stopped by a signal", "waiting for ever in a step"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("stopped by a signal", marks=pytest.mark.full), "waiting for ever in a step"]
+)
 async def test_F12_an_engine_that_hangs_is_killed_and_its_streams_go_on(
     neuron: Neuron, undisturbed: Undisturbed, how: str
 ) -> None:

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)
 TWO = {"tensor_parallel": 2}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])
 async def test_32_streams_outlive_a_killed_rank(neuron: Neuron, undisturbed: Undisturbed, rank: int) -> None:
     requests = crowd(32)
     expected = await undisturbed.answers(neuron, requests, **TWO)

@@ -73,7 +73,7 @@ async def settled(started: RunningGateway, earlier: list[object]) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("parser", ["httptools", "h11"])
+@pytest.mark.parametrize("parser", ["httptools", pytest.param("h11", marks=pytest.mark.full)])
 async def test_a_mixed_load_leaves_nothing_behind(parser: Http1Parser) -> None:
     earlier = held()  # by tests before this one: their failures, logs and fixtures
     async with backends() as neurons, running(config(neurons, parser), Catalogue(), grace_s=0) as started:

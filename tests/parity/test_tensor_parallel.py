@@ -103,7 +103,9 @@ def _linked(folder: Path, checkpoints: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["two", "four"])
+@pytest.mark.parametrize(
+    ("world_size", "cases"), [(2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.full)], ids=["two", "four"]
+)
 def test_ranks_compute_the_logits_of_the_whole(
     world_size: int, cases: list[Case], checkpoints: Path, tmp_path: Path
 ) -> None:
