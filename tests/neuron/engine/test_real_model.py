@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 import torch
+from neuron.checkpoint.config import read_config
 from neuron.engine.errors import ModelError
 from neuron.engine.loading.loading import load_engine, prefill_budget, resolve_dtype
 from neuron.engine.step.engine import Engine
@@ -131,11 +133,11 @@ def test_dtypes_can_be_chosen(checkpoint, dtype):
 
 def test_auto_takes_float32_on_the_cpu_and_the_checkpoints_dtype_on_a_device():
     config = EngineConfig(model_id="m", path="/")
-    cuda = torch.device("cuda", 0)
-    assert resolve_dtype(config, {"dtype": "bfloat16"}, torch.device("cpu")) is torch.float32
-    assert resolve_dtype(config, {"dtype": "float16"}, cuda) is torch.float16
-    assert resolve_dtype(config, {"torch_dtype": "torch.bfloat16"}, cuda) is torch.bfloat16
-    assert resolve_dtype(config, {}, cuda) is torch.bfloat16
+    on_device = msgspec.structs.replace(config, devices=(0,))
+    assert resolve_dtype(config, read_config(SHAPE | {"dtype": "bfloat16"})) is torch.float32
+    assert resolve_dtype(on_device, read_config(SHAPE | {"dtype": "float16"})) is torch.float16
+    assert resolve_dtype(on_device, read_config(SHAPE | {"torch_dtype": "torch.bfloat16"})) is torch.bfloat16
+    assert resolve_dtype(on_device, read_config(SHAPE)) is torch.bfloat16
 
 
 def test_a_large_model_prefills_in_short_steps_on_the_cpu():

@@ -55,9 +55,10 @@ def read_config(config: Mapping[str, Any], family: Family | None = None) -> Mode
     Raises `CheckpointError` for missing or senseless values, `NotSupported` for a family or a feature that no layer
     here has.
     """
-    check_values(config, is_complete=True)
+    check_values(config)
     family = family or family_of(config)
     refuse_quantised(config)
+    check_values(config, is_complete=True)
     values = language_model(config)
     activation = values.get("hidden_act") or values.get("hidden_activation") or "silu"
     if activation not in ("silu", "swish"):
