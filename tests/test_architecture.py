@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "packages"
-PACKAGES = {"cortex_gateway": ROOT / "cortex-gateway/src/cortex_gateway"}
+PACKAGES = {
+    "cortex_core": ROOT / "cortex-core/src/cortex_core",
+    "cortex_gateway": ROOT / "cortex-gateway/src/cortex_gateway",
+    "neuron": ROOT / "neuron/src/neuron",
+    "cortex_cli": ROOT / "cortex-cli/src/cortex_cli",
+}
+SHIMS = {"neuron.cli", "neuron.worker"}
+"""Old names of ways in, which nobody imports either."""
 MAX_MODULES = 15
 
 Graph = dict[str, set[str]]
@@ -24,7 +31,7 @@ def modules_of(package: str) -> dict[str, Path]:
         parts = file.relative_to(root.parent).with_suffix("").parts
         if parts[-1] != "__main__":
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
+    return {name: file for name, file in found.items() if name not in SHIMS}
 
 
 def imports_of(source: str, modules: Mapping[str, Path]) -> Iterator[str]:
@@ -110,3 +117,30 @@ def test_no_folders_go_in_a_circle(package: str) -> None:
 def test_no_folder_holds_more_than_can_be_looked_over(package: str) -> None:
     counts = Counter(file.parent for file in modules_of(package).values() if file.name != "__init__.py")
     assert {str(folder): count for folder, count in counts.items() if count > MAX_MODULES} == {}
+
+
+def test_the_drawn_tree_of_the_neuron_is_the_tree() -> None:
+    page = (ROOT.parent / "docs/explanation/architecture.md").read_text()
+    drawn = page.split("```\nneuron/\n")[1].split("```")[0]
+    path: list[str] = []
+    folders = set()
+    for line in drawn.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = [*path[: depth - 1], name.rstrip("/")]
+        if name.endswith("/"):
+            folders.add("/".join(path))
+    root = PACKAGES["neuron"]
+    real = {str(file.parent.relative_to(root)) for file in modules_of("neuron").values()} - {"."}
+    assert folders == real
+
+
+def test_nobody_imports_a_shim() -> None:
+    files = [file for root in PACKAGES.values() for file in root.rglob("*.py")]
+    trees = {file: ast.parse(file.read_text()) for file in files}
+    assert [
+        file
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in SHIMS
+    ] == []

@@ -18,7 +18,7 @@ from cortex_core.http_access import (
     parse_origin,
     read_visit,
 )
-from cortex_core.log_lines import Sparing
+from cortex_core.serving.log_lines import Sparing
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import pytest
-from cortex_core.log_lines import REQUESTS_BURST, left_out
+from cortex_core.serving.log_lines import REQUESTS_BURST, left_out
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron

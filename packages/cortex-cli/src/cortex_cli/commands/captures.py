@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import click
-from cortex_core.log_lines import printable
+from cortex_core.serving.log_lines import printable
 
 from cortex_cli.exits import CliError
 from cortex_cli.gateway import Gateway

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import click
-from cortex_core.log_lines import shown
+from cortex_core.serving.log_lines import shown
 
 from cortex_cli.exits import EXIT_FAILED, EXIT_UNREACHABLE, CliError
 from cortex_cli.gateway import Gateway

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cortex_core.log_lines import left_out
 from cortex_core.serving.connection_table import REASONS, STATES, ConnectionTable
+from cortex_core.serving.log_lines import left_out
 
 
 class ConnectionCollector(Collector):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from cortex_core.errors import ApiError
-from cortex_core.turns import Turns
+from cortex_core.serving.turns import Turns
 
 from cortex_gateway.bodies.messages import Job, Order, Refused, Result, Translate
 from cortex_gateway.bodies.process import MEMORY_BYTES, BodyProcess, Lost, ProcessLost

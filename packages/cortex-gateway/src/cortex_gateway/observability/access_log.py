@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from cortex_core.log_lines import RequestLines, as_record, cut
 from cortex_core.serving.later import later
+from cortex_core.serving.log_lines import RequestLines, as_record, cut
 
 log = logging.getLogger("cortex_gateway.access")
 

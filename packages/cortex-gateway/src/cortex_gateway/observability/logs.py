@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 from typing import TextIO
 
-from cortex_core.log_lines import LineFormatter, LineLimit
 from cortex_core.serving.later import later
+from cortex_core.serving.log_lines import LineFormatter, LineLimit
 
 FLUSH_AFTER_S = 0.02
 

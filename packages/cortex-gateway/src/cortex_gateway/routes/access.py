@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from cortex_core.cors import answer_headers, preflight_headers
+from cortex_core.access.cors import answer_headers, preflight_headers
+from cortex_core.access.host_names import own_names
 from cortex_core.dialects.errors import dialect_of_path, error_body, status_of
 from cortex_core.gateway_config import GatewayConfig
-from cortex_core.host_names import own_names
 from cortex_core.http_access import (
     ORIGIN_NOT_ALLOWED,
     HostRules,
@@ -25,7 +25,7 @@ from cortex_core.http_access import (
     is_loopback,
     read_visit,
 )
-from cortex_core.log_lines import Sparing
+from cortex_core.serving.log_lines import Sparing
 
 from cortex_gateway.configuration.current import Current
 from cortex_gateway.http.admission import ADMITTED, Admission, admission_of

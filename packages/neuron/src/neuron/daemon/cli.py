@@ -176,8 +176,8 @@ def _say_ready(url: str) -> None:
 
 def _set_up_logging() -> None:
     """To stderr; the level from `NEURON_LOG` or the reference's `RUST_LOG` (its first word), `info` by default."""
-    from cortex_core.log_lines import LineFormatter, LineLimit
     from cortex_core.serving.later import later
+    from cortex_core.serving.log_lines import LineFormatter, LineLimit
 
     wanted = (os.environ.get("NEURON_LOG") or os.environ.get("RUST_LOG") or "info").split(",")[0].split("=")[-1]
     level = _LEVELS.get(wanted.lower(), wanted.upper())

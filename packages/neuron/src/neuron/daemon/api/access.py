@@ -12,11 +12,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-from cortex_core.cors import answer_headers, preflight_headers
+from cortex_core.access.cors import answer_headers, preflight_headers
+from cortex_core.access.host_names import own_names
 from cortex_core.errors import ApiError
 from cortex_core.fleet_secret import Standing, places_of, without_claims
 from cortex_core.hop import HOP_HEADER, SECRET_HEADER
-from cortex_core.host_names import own_names
 from cortex_core.http_access import (
     SECRET_MISSING,
     SECRET_WRONG,
@@ -27,7 +27,7 @@ from cortex_core.http_access import (
     is_loopback,
     read_visit,
 )
-from cortex_core.log_lines import Sparing
+from cortex_core.serving.log_lines import Sparing
 
 from neuron.daemon.api.asgi import RawHeaders, Scope
 from neuron.daemon.api.fleet_secret import WHERE as SECRET_WHERE

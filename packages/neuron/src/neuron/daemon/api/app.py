@@ -10,7 +10,7 @@ from cortex_core.dialects import openai_chat, openai_completions, openai_respons
 from cortex_core.dialects.anthropic_messages import MessagesDialect
 from cortex_core.errors import ApiError
 from cortex_core.http_access import Refused
-from cortex_core.log_lines import shown
+from cortex_core.serving.log_lines import shown
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cortex_core.fleet import BuildInfo
-from cortex_core.log_lines import RequestLines
 from cortex_core.serving.later import later
+from cortex_core.serving.log_lines import RequestLines
 
 from neuron.daemon.api.access import Access
 from neuron.daemon.common.config import NeuronConfig

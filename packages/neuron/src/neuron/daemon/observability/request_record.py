@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cortex_core.conversation import Request
 from cortex_core.events import Usage
-from cortex_core.log_lines import RequestLines, shown
+from cortex_core.serving.log_lines import RequestLines, shown
 from cortex_core.trace_context import TraceContext
 from prometheus_client import Histogram
 
 from neuron.daemon.observability.metrics import Metrics
 from neuron.daemon.text.prompts import Generation as Choice
 
-if TYPE_CHECKING:
-    from neuron.daemon.observability.spans import RequestSpans
-
 logger = logging.getLogger("neuron.request")
+
+
+class SpanSink(Protocol):
+    """Where a request's spans go (`spans.RequestSpans`)."""
+
+    def record(self, record: RequestRecord, outcome: str, *, status: int | None, total_s: float) -> str:
+        """Returns the trace's id."""
+        ...
 
 
 class RequestRecord:
@@ -38,7 +43,7 @@ class RequestRecord:
         request_id: str,
         lines: RequestLines,
         trace: TraceContext | None = None,
-        spans: RequestSpans | None = None,
+        spans: SpanSink | None = None,
     ) -> None:
         self._metrics = metrics
         self._spans = spans

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from cortex_core.errors import ApiError
-from cortex_core.turns import Turns
+from cortex_core.serving.turns import Turns
 
 from neuron.daemon.text_workers.host_process import HostProcess, TextLoadError
 from neuron.daemon.text_workers.limits import cpu_budget_s, wall_budget_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cortex_core.cors import answer_headers, preflight_headers
+from cortex_core.access.cors import answer_headers, preflight_headers
 from hypothesis import given
 from hypothesis import strategies as st
 

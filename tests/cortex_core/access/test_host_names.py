@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cortex_core.host_names import names_of_host, own_names
+from cortex_core.access.host_names import names_of_host, own_names
 
 HOSTS = """
 127.0.0.1   localhost localhost.localdomain

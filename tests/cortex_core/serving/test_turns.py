@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cortex_core.turns import Turns
+from cortex_core.serving.turns import Turns
 from hypothesis import given
 from hypothesis import strategies as st
 

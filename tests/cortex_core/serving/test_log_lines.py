@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable, Iterator
 
 import pytest
-from cortex_core import log_lines
-from cortex_core.log_lines import (
+from cortex_core.serving import log_lines
+from cortex_core.serving.log_lines import (
     BURST,
     MAX_RECORD,
     MAX_WORDS,
