@@ -17,7 +17,15 @@ from cortex_core.gateway_config import GatewayConfig
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("packages/*/README.md"), *ROOT.glob("rpm/*.md")])
+PAGES = sorted(
+    [
+        *DOCS.rglob("*.md"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("packages/*/README.md"),
+        *ROOT.glob("rpm/*.md"),
+        *ROOT.glob("findings/*.md"),
+    ]
+)
 
 
 def options(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
@@ -129,8 +137,14 @@ def toml_blocks() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for number, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(), re.S)):
             yield f"{page.relative_to(ROOT)}#{number}", block
-    for path in sorted(ROOT.glob("rpm/*/*.toml")):
+    for path in sorted(ROOT.glob("examples/*.toml")):
         yield str(path.relative_to(ROOT)), path.read_text()
+        yield f"{path.relative_to(ROOT)}, all of it", with_everything_on(path.read_text())
+
+
+def with_everything_on(text: str) -> str:
+    """An example with what is off in it, turned on: lines that begin with # and no space."""
+    return re.sub(r"^#(?=\S)", "", text, flags=re.M)
 
 
 @pytest.mark.parametrize(("name", "block"), list(toml_blocks()), ids=lambda value: value if "\n" not in value else "")
@@ -144,6 +158,42 @@ def test_every_toml_example_is_accepted(name: str, block: str) -> None:
         parse_config(GatewayConfig, block, name=name)
     else:
         parse_config(NeuronConfig, block, name=name)
+
+
+def test_examples_show_what_is_off() -> None:
+    for path in sorted(ROOT.glob("examples/*.toml")):
+        assert tomllib.loads(path.read_text()) != tomllib.loads(with_everything_on(path.read_text())), path
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "index.md").read_text()
+    linked = {(DOCS / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)", index)}
+    assert {page for page in DOCS.rglob("*.md") if page != DOCS / "index.md"} <= linked
+
+
+def test_every_place_named_to_contributors_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("## Where do I change") : text.index("## Versions and releases")]
+    files = set(re.findall(r"`((?:cortex|neuron)_?\w*/[\w/*.]*)`", table))
+    assert len(files) > 30
+    sources = list(ROOT.glob("packages/*/src"))
+    assert not [name for name in files if not any(list(source.glob(name)) for source in sources)]
+    pages = set(re.findall(r"(?<![\w/])((?:docs|rpm)/[\w/.-]+\.md)", table))
+    assert not [name for name in pages if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "justfile"])
+def test_every_test_that_is_named_to_contributors_exists(page: str) -> None:
+    named = set(re.findall(r"tests/[\w/.]+", (ROOT / page).read_text()))
+    assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_finding_is_listed_and_says_which_version() -> None:
+    listed = (ROOT / "findings" / "README.md").read_text()
+    for path in sorted((ROOT / "findings").glob("*.sh")):
+        assert f"]({path.name})" in listed, path.name
+        shebang, first, *_ = path.read_text().splitlines()
+        assert shebang == "#!/usr/bin/env bash" and re.match(r"# \S+ \d[\w.]*: ", first), path.name
 
 
 def test_the_readme_and_ci_run_the_same_test_command() -> None:

@@ -36,6 +36,14 @@ def test_G1_the_packaged_configuration_finds_the_packaged_catalogue(tmp_path: Pa
     assert load_gateway_config(config).models_config == str(tmp_path / "models.toml")
 
 
+def test_packaged_configuration_files_are_the_examples() -> None:
+    examples = RPM.parent / "examples"
+    packaged = sorted(RPM.glob("*/*.toml"))
+    assert [path.name for path in packaged] == ["cortex.toml", "models.toml", "neuron.toml"]
+    for path in packaged:
+        assert path.is_symlink() and path.resolve() == (examples / path.name).resolve()
+
+
 @pytest.mark.parametrize(("name", "folder"), [("cortex", "cortex"), ("neuron", "neuron")])
 def test_G12_a_service_has_a_home_to_write_to(name: str, folder: str) -> None:
     service = unit(RPM / folder / f"{name}.service")["Service"]
