@@ -312,7 +312,7 @@ def overhead(vocab: int, *, streams: int = 16, context: int = 512, steps: int = 
         model = NoModel(vocab, streams)
         pages = streams * (context + steps + 64) // 16 + 1
         limits = {"max_step_tokens": 2048, "max_running": 256, "max_model_len": context + steps + 64}
-        kv = PagedKV(KVLayout(1, 1, 1, 16, torch.float32), pages, cpu)
+        kv = PagedKV(KVLayout.uniform(1, 1, 1, 16, torch.float32), pages, cpu)
         runner = ModelRunner(model, kv, model, vocab_size=vocab, device=cpu, **limits)  # type: ignore[arg-type]
         engine = Engine(runner, vocab_size=vocab, num_pages=pages, page_size=16, **limits)
         for index in range(streams):

@@ -246,7 +246,7 @@ def check_against_peer(device: torch.device, dtype: torch.dtype, *, small: bool)
     ids = torch.tensor([chunk.sequence.tokens], device=device)
     expected = peer.model(input_ids=ids).logits[0].float()
     shape = model.config
-    layout = KVLayout(shape.num_layers, model.local.num_kv_heads, shape.head_dim, PAGE_SIZE, dtype)
+    layout = KVLayout.uniform(shape.num_layers, model.local.num_kv_heads, shape.head_dim, PAGE_SIZE, dtype)
     kv = PagedKV(layout, pages_for(1, length), device)
     attention = make_attention_backend(device)
     parts = []

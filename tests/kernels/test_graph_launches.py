@@ -63,9 +63,8 @@ def make_runner(family: str) -> tuple[ModelRunner, PagedKV]:
     load_dummy_weights(model, seed=1)
     model.reserve_positions(LIMITS["max_model_len"])
     shape = model.config
-    kv = PagedKV(
-        KVLayout(shape.num_layers, model.local.num_kv_heads, shape.head_dim, PAGE, torch.float32), NUM_PAGES, cpu
-    )
+    layout = KVLayout.uniform(shape.num_layers, model.local.num_kv_heads, shape.head_dim, PAGE, torch.float32)
+    kv = PagedKV(layout, NUM_PAGES, cpu)
     runner = ModelRunner(
         model, kv, TritonAttention(), vocab_size=VOCAB, device=cpu, overlaps=True, graphs=FakeGraphDevice(), **LIMITS
     )

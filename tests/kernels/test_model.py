@@ -50,7 +50,7 @@ def fused_in_interpreter(module: str, name: str, device: torch.device) -> Callab
 def generate(model: CausalLM, backend: attention.AttentionBackend, device: torch.device) -> tuple[list[Any], list[Any]]:
     """Greedy tokens and logprobs of each prompt, in chunks of at most 16 tokens beside running decodes."""
     config = model.config
-    layout = KVLayout(config.num_layers, model.local.num_kv_heads, config.head_dim, 16, torch.float32)
+    layout = KVLayout.uniform(config.num_layers, model.local.num_kv_heads, config.head_dim, 16, torch.float32)
     kv = PagedKV(layout, 32, device)
     limits = {"max_step_tokens": 16, "max_running": 8, "max_model_len": 128}
     runner = ModelRunner(model, kv, backend, vocab_size=config.vocab_size, device=device, **limits)

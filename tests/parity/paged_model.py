@@ -51,7 +51,7 @@ class PagedModel:
         self.model = model
         self.page_size = page_size
         config = model.config
-        layout = KVLayout(config.num_layers, model.local.num_kv_heads, config.head_dim, page_size, model.dtype)
+        layout = KVLayout.uniform(config.num_layers, model.local.num_kv_heads, config.head_dim, page_size, model.dtype)
         self.kv = PagedKV(layout, num_pages, CPU)
         for layer in range(config.num_layers):
             self.kv.layer(layer).fill_(1e4)

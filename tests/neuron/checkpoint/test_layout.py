@@ -14,18 +14,21 @@ from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.folder import weight_paths
 from neuron.checkpoint.layout import (
     Footprint,
+    cache_groups,
     dtype_of,
     footprints,
+    rank_sizes,
     stored_tensors,
     tensors_of_size,
 )
-from neuron.engine.kv_cache.kv_cache import KVLayout
+from neuron.checkpoint.sharding import ranks_of
+from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.loading.loading import resolve_dtype
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.models.registry import build_model
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.step.step_memory import StepMemory
-from neuron.protocol import EngineConfig
+from neuron.protocol import CacheGroup, EngineConfig
 
 from tests.parity.checkpoints import VARIANTS, save_checkpoint
 
@@ -62,7 +65,7 @@ def weight_bytes(model: CausalLM) -> int:
 
 def kv_bytes(model: CausalLM) -> int:
     shape = model.local
-    return KVLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, 16, model.dtype).bytes_per_token
+    return KVLayout.uniform(shape.num_layers, shape.num_kv_heads, shape.head_dim, 16, model.dtype).bytes_per_token
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,3 +143,37 @@ def test_damaged_files_are_found_by_their_headers(checkpoints: Path, tmp_path: P
     with pytest.raises(CheckpointError, match=why) as caught:
         stored_tensors([file])
     assert caught.value.file == "model.safetensors"
+
+
+def test_layers_of_one_window_are_a_cache_group() -> None:
+    config = read_config(
+        {
+            "model_type": "qwen2",
+            "vocab_size": 100,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        }
+    )
+    for rank in ranks_of(2):
+        groups = cache_groups(config, rank_sizes(config, rank), 2)
+        assert [(group.layers, group.window) for group in groups] == [((0, 2), 16), ((1, 3), None)]
+        assert {(group.num_kv_heads, group.head_dim, group.bytes_per_token) for group in groups} == {(1, 8, 64)}
+
+
+def test_each_layer_has_pages_of_its_groups_shape() -> None:
+    groups = (CacheGroup((0, 2), 2, 8, 4, window=16), CacheGroup((1,), 1, 16, 4))
+    layout = KVLayout(groups, 4, torch.float32)
+    cache = PagedKV(layout, 3, CPU)
+    assert [tuple(cache.layer(index).shape) for index in range(3)] == [
+        (3, 2, 4, 2, 8),
+        (3, 2, 4, 1, 16),
+        (3, 2, 4, 2, 8),
+    ]
+    held = sum(cache.layer(index).numel() * 4 for index in range(3))
+    assert held == cache.num_bytes == 3 * 4 * layout.bytes_per_token

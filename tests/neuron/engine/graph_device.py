@@ -104,7 +104,7 @@ def graph_engine(
     limits = {"max_step_tokens": max_step_tokens, "max_running": max_running, "max_model_len": max_model_len}
     runner = ModelRunner(
         model or ToyModel(),
-        PagedKV(KVLayout(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32), num_pages, CPU),
+        PagedKV(KVLayout.uniform(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32), num_pages, CPU),
         ToyAttention(),
         vocab_size=VOCAB,
         device=CPU,

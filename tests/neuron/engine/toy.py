@@ -98,7 +98,7 @@ def toy_engine(
     overlaps: bool = False,
     stream: Stream | None = None,
 ) -> Engine:
-    layout = KVLayout(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32)
+    layout = KVLayout.uniform(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32)
     runner = ModelRunner(
         model or ToyModel(),
         PagedKV(layout, num_pages, CPU),

@@ -172,12 +172,31 @@ class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True)
     bytes_total: int
 
 
+class CacheGroup(msgspec.Struct, frozen=True, array_like=True):
+    """Layers whose state is kept in one way: pages of keys and values of one shape.
+
+    layers: their numbers. num_kv_heads: of all ranks together in `Loaded`, of one rank elsewhere; head_dim: elements of
+    a head. item_bytes: of an element. window: positions that a query sees, None for all.
+    """
+
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+    item_bytes: int
+    window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        return len(self.layers) * 2 * self.num_kv_heads * self.head_dim * self.item_bytes
+
+
 class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     """All ranks are ready; sent by rank 0. max_model_len: positions a sequence may have, capped by the KV cache.
 
     weight_bytes and kv_bytes_per_token are sums over ranks; num_pages the minimum, which all of them use.
     step_deadline_s: see EngineStats. read_bytes, read_seconds: what all ranks read of the checkpoint, and how long the
     slowest took until it was in place; 0 where nothing was read. read_from_memory: from copies in memory.
+    cache_groups: what kv_bytes_per_token is made of.
     """
 
     epoch: int
@@ -194,6 +213,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     read_bytes: int = 0
     read_seconds: float = 0.0
     read_from_memory: bool = False
+    cache_groups: tuple[CacheGroup, ...] = ()
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed", array_like=True):

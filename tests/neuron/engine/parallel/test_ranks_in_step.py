@@ -77,7 +77,7 @@ class Pair:
     def _runner(self, rank: int, leader: StepLeader | None) -> ModelRunner:
         runner = ModelRunner(
             ToyModel(),
-            PagedKV(KVLayout(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32), NUM_PAGES, CPU),
+            PagedKV(KVLayout.uniform(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32), NUM_PAGES, CPU),
             ToyAttention(),
             vocab_size=VOCAB,
             device=CPU,

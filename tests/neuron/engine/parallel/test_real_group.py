@@ -44,6 +44,8 @@ async def test_two_ranks_serve_from_load_to_shutdown_as_one_does(tmp_path: Path,
         # Sums over ranks: all weights but the norms are divided, and the KV cache is.
         assert alone.loaded.weight_bytes < group.loaded.weight_bytes < 1.05 * alone.loaded.weight_bytes
         assert group.loaded.kv_bytes_per_token == alone.loaded.kv_bytes_per_token
+        assert group.loaded.cache_groups == alone.loaded.cache_groups
+        assert sum(each.bytes_per_token for each in group.loaded.cache_groups) == group.loaded.kv_bytes_per_token
         assert group.loaded.num_pages == alone.loaded.num_pages
         done = [(progress.bytes_done, progress.bytes_total) for progress in group.progress if progress.bytes_total]
         assert done[-1][0] == done[-1][1] > alone.progress[-1].bytes_total

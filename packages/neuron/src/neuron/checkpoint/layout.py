@@ -18,7 +18,7 @@ from neuron.checkpoint.safetensors_header import TensorHeader
 from neuron.checkpoint.sharding import Rank, ranks_of, shard_columns, shard_heads
 from neuron.checkpoint.tensor_names import KEYS_AND_VALUES, is_unread
 from neuron.checkpoint.weight_files import headers_of
-from neuron.protocol import EngineConfig
+from neuron.protocol import CacheGroup, EngineConfig
 
 _MIB = 2**20
 
@@ -92,7 +92,7 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
         result.append(
             Footprint(
                 weights=(matrices + others) * item_bytes,
-                kv_bytes_per_token=kv_bytes_per_token(part, item_bytes),
+                kv_bytes_per_token=sum(group.bytes_per_token for group in cache_groups(model, part, item_bytes)),
                 activations=_activations(config, part, item_bytes),
                 overhead=overhead,
                 graphs=_graphs(config, part, item_bytes),
@@ -189,9 +189,16 @@ def rank_sizes(model: ModelConfig, rank: Rank) -> RankSizes:
     )
 
 
-def kv_bytes_per_token(rank: RankSizes, item_bytes: int) -> int:
-    """Keys and values of a token in all layers of a rank."""
-    return rank.num_layers * 2 * rank.num_kv_heads * rank.head_dim * item_bytes
+def cache_groups(model: ModelConfig, rank: RankSizes, item_bytes: int) -> tuple[CacheGroup, ...]:
+    """What a rank keeps of each token, layers of one kind together: those that see all positions, and those of each
+    window."""
+    layers: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(model.sliding_windows):
+        layers.setdefault(window, []).append(layer)
+    return tuple(
+        CacheGroup(tuple(numbers), rank.num_kv_heads, rank.head_dim, item_bytes, window)
+        for window, numbers in layers.items()
+    )
 
 
 def activation_bytes_per_token(rank: RankSizes, item_bytes: int) -> int:

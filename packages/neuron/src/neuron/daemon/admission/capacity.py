@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import msgspec
 from cortex_core.errors import ApiError
 
+from neuron.protocol import CacheGroup
+
 _MIB = 2**20
 
 # Before any answer has been seen, one is expected to have up to 256 + 4 · 192 = 1024 tokens.
@@ -33,11 +35,15 @@ class KVNeed(msgspec.Struct, frozen=True):
 
 
 class KVCapacity(msgspec.Struct, frozen=True):
-    """A KV cache: usable pages of `page_size` tokens; bytes_per_token over all ranks."""
+    """A KV cache: usable pages of `page_size` tokens of every layer; bytes_per_token over all ranks.
+
+    groups: what those bytes are made of, where the engine has said so.
+    """
 
     num_pages: int
     page_size: int
     bytes_per_token: int
+    groups: tuple[CacheGroup, ...] = ()
 
     @property
     def num_tokens(self) -> int:

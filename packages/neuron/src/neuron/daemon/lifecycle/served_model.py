@@ -210,7 +210,7 @@ class ServedModel:
 
 
 def _capacity_of(loaded: Loaded) -> KVCapacity:
-    return KVCapacity(loaded.num_pages, loaded.page_size, loaded.kv_bytes_per_token)
+    return KVCapacity(loaded.num_pages, loaded.page_size, loaded.kv_bytes_per_token, loaded.cache_groups)
 
 
 def _rate(tokens: int, seconds: float) -> float:

@@ -9,21 +9,32 @@ import torch
 from torch import Tensor
 
 from neuron.engine.errors import ModelError
+from neuron.protocol import CacheGroup
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape of the cache on one rank. `num_kv_heads` counts the heads this rank holds."""
+    """Shape of the cache on one rank: a page holds `page_size` tokens of every layer, whatever its group."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    groups: tuple[CacheGroup, ...]
     page_size: int
     dtype: torch.dtype
 
+    @classmethod
+    def uniform(cls, num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> KVLayout:
+        """Of a model whose layers are all alike."""
+        layers = tuple(range(num_layers))
+        return cls((CacheGroup(layers, num_kv_heads, head_dim, dtype.itemsize),), page_size, dtype)
+
+    @property
+    def layers(self) -> list[CacheGroup]:
+        """The group of each layer."""
+        of_layer = {layer: group for group in self.groups for layer in group.layers}
+        return [of_layer[layer] for layer in range(len(of_layer))]
+
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return sum(group.bytes_per_token for group in self.groups)
 
     @property
     def bytes_per_page(self) -> int:
@@ -63,9 +74,15 @@ class PagedKV:
         self.layout = layout
         self.num_pages = num_pages
         self.page_size = layout.page_size
-        shape = (num_pages, 2, layout.page_size, layout.num_kv_heads, layout.head_dim)
         try:
-            self._layers = [torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.num_layers)]
+            self._layers = [
+                torch.zeros(
+                    (num_pages, 2, layout.page_size, group.num_kv_heads, group.head_dim),
+                    dtype=layout.dtype,
+                    device=device,
+                )
+                for group in layout.layers
+            ]
         except (RuntimeError, MemoryError) as exc:
             raise ModelError(
                 "out_of_memory", f"cannot allocate {num_pages * layout.bytes_per_page} bytes of KV cache: {exc}"

@@ -22,7 +22,8 @@ from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import read_json
 from neuron.checkpoint.hyperparameters import check_values
-from neuron.checkpoint.layout import dtype_of, graph_bytes
+from neuron.checkpoint.layout import cache_groups, dtype_of, graph_bytes, rank_sizes
+from neuron.checkpoint.sharding import ranks_of
 from neuron.engine import kernels
 from neuron.engine.attention.attention import make_attention_backend
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
@@ -43,7 +44,7 @@ from neuron.engine.step.runner import ModelRunner
 from neuron.engine.step.step_memory import StepMemory
 from neuron.engine.step.warm_up import every_variant
 from neuron.engine.weights.loader import WeightsRead, load_dummy_weights, load_weights
-from neuron.protocol import EngineConfig, Loaded, LoadProgress
+from neuron.protocol import CacheGroup, EngineConfig, Loaded, LoadProgress
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def _load_rank(
 
     report.phase("kv_cache")
     shape = model.config
-    layout = KVLayout(shape.num_layers, model.local.num_kv_heads, shape.head_dim, config.page_size, dtype)
+    layout = KVLayout(cache_groups(shape, model.local, dtype.itemsize), config.page_size, dtype)
     max_model_len = shape.max_position_embeddings
     if config.max_model_len is not None:
         max_model_len = min(max_model_len, config.max_model_len)
@@ -295,6 +296,14 @@ def _load_rank(
     return _Rank(runner, model, str(architectures[0]), max_model_len, figures)
 
 
+def _groups_of_all(model: CausalLM) -> tuple[CacheGroup, ...]:
+    """The cache of all ranks together, whose KV heads may be held by several."""
+    group = model.group
+    held = [rank_sizes(model.config, rank) for rank in ranks_of(group.world_size, group.shares)]
+    whole = msgspec.structs.replace(model.local, num_kv_heads=sum(rank.num_kv_heads for rank in held))
+    return cache_groups(model.config, whole, model.dtype.itemsize)
+
+
 def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engine, Loaded]:
     """The engine around rank 0's part, and what is told of it."""
     model, figures = rank.model, rank.figures
@@ -325,6 +334,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         num_pages=figures.num_pages - 1,
         page_size=config.page_size,
         kv_bytes_per_token=figures.kv_bytes_per_token,
+        cache_groups=_groups_of_all(model),
         weight_bytes=figures.weight_bytes,
         load_seconds=time.perf_counter() - started,
         step_deadline_s=engine.stats().step_deadline_s,
