@@ -14,13 +14,12 @@ import pytest
 from cortex_core.catalogue import Catalogue
 from cortex_core.gateway_config import Http1Parser
 from cortex_gateway.http.body import RequestBody
+from cortex_gateway.http.client_writer import ClientWriter
 from cortex_gateway.http.http1.connection import Http1Connection
 from cortex_gateway.http.http1.cycle import RequestCycle
 from cortex_gateway.placement.placement import Lease
 from cortex_gateway.relay.client_disconnect import DisconnectWatch
-from cortex_gateway.relay.opening import StreamOpening
 from cortex_gateway.relay.request_state import RequestState
-from cortex_gateway.relay.silence import PingedSend
 from cortex_gateway.relay.sse_relay import SseRelay
 from cortex_gateway.relay.upstream_timeout import UpstreamTimeout
 from cortex_gateway.server import RunningGateway, running
@@ -40,8 +39,7 @@ OF_A_REQUEST = (
         UpstreamTimeout,
         SseRelay,
         TranslatedStream,
-        StreamOpening,
-        PingedSend,
+        ClientWriter,
     ),
     *(RequestCycle, Http1Connection, TCPServer, HTTPStream),
 )

@@ -11,6 +11,7 @@ import pytest
 from cortex_core.errors import ApiError
 from cortex_gateway.http.asgi import Message
 from cortex_gateway.http.body import ClientGone, RequestBody
+from cortex_gateway.http.client_writer import ClientWriter
 
 
 class Server:
@@ -79,7 +80,7 @@ async def test_an_early_answer_goes_out_first_and_the_rest_of_the_body_is_swallo
     body = body_of(server)
     with pytest.raises(ApiError):
         await body.read([])
-    await body.respond(server.send, 413, [], b"too large")
+    await ClientWriter(server.send).answer(413, [], b"too large", unread=body)
     assert server.sent[0]["status"] == 413
     assert (b"connection", b"close") in server.sent[0]["headers"]
     assert server.sent[1] == {"type": "http.response.body", "body": b"too large", "more_body": True}
@@ -96,7 +97,7 @@ async def test_an_endless_body_is_swallowed_only_up_to_a_bound() -> None:
         return {"type": "http.request", "body": b"x" * 5, "more_body": True}
 
     body = RequestBody(receive, max_bytes=10, timeout_s=5)
-    await body.respond(server.send, 404, [], b"")
+    await ClientWriter(server.send).answer(404, [], b"", unread=body)
     assert server.sent[-1]["more_body"] is False
     assert server.num_received < 30
 
@@ -105,7 +106,7 @@ async def test_after_a_complete_body_the_answer_is_two_messages() -> None:
     server = Server(b"x")
     body = body_of(server)
     await body.read([])
-    await body.respond(server.send, 200, [], b"ok")
+    await ClientWriter(server.send).answer(200, [], b"ok", unread=body)
     assert [message["type"] for message in server.sent] == ["http.response.start", "http.response.body"]
     assert server.sent[0]["headers"] == [(b"content-length", b"2")]
 

@@ -138,7 +138,7 @@ async def test_all_together_never_hold_more_than_their_bound(neuron: FakeNeuron,
     neuron.have(MODEL)
     neuron.answer_gate.clear()
     client = await start(neuron, capture={"exchanges": 100, "exchange_bytes": 20_000, "total_bytes": 50_000})
-    captures = client.started.gateway.relay._captures
+    captures = client.started.gateway.captures
     body = {**BODY, "stream": True, "user": "z" * 9000}
     running = [asyncio.ensure_future(ask(client, body)) for _ in range(12)]
     async with asyncio.timeout(20):

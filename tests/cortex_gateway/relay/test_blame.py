@@ -180,7 +180,7 @@ def test_what_is_remembered_is_bounded_and_right(steps: list[tuple[int, float]])
         clock.now += wait
         blame.remember(Body("m", number % 7, b"%d" % number))
         last[number] = clock.now
-        assert len(blame._records) <= MAX_REMEMBERED and sum(blame._lengths.values()) == len(blame._records)
+        assert len(blame.records) <= MAX_REMEMBERED and sum(blame._lengths.values()) == len(blame.records)
     for number, at in last.items():
         try:
             blame.check(Body("m", number % 7, b"%d" % number))

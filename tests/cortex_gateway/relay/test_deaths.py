@@ -51,7 +51,7 @@ class Mortal:
         self._at_work[id(request)] = request
         try:
             response: web.StreamResponse | None = None
-            if self.opens_streams and json.loads(body).get("stream"):
+            if self.opens_streams and b'"stream": true' in body:  # maybe behind what is to be gone on with
                 response = await FakeNeuron.begin_stream(request)
                 await response.write(HEAD + b": ping\n\n")
             if b"poison" in body:

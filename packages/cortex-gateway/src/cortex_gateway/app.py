@@ -37,11 +37,10 @@ from cortex_gateway.fleet.merge import dead_aliases
 from cortex_gateway.fleet.neuron import NeuronClient, open_session
 from cortex_gateway.fleet.poller import Poller
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.http.admission import admission_of, admit
 from cortex_gateway.http.asgi import JSON_CONTENT_TYPE, Message, RawHeaders, Receive, Scope, Send, header
 from cortex_gateway.http.body import ClientGone, RequestBody
+from cortex_gateway.http.client_writer import ClientWriter
 from cortex_gateway.http.headers import identity_headers
-from cortex_gateway.http.request_id import CLIENT_GONE_STATUS, new_request_id
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.opening import store_of
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
@@ -52,8 +51,10 @@ from cortex_gateway.placement.fleet_gauges import FleetCollector
 from cortex_gateway.placement.maintenance_loop import MaintenanceLoop
 from cortex_gateway.placement.placement import Placement
 from cortex_gateway.placement.queue import WaitingQueue
+from cortex_gateway.relay.accounting import Accounting
 from cortex_gateway.relay.relay import Relay
-from cortex_gateway.routes.access import Access, answer_options, close_websocket
+from cortex_gateway.relay.request_state import CLIENT_GONE_STATUS, new_request_id
+from cortex_gateway.routes.access import Access, Admission, close_websocket, options_headers
 from cortex_gateway.routes.admin import AdminRoutes, require_operator
 from cortex_gateway.routes.captures import CaptureRoutes
 from cortex_gateway.routes.health import HealthRoutes
@@ -122,6 +123,7 @@ class Gateway:
         self._session: aiohttp.ClientSession | None = None
         self._neurons: dict[str, NeuronClient] = {}
         self._telemetry: Telemetry
+        self.captures: Captures
         self._poller: Poller
         self.placement: Placement
         self.upkeep: MaintenanceLoop
@@ -155,18 +157,9 @@ class Gateway:
             clock=loop.time,
         )
         self.upkeep = MaintenanceLoop(fleet, placement.loads, placement.state)
-        captures = Captures(current, clock=loop.time)
-        self.relay = Relay(
-            self.identity,
-            placement,
-            self._poller,
-            self.metrics,
-            self.access_log,
-            current,
-            captures,
-            self._body_workers,
-            self._telemetry.tracing,
-        )
+        captures = self.captures = Captures(current, clock=loop.time)
+        accounting = Accounting(self.metrics, self.access_log, captures, self._telemetry.tracing)
+        self.relay = Relay(self.identity, placement, self._poller, accounting, self._body_workers, current)
         models = ModelRoutes(fleet, current)
         health = HealthRoutes(fleet, lambda: self.relay.is_draining, self.reloader)
         admin = AdminRoutes(
@@ -202,6 +195,7 @@ class Gateway:
         replaced = {name for name, client in self._neurons.items() if clients.get(name) is not client}
         self.current.value = value
         self.access.adopt()
+        self.captures.adopt()
         self._neurons.clear()
         self._neurons.update(clients)
         self.identity.adopt(value.config.entitlements)
@@ -260,16 +254,16 @@ class Gateway:
             return
         path: str = scope["path"]
         try:
-            admit(scope, self.access.admit(scope, "admin" if path.startswith(ADMIN_PREFIX) else "api"))
+            admission = self.access.admit(scope, "admin" if path.startswith(ADMIN_PREFIX) else "api")
         except Refused as refused:
             await self.access.refuse(refused, scope, receive, send)
             return
         if kind == "http":
             surface = self._inference.get(path)
             if surface is not None and scope["method"] == "POST":
-                await self.relay.handle(surface, scope, receive, send)
+                await self.relay.handle(surface, scope, receive, send, admission.cors)
             else:
-                await self._handle_control(scope, receive, send)
+                await self._handle_control(scope, receive, send, admission)
         else:
             await close_websocket(receive, send)
 
@@ -284,13 +278,12 @@ class Gateway:
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
-    async def _handle_control(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle_control(self, scope: Scope, receive: Receive, send: Send, admission: Admission) -> None:
         """One control request: its body read within limits, ids on its answer, one access line."""
         loop = asyncio.get_running_loop()
         started_at = loop.time()
         request_id = new_request_id()
         headers: RawHeaders = scope["headers"]
-        admission = admission_of(scope)
         own_headers = identity_headers(request_id) + admission.cors
         status = 0
         context = read_trace_context(headers)
@@ -314,7 +307,9 @@ class Gateway:
         body = RequestBody(receive, max_bytes=MAX_CONTROL_BODY, timeout_s=CONTROL_BODY_TIMEOUT_S)
         try:
             if scope["method"] == "OPTIONS":
-                await answer_options(scope, send_with_ids)
+                writer = ClientWriter(send_with_ids)
+                await writer.start(204, options_headers(scope, admission))
+                await writer.end()
                 return
             principal = None
             if admission.needs_key or (scope["path"] not in OPEN_PATHS and not self.identity.is_off):
@@ -335,7 +330,8 @@ class Gateway:
             is_anthropic = header(headers, b"anthropic-version") is not None
             dialect = dialect_of_path(scope["path"], has_anthropic_version=is_anthropic)
             answer: RawHeaders = [JSON_CONTENT_TYPE]
-            await body.respond(send_with_ids, status_of(error, dialect), answer, error_body(error, dialect, request_id))
+            text = error_body(error, dialect, request_id)
+            await ClientWriter(send_with_ids).answer(status_of(error, dialect), answer, text, unread=body)
         finally:
             now = loop.time()
             if trace is not None:
@@ -435,12 +431,14 @@ class MetricsApp:
             await close_websocket(receive, send)
             return
         body = RequestBody(receive, max_bytes=MAX_CONTROL_BODY, timeout_s=CONTROL_BODY_TIMEOUT_S)
+        writer = ClientWriter(send)
         if scope["path"] != "/metrics":
-            await body.respond(send, 404, [(b"content-type", b"text/plain")], b"metrics are at /metrics\n")
+            text = b"metrics are at /metrics\n"
+            await writer.answer(404, [(b"content-type", b"text/plain")], text, unread=body)
         elif scope["method"] not in ("GET", "HEAD"):
-            await body.respond(send, 405, [(b"allow", b"GET, HEAD")], b"")
+            await writer.answer(405, [(b"allow", b"GET, HEAD")], b"", unread=body)
         else:
-            await body.respond(send, 200, [(b"content-type", CONTENT_TYPE)], self._metrics.render())
+            await writer.answer(200, [(b"content-type", CONTENT_TYPE)], self._metrics.render(), unread=body)
 
 
 # ---------------------------------------------------------------------------------------------- control plane

@@ -143,23 +143,23 @@ def _top_names(text: str) -> frozenset[str]:
 class Current:
     """The configuration that applies now. Whoever needs some of it holds this, and no copy of what is in it.
 
-    started_with is what the process began with: some settings apply only to the next one.
+    started_with is what the process began with: some settings apply only to the next one. config, catalogue, policy:
+    of `value`.
     """
 
-    __slots__ = ("started_with", "value")
+    __slots__ = ("_value", "catalogue", "config", "policy", "started_with")
 
     def __init__(self, value: Configuration) -> None:
-        self.value = value
         self.started_with = value
+        self.value = value
 
     @property
-    def config(self) -> GatewayConfig:
-        return self.value.config
+    def value(self) -> Configuration:
+        return self._value
 
-    @property
-    def catalogue(self) -> Catalogue:
-        return self.value.catalogue
-
-    @property
-    def policy(self) -> Policy:
-        return self.value.policy
+    @value.setter
+    def value(self, value: Configuration) -> None:
+        self._value = value
+        self.config: GatewayConfig = value.config
+        self.catalogue: Catalogue = value.catalogue
+        self.policy: Policy = value.policy

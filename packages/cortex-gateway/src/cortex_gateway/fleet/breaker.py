@@ -67,23 +67,24 @@ def abandoned(breaker: Breaker, now: float) -> Breaker:
 
 
 class Breakers:
-    """The breakers of one gateway. Changed by leases, read by the decisions. num_opened: how often each has opened."""
+    """The breakers of one gateway. Changed by leases, read by the decisions. by_place: those that are not closed;
+    num_opened: how often each has opened."""
 
     def __init__(self, settings: BreakerSection, on_change: Callable[[str, str, Breaker], None] | None = None) -> None:
         self.settings = settings
         self._on_change = on_change
-        self._breakers: dict[Key, Breaker] = {}
+        self.by_place: dict[Key, Breaker] = {}
         self.num_opened: dict[Key, int] = {}
 
     def get(self, node: str, model: str) -> Breaker:
-        return self._breakers.get((node, model), CLOSED)
+        return self.by_place.get((node, model), CLOSED)
 
     def items(self) -> Iterator[tuple[Key, Breaker]]:
-        return iter(self._breakers.items())
+        return iter(self.by_place.items())
 
     def begun(self, node: str, model: str) -> bool:
         """Whether this request is the one try of a breaker that was open."""
-        before = self._breakers.get((node, model))
+        before = self.by_place.get((node, model))
         if before is None or before.state != "open":
             return False
         self._set(node, model, begun(before))
@@ -93,7 +94,7 @@ class Breakers:
         self._set(node, model, answering(self.get(node, model), self.settings))
 
     def succeeded(self, node: str, model: str) -> None:
-        if (node, model) in self._breakers:
+        if (node, model) in self.by_place:
             self._set(node, model, CLOSED)
 
     def failed(self, node: str, model: str, now: float) -> None:
@@ -104,15 +105,15 @@ class Breakers:
 
     def forget_absent(self, node: str, models: frozenset[str]) -> None:
         """Drop what is known of models a node no longer has."""
-        for key in [key for key in self._breakers if key[0] == node and key[1] not in models]:
-            del self._breakers[key]
+        for key in [key for key in self.by_place if key[0] == node and key[1] not in models]:
+            del self.by_place[key]
 
     def _set(self, node: str, model: str, after: Breaker) -> None:
-        before = self._breakers.get((node, model), CLOSED)
+        before = self.by_place.get((node, model), CLOSED)
         if after == CLOSED:
-            self._breakers.pop((node, model), None)
+            self.by_place.pop((node, model), None)
         else:
-            self._breakers[(node, model)] = after
+            self.by_place[(node, model)] = after
         if after.openings > before.openings:
             self.num_opened[(node, model)] = self.num_opened.get((node, model), 0) + 1
         if after.state != before.state and self._on_change is not None:

@@ -30,6 +30,7 @@ class Fleet:
         self.activity = activity
         self.breakers = Breakers(breaker, self._breaker_changed)
         self._changed: asyncio.Future[None] | None = None
+        self.has_waiters = False
 
     def apply(self, event: FleetEvent) -> None:
         before = self.snapshot
@@ -64,15 +65,13 @@ class Fleet:
         if self._changed is not None:
             self._changed.set_result(None)
             self._changed = None
-
-    @property
-    def has_waiters(self) -> bool:
-        return self._changed is not None
+            self.has_waiters = False
 
     def changed(self) -> asyncio.Future[None]:
         """To be awaited: done at the next change after this call, whenever it is awaited."""
         if self._changed is None:
             self._changed = asyncio.get_running_loop().create_future()
+            self.has_waiters = True
         return asyncio.shield(self._changed)
 
 

@@ -1,4 +1,4 @@
-"""The ASGI vocabulary of the hot path: types, and complete answers in two messages."""
+"""ASGI's vocabulary, as types."""
 
 from __future__ import annotations
 
@@ -35,10 +35,3 @@ def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
         if key == name:
             return value
     return None
-
-
-async def respond(send: Send, status: int, headers: RawHeaders, body: bytes) -> None:
-    """Send a complete answer. `content-length` is added here and nowhere else."""
-    headers.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

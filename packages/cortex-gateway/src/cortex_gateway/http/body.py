@@ -2,18 +2,19 @@
 
 An ASGI server hands over the body through a bounded queue. An application that answers without reading all of
 it leaves the server blocked on that queue, and closing a socket with unread input makes the kernel send a reset
-that can destroy the answer on its way. So whoever answers early goes through `respond`.
+that can destroy the answer on its way. So whoever answers early swallows the rest first: `swallowed`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import zlib
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from cortex_core.errors import ApiError
 
-from cortex_gateway.http.asgi import RawHeaders, Receive, Send, Shortcut, respond
+from cortex_gateway.http.asgi import RawHeaders, Receive, Shortcut
 
 DISCARD_TIMEOUT_S = 10.0
 BODY_MEMORY_RETRY_S = 5
@@ -164,22 +165,16 @@ class RequestBody:
             raise too_large(self.max_bytes)
         return parts
 
-    async def respond(self, send: Send, status: int, headers: RawHeaders, body: bytes) -> None:
-        """Answer, and swallow (within bounds) what the client is still sending."""
-        if self.is_complete:
-            await respond(send, status, headers, body)
-            return
-        headers.append((b"content-length", b"%d" % len(body)))
-        headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    @asynccontextmanager
+    async def swallowed(self) -> AsyncIterator[None]:
+        """Take, within bounds, what the client is still sending; inside, the answer is ended."""
         with suppress(TimeoutError, ClientGone):
             async with asyncio.timeout(DISCARD_TIMEOUT_S):
                 await self._discard(self.max_bytes * DISCARD_FACTOR)
         # Beyond the bound: keep the queue moving while the server closes, or it would wait for us for ever.
         rest = asyncio.ensure_future(self._discard(None))
         try:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            yield
         finally:
             rest.cancel()
             with suppress(asyncio.CancelledError, ClientGone):

@@ -62,12 +62,6 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 USER_AGENT = "cortex-gateway"
 """Servers behind some firewalls answer nobody who has none; the client's own stays here."""
 
-EVENT_STREAM_HEADERS: RawHeaders = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-
 
 def request_headers(
     headers: RawHeaders,

@@ -8,7 +8,7 @@ awaited, so that requests that race cannot overshoot a cap together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from cortex_core.entitlements import EntitlementsSection
 from cortex_core.errors import ApiError
@@ -134,7 +134,15 @@ class Identity:
         self._cost_of = cost_of
         self._on_refusal = on_refusal
         self.clock = clock
-        self._keyring = Keyring(section.keys, store, now_ms=clock.wall_ms, refresh_s=section.key_refresh_s)
+        self.is_off = False
+        """Nobody is asked who they are: no key is known and none is required."""
+        self._keyring = Keyring(
+            section.keys,
+            store,
+            now_ms=clock.wall_ms,
+            refresh_s=section.key_refresh_s,
+            on_change=self._keys_changed,
+        )
         self.bookkeeper = Bookkeeper(store, ttl_s=section.reservation_ttl_s)
 
     def adopt(self, section: EntitlementsSection) -> None:
@@ -146,10 +154,8 @@ class Identity:
         self._keyring.adopt(section.keys, refresh_s=section.key_refresh_s)
         self.bookkeeper.ttl_s = section.reservation_ttl_s
 
-    @property
-    def is_off(self) -> bool:
-        """Nobody is asked who they are: no key is known and none is required."""
-        return not self._section.require_auth and self._keyring.is_empty
+    def _keys_changed(self, principals: Mapping[bytes, Principal]) -> None:
+        self.is_off = not self._section.require_auth and not principals
 
     async def start(self) -> None:
         """Raises `StoreError`: a gateway that cannot know its keys does not begin."""

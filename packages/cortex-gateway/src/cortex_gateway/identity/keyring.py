@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from cortex_core.entitlements import HASH_PREFIX, KeyEntry
@@ -23,12 +23,20 @@ class Keyring:
     """Looked at for each request, refreshed in the background. The configuration's keys win over the store's."""
 
     def __init__(
-        self, configured: Sequence[KeyEntry], store: Store, *, now_ms: Callable[[], int], refresh_s: float
+        self,
+        configured: Sequence[KeyEntry],
+        store: Store,
+        *,
+        now_ms: Callable[[], int],
+        refresh_s: float,
+        on_change: Callable[[Mapping[bytes, Principal]], None] = lambda principals: None,
     ) -> None:
+        """on_change: told who is known, by digest, whenever that may have changed."""
         self._configured = tuple(configured)
         self._store = store
         self._now_ms = now_ms
         self._refresh_s = refresh_s
+        self._on_change = on_change
         self._version: int | None = None
         self._looked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
@@ -45,10 +53,6 @@ class Keyring:
         self._configured = tuple(configured)
         self._refresh_s = refresh_s
         self._adopt()
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._by_digest
 
     def get(self, digest: bytes) -> Principal | None:
         principal = self._by_digest.get(digest)
@@ -114,6 +118,7 @@ class Keyring:
         }
         for name in self._meters.keys() - valid.keys():
             del self._meters[name]
+        self._on_change(self._by_digest)
 
 
 def warn_of_plain_keys(entries: Sequence[KeyEntry]) -> None:

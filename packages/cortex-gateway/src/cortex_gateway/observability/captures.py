@@ -90,8 +90,8 @@ class Exchanged(msgspec.Struct, frozen=True):
 
 
 class Captures:
-    """num_bytes: of what is kept and of what is being captured. override: set by an admin, for as long as this gateway
-    runs."""
+    """num_bytes: of what is kept and of what is being captured. max_exchanges: 0 where captures are off, and nobody has
+    anything more to do with them. override: set by an admin, for as long as this gateway runs."""
 
     def __init__(self, current: Current, *, clock: Callable[[], float]) -> None:
         self._current = current
@@ -100,17 +100,18 @@ class Captures:
         self._making: set[asyncio.Task[None]] = set()
         self.num_bytes = 0
         self.override: int | None = None
+        self.max_exchanges = 0
+        self.adopt()
 
-    @property
-    def max_exchanges(self) -> int:
-        override = self.override
-        return self._current.config.capture.exchanges if override is None else override
+    def adopt(self, override: int | None = None) -> None:
+        """Keep as many as the configuration says, or an admin: `override`, where it is given."""
+        if override is not None:
+            self.override = override
+        self.max_exchanges = self._current.config.capture.exchanges if self.override is None else self.override
+        self.trim()
 
-    def begin(self, scope: Scope) -> Capture | None:
-        """None where captures are off: whoever asks has nothing more to do with them."""
-        if not self.max_exchanges:
-            self.trim()
-            return None
+    def begin(self, scope: Scope) -> Capture:
+        """To be called where `max_exchanges` is not 0."""
         return Capture(self, scope, self._clock, self._current.config.capture.exchange_bytes)
 
     def all(self) -> list[Exchanged]:

@@ -52,6 +52,18 @@ class ModelSeries:
         self.cached_tokens = metrics.cached_tokens.labels(model, node)
 
 
+class Places(dict[tuple[str, str], ModelSeries]):
+    """The series of each (model, node), made when they are first asked for."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__()
+        self._metrics = metrics
+
+    def __missing__(self, place: tuple[str, str]) -> ModelSeries:
+        series = self[place] = ModelSeries(self._metrics, *place)
+        return series
+
+
 class Metrics:
     """Counters and histograms that events move, and gauges read from the fleet snapshot at each scrape.
 
@@ -197,7 +209,7 @@ class Metrics:
             "cortex_config_valid", "0 if the files were refused when they were last read.", registry=registry
         )
         self.config_valid.set(1)
-        self._series: dict[tuple[str, str], ModelSeries] = {}
+        self.places = Places(self)
 
     def observe(self, collector: Collector) -> None:
         """Expose what a collector reads at each scrape as well."""
@@ -212,12 +224,6 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
-
-    def place(self, model: str, node: str) -> ModelSeries:
-        series = self._series.get((model, node))
-        if series is None:
-            series = self._series[(model, node)] = ModelSeries(self, model, node)
-        return series
 
     def charged(self, account: str, key: str, *, prompt_tokens: int, completion_tokens: int) -> None:
         if prompt_tokens or completion_tokens:

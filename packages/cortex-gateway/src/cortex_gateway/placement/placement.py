@@ -23,7 +23,7 @@ from cortex_gateway.placement.explanation import Wait, explain, in_figures
 from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
 from cortex_gateway.placement.queue import WaitingQueue
 from cortex_gateway.placement.router import decide, failure_on
-from cortex_gateway.placement.state import PlacementState
+from cortex_gateway.placement.state import PlacementState, Standing
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Lease:
         self._answer: Answer | None = None
         self._status: int | None = None
         self._is_judged = False
-        self._is_try = fleet.breakers.begun(node, model)
+        self._is_try = (node, model) in fleet.breakers.by_place and fleet.breakers.begun(node, model)
         neuron.num_requests += 1
         fleet.activity.begin(node, model, clock())
 
@@ -136,7 +136,8 @@ class Lease:
             self.failed()
         elif not self._is_judged and status is not None and status != 429 and kind is None:
             self._is_judged = True
-            fleet.breakers.succeeded(node, self.model)
+            if (node, self.model) in fleet.breakers.by_place:
+                fleet.breakers.succeeded(node, self.model)
         if self._is_try and not self._is_judged:
             fleet.breakers.abandoned(node, self.model, self._clock())
 
@@ -165,24 +166,32 @@ class Placement:
         self._told: dict[str, tuple[str, str]] = {}
         self._clock = clock
         self._resolved: dict[str, str] = {}
+        self._standings: dict[str, Standing] = {}
         self._resolved_version = -1
         self.loads = Loads(fleet, neurons, poller, metrics, state=self.state, clock=clock)
 
     def resolve(self, name: str) -> str:
         """The concrete model id behind what a client asked for."""
         snapshot = self._fleet.snapshot
-        if snapshot.version != self._resolved_version or len(self._resolved) > MAX_CACHED_NAMES:
-            self._resolved.clear()
-            self._resolved_version = snapshot.version
+        self._forget_outdated()
         resolved = self._resolved.get(name)
         if resolved is None:
             served = {name} if snapshot.has_model(name) else ()
             resolved = self._resolved[name] = self._current.catalogue.resolve(name, served)
         return resolved
 
+    def _forget_outdated(self) -> None:
+        """What was found out in another snapshot, and more of it than there are names to ask for."""
+        version = self._fleet.snapshot.version
+        if version != self._resolved_version or len(self._resolved) + len(self._standings) > MAX_CACHED_NAMES:
+            self._resolved.clear()
+            self._standings = {}
+            self._resolved_version = version
+
     def state(self, *, neurons_only: bool = False, by_hand: bool = False) -> PlacementState:
         """Everything there is to decide on, now."""
         snapshot = self._fleet.snapshot
+        self._forget_outdated()
         return PlacementState(
             snapshot=snapshot.neurons_only() if neurons_only else snapshot,
             catalogue=self._current.catalogue,
@@ -192,6 +201,7 @@ class Placement:
             waiting=self._waiting,
             breakers=self._fleet.breakers,
             by_hand=by_hand,
+            standings={} if neurons_only else self._standings,
         )
 
     def decide(

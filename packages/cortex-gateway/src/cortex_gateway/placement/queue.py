@@ -17,43 +17,46 @@ class Waiter(msgspec.Struct, frozen=True):
 
 
 class WaitingQueue:
-    """The requests of one gateway that no node serves yet. Changed by `Placement.wait`, read by the decisions."""
+    """The requests of one gateway that no node serves yet. Changed by `Placement.wait`, read by the decisions.
+
+    queues: for each model, since when each of its requests waits, by its ticket.
+    """
 
     def __init__(self) -> None:
-        self._queues: dict[str, dict[object, float]] = {}
+        self.queues: dict[str, dict[object, float]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._queues)
+        return bool(self.queues)
 
     def __contains__(self, model: str) -> bool:
-        return model in self._queues
+        return model in self.queues
 
     def since(self, model: str) -> float | None:
-        queue = self._queues.get(model)
+        queue = self.queues.get(model)
         return next(iter(queue.values())) if queue else None
 
     def num_requests(self, model: str) -> int:
-        return len(self._queues.get(model, ()))
+        return len(self.queues.get(model, ()))
 
     def in_order(self) -> list[Waiter]:
         """The queues, the one with the oldest request first; ties by name."""
         waiters = [
             Waiter(model=model, since=next(iter(queue.values())), num_requests=len(queue))
-            for model, queue in self._queues.items()
+            for model, queue in self.queues.items()
         ]
         return sorted(waiters, key=lambda waiter: (waiter.since, waiter.model))
 
     def join(self, model: str, now: float) -> object:
         """Enter the model's queue; returns the ticket to leave with. The first of a queue is its oldest."""
         ticket = object()
-        self._queues.setdefault(model, {})[ticket] = now
+        self.queues.setdefault(model, {})[ticket] = now
         return ticket
 
     def leave(self, model: str, ticket: object) -> None:
-        queue = self._queues[model]
+        queue = self.queues[model]
         del queue[ticket]
         if not queue:
-            del self._queues[model]
+            del self.queues[model]
 
     @contextmanager
     def joined(self, model: str, now: float) -> Iterator[None]:

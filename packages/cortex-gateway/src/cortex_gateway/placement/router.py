@@ -19,7 +19,7 @@ from cortex_core.fleet import ModelInfo, ModelSpec
 
 from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot
 from cortex_gateway.placement.affinity import UNKNOWN, Shares
-from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse
+from cortex_gateway.placement.decision import Decision, Forward, Hold, HoldReason, Load, Refuse
 from cortex_gateway.placement.evictor import (
     Room,
     capacity_mb,
@@ -30,7 +30,7 @@ from cortex_gateway.placement.evictor import (
 )
 from cortex_gateway.placement.explanation import in_figures, in_words, numbers_of
 from cortex_gateway.placement.replicas import Replica, choose
-from cortex_gateway.placement.state import PlacementState
+from cortex_gateway.placement.state import PlacementState, Standing
 
 RETRY_NO_NODE_S = 5
 RETRY_UNHEALTHY_S = 3
@@ -43,39 +43,30 @@ FREE_STEP_MB = 1024
 
 def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN) -> Decision:
     """Decide for a concrete model id (aliases are resolved before). shares: which nodes know the request's prompt."""
-    snapshot, breakers, now = state.snapshot, state.breakers, state.now
-    replicas: list[Replica] = []
-    hold: Hold | None = None
+    snapshot, breakers, now = state.snapshot, state.breakers.by_place, state.now
+    standing = state.standings.get(model) or standing_of(model, state)
+    serving: list[NodeSnapshot] = []
     yielding: Hold | None = None
     broken: float | None = None
-    routable: list[NodeSnapshot] = []
-    for node in snapshot.nodes.values():
-        if not node.is_routable:
-            continue
-        routable.append(node)
-        status = node.status(model)
-        if status is None:
-            continue
-        if status in ("loaded", "reloading") and not node.is_draining:
-            if not node.is_servable(model):
-                continue
-            breaker = breakers.get(node.name, model)
-            if not breaker.admits(now):
-                broken = max(breaker.until, now) if broken is None else min(max(breaker.until, now), broken)
-            elif state.waiting and has_to_yield(model, node, state):
-                yielding = yielding or Hold(node=node.name, reason="yielding")
-            else:
-                replicas.append(_replica(model, node, breaker.failures, state))
-        elif status in ("recovering", "poisoned"):
-            hold = hold or Hold(node=node.name, reason="recovering")
-        elif status in ("loading", "fetching"):
-            hold = hold or Hold(node=node.name, reason="loading")
-    if replicas:
-        best, reason = choose(replicas, shares, state.policy.beta)
+    for node in standing.serving:
+        breaker = breakers.get((node.name, model))
+        if breaker is not None and not breaker.admits(now):
+            broken = max(breaker.until, now) if broken is None else min(max(breaker.until, now), broken)
+        elif state.waiting.queues and has_to_yield(model, node, state):
+            yielding = yielding or Hold(node=node.name, reason="yielding")
+        else:
+            serving.append(node)
+    if len(serving) == 1:
+        return Forward(node=serving[0].name, reason="loaded")
+    if serving:
+        best, reason = choose([_replica(model, node, state) for node in serving], shares, state.policy.beta)
         return Forward(node=best.node, reason=reason)
-    if yielding is not None or hold is not None:
-        return yielding or hold  # type: ignore[return-value]
+    if yielding is not None:
+        return yielding
+    if standing.coming is not None:
+        return Hold(node=standing.coming[0], reason=standing.coming[1])
     profile = state.catalogue.profile(model)
+    routable = [node for node in snapshot.nodes.values() if node.is_routable]
     if broken is not None:
         # Only here a second copy is started, where the first one keeps failing and another node has room.
         elsewhere = None if profile is None else _cold_load(profile, routable, state)
@@ -103,8 +94,26 @@ def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN) -> Decis
     return _cold_load(profile, routable, state)
 
 
-def _replica(model: str, node: NodeSnapshot, failures: int, state: PlacementState) -> Replica:
+def standing_of(model: str, state: PlacementState) -> Standing:
+    """Where the model stands in the state's snapshot, found out once for all requests."""
+    serving: list[NodeSnapshot] = []
+    coming: tuple[str, HoldReason] | None = None
+    for node in state.snapshot.nodes.values():
+        status = node.status(model) if node.is_routable else None
+        if status in ("loaded", "reloading") and not node.is_draining:
+            if node.is_servable(model):
+                serving.append(node)
+        elif status in ("recovering", "poisoned"):
+            coming = coming or (node.name, "recovering")
+        elif status in ("loading", "fetching"):
+            coming = coming or (node.name, "loading")
+    standing = state.standings[model] = Standing(tuple(serving), coming)
+    return standing
+
+
+def _replica(model: str, node: NodeSnapshot, state: PlacementState) -> Replica:
     load = node.loads.get(model)
+    failures = state.breakers.get(node.name, model).failures
     return Replica(
         node=node.name,
         load=state.activity.load_of(node.name, model, load) + failures,

@@ -10,6 +10,7 @@ from cortex_gateway.configuration.policy import Policy
 from cortex_gateway.fleet.activity import Activity
 from cortex_gateway.fleet.breaker import Breakers
 from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex_gateway.placement.decision import HoldReason
 from cortex_gateway.placement.queue import WaitingQueue
 
 MAX_DERIVED_RESIDENCE_S = 30.0
@@ -19,10 +20,19 @@ NO_BREAKERS = Breakers(BreakerSection(failures=0))
 NOBODY = WaitingQueue()
 
 
+class Standing(msgspec.Struct, frozen=True):
+    """Where one model stands. serving: nodes that have it loaded and can serve it; coming: the first on which it is
+    loading or recovering, and which of the two."""
+
+    serving: tuple[NodeSnapshot, ...] = ()
+    coming: tuple[str, HoldReason] | None = None
+
+
 class PlacementState(msgspec.Struct, frozen=True):
     """The fleet and its work at `now` (monotonic seconds). The counters in it are read, never changed, by decisions.
 
     by_hand: an operator asks. No pause after a failed load stands in the way then.
+    standings: where each model stands in this snapshot, kept by `router.standing_of` for as long as it is the same.
     """
 
     snapshot: FleetSnapshot
@@ -33,6 +43,7 @@ class PlacementState(msgspec.Struct, frozen=True):
     waiting: WaitingQueue = NOBODY
     breakers: Breakers = NO_BREAKERS
     by_hand: bool = False
+    standings: dict[str, Standing] = {}
 
     def load_of(self, node: NodeSnapshot, model: str) -> int:
         """Requests running or queued there: polled plus sent since."""

@@ -78,15 +78,17 @@ class _Record:
 
 
 class Trial:
-    """One try of a suspect. turn_s: how long it is alone, None where others need not wait for it."""
+    """One try of a suspect. turn_s: how long it is alone, None where others need not wait for it; turn: what ends
+    that time, for whoever keeps time."""
 
-    __slots__ = ("_blame", "body", "life", "turn_s")
+    __slots__ = ("_blame", "body", "life", "turn", "turn_s")
 
     def __init__(self, blame: Blame, body: Body, life: Life, turn_s: float | None) -> None:
         self._blame = blame
         self.body = body
         self.life = life
         self.turn_s = turn_s
+        self.turn: asyncio.TimerHandle | None = None
 
     def answered(self) -> None:
         """There is an answer: it is none of those."""
@@ -99,15 +101,17 @@ class Trial:
 
     def leave(self) -> None:
         """It ended, however, and no process with it."""
+        if self.turn is not None:
+            self.turn.cancel()
         self._blame.left(self)
 
 
 class Blame:
-    """Bodies under which processes have ended. now: seconds of a clock that is never set."""
+    """Bodies under which processes have ended: `records`. now: seconds of a clock that is never set."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._records: OrderedDict[Key, _Record] = OrderedDict()
+        self.records: OrderedDict[Key, _Record] = OrderedDict()
         self._lengths: Counter[int] = Counter()
         self._turns: dict[str, Trial] = {}
         self._paths: OrderedDict[Life, set[Trial]] = OrderedDict()
@@ -124,7 +128,7 @@ class Blame:
             raise self.error(body)
 
     def error(self, body: Body) -> ApiError:
-        record = self._records.get(body.key)
+        record = self.records.get(body.key)
         return request_kills_engine(
             body.model,
             len(record.deaths) if record is not None and record.deaths else MAX_DEATHS,
@@ -184,7 +188,7 @@ class Blame:
         self._keep(body, record)
 
     def clear(self, body: Body) -> None:
-        record = self._records.get(body.key)
+        record = self.records.get(body.key)
         if record is not None and not record.is_blamed:
             self._drop(body.key)
 
@@ -218,33 +222,33 @@ class Blame:
     # ------------------------------------------------------------------------------------------ memory
 
     def _find(self, body: Body) -> _Record | None:
-        if not self._records or body.digest is None:
+        if not self.records or body.digest is None:
             return None
         self._forget()
-        return self._records.get(body.key)
+        return self.records.get(body.key)
 
     def _record(self, body: Body) -> _Record:
-        record = self._records.get(body.key)
+        record = self.records.get(body.key)
         if record is None:
-            record = self._records[body.key] = _Record()
+            record = self.records[body.key] = _Record()
             self._lengths[body.num_bytes] += 1
         return record
 
     def _keep(self, body: Body, record: _Record) -> None:
         record.until = self._now() + REMEMBERED_S
-        self._records.move_to_end(body.key)
-        if len(self._records) > MAX_REMEMBERED:
-            self._drop(next(iter(self._records)))
+        self.records.move_to_end(body.key)
+        if len(self.records) > MAX_REMEMBERED:
+            self._drop(next(iter(self.records)))
 
     def _forget(self) -> None:
         now = self._now()
-        while self._records:
-            key, record = next(iter(self._records.items()))
+        while self.records:
+            key, record = next(iter(self.records.items()))
             if record.until > now:
                 return
             self._drop(key)
 
     def _drop(self, key: Key) -> None:
-        del self._records[key]
+        del self.records[key]
         self._lengths[key[1]] -= 1
         self._lengths += Counter()  # those that are zero go

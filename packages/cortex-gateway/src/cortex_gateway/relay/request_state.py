@@ -1,22 +1,25 @@
-"""What is known of one request: filled as it goes, counted and logged exactly once at its end."""
+"""State of one inference request: filled as it goes, counted and logged exactly once at its end."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from cortex_core.errors import ApiError
 from cortex_core.trace_context import read_trace_context
 
-from cortex_gateway.http.admission import admission_of
+from cortex_gateway.bodies.payload import Payload
 from cortex_gateway.http.asgi import RawHeaders, Scope
-from cortex_gateway.http.body import ClientGone
-from cortex_gateway.http.request_id import new_request_id
+from cortex_gateway.http.body import ClientGone, RequestBody
+from cortex_gateway.http.client_writer import ClientWriter, no_headers
+from cortex_gateway.http.headers import identity_headers
 from cortex_gateway.identity.estimate import Usage as Charge
 from cortex_gateway.identity.identity import Grant
 from cortex_gateway.identity.principal import Principal
 from cortex_gateway.placement.decision import Hold, Load, RouteReason
-from cortex_gateway.relay.opening import StreamOpening
+from cortex_gateway.placement.session_hints import RequestHints
 from cortex_gateway.surfaces.surface import Surface
 from cortex_gateway.translation.answer_stream import AnswerStream, Usage
 from cortex_gateway.translation.translation import Translation
@@ -24,27 +27,41 @@ from cortex_gateway.translation.translation import Translation
 if TYPE_CHECKING:
     from cortex_gateway.observability.captures import Capture
     from cortex_gateway.observability.tracing import RequestTrace
-    from cortex_gateway.relay.blame import Trial
+    from cortex_gateway.relay.blame import Body, Trial
 
 Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeout", "client_gone", "shutdown", "error"]
+
+CLIENT_GONE_STATUS = 499
+"""Not an HTTP status: what the log and the metrics call a client that hung up (nginx's convention)."""
+
+NOTHING_CAME = Payload([b""])
+
+
+def new_request_id() -> str:
+    return "req_" + os.urandom(12).hex()
 
 
 class RequestState:
     """One inference request and its answer. Times are seconds on the loop's clock.
 
+    headers, body, payload: as the client sent them; payload is empty until all of the body has come. writer: to the
+    client. cors, limit_headers: what goes on every answer, for pages of other origins and of a key's limits.
+
     principal is the key that asks (None: anonymous), grant what it holds of the key's limits, charged what it was
     charged with in the end; sent_at is when the request first went to a neuron; generated the tokens of a stream
     that the client was sent.
 
-    opening: keeps a client's stream alive while no neuron answers. stream: what has been relayed of a stream, over all
-    the neurons that wrote it; None before the first byte. translation: how a server that is no neuron is asked, where
-    one is. is_sending: something is on its way to the client, who may be slow. trace: its spans, where telemetry is on;
+    stream: what has been relayed of a stream, over all the neurons that wrote it; None before the first byte.
+    translation: how a server that is no neuron is asked, where one is. trace: its spans, where telemetry is on;
     trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
-    where exchanges are captured. has_answered: the node of this attempt has sent something of an answer, beyond pings.
-    trial: where processes have ended under the same body before. is_blamed: a neuron found that it ends its engine.
+    where exchanges are captured. has_begun: a node has begun to answer. has_answered: the node of this attempt has sent
+    something of an answer, beyond pings. known_as, trial: where processes have ended under the same body before.
+    is_blamed: a neuron found that it ends its engine.
     """
 
     __slots__ = (
+        "_hints",
+        "body",
         "capture",
         "charged",
         "client",
@@ -54,22 +71,25 @@ class RequestState:
         "generated",
         "grant",
         "has_answered",
+        "has_begun",
+        "headers",
         "interruption",
         "is_blamed",
-        "is_sending",
         "is_stream",
+        "known_as",
         "last_byte_at",
+        "limit_headers",
+        "loop",
         "model",
         "node",
         "num_attempts",
         "num_resumes",
-        "opening",
         "outcome",
         "path",
+        "payload",
         "principal",
         "request_id",
         "resolved",
-        "response_started",
         "route",
         "sent_at",
         "started_at",
@@ -82,21 +102,32 @@ class RequestState:
         "translation",
         "trial",
         "usage",
+        "writer",
     )
 
-    def __init__(self, surface: Surface, scope: Scope, task: asyncio.Task[None], now: float) -> None:
+    def __init__(
+        self, surface: Surface, scope: Scope, body: RequestBody, writer: ClientWriter, cors: RawHeaders
+    ) -> None:
+        """Belongs to the task that makes it."""
         self.surface = surface
-        self.task: asyncio.Task[None] | None = task
+        self.loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task()
         self.request_id = new_request_id()
         self.path: str = scope["path"]
         self.client: str | None = scope["client"][0] if scope.get("client") else None
-        self.started_at = now
+        self.headers: RawHeaders = scope["headers"]
+        self.body = body
+        self.writer = writer
+        writer.before_end = self.settle
+        self.payload = NOTHING_CAME
+        self.started_at = self.loop.time()
         self.first_byte_at: float | None = None
-        self.last_byte_at = now
+        self.last_byte_at = self.started_at
         self.model: str | None = None
         self.resolved: str | None = None
         self.principal: Principal | None = None
         self.grant: Grant | None = None
+        self.limit_headers: Callable[[], RawHeaders] = no_headers
         self.sent_at: float | None = None
         self.generated: int | None = None
         self.charged: Charge | None = None
@@ -104,28 +135,30 @@ class RequestState:
         self.route: str | None = None
         self.num_attempts = 0
         self.has_answered = False
+        self.has_begun = False
         self.is_blamed = False
+        self.known_as: Body | None = None
         self.trial: Trial | None = None
         self.num_resumes = 0
         self.is_stream = False
-        self.is_sending = False
         self.trace_id: str | None = None
         self.trace: RequestTrace | None = None
         self.capture: Capture | None = None
-        self.cors: RawHeaders = admission_of(scope).cors
-        for name, _ in scope["headers"]:
+        self.cors = cors
+        for name, _ in self.headers:
             if name == b"traceparent":
-                context = read_trace_context(scope["headers"])
+                context = read_trace_context(self.headers)
                 self.trace_id = context.trace_id if context is not None else None
         self.status = 0
         self.outcome: Outcome = "ok"
         self.error: str | None = None
         self.usage: Usage | None = None
-        self.response_started = False
-        self.opening: StreamOpening | None = None
         self.stream: AnswerStream | None = None
         self.translation: Translation | None = None
         self.interruption: ApiError | ClientGone | None = None
+        self._hints: RequestHints | None = None
+
+    # ------------------------------------------------------------------------------------------ what it says of itself
 
     @property
     def queue_key(self) -> str | None:
@@ -134,7 +167,48 @@ class RequestState:
 
     @property
     def shown_bytes(self) -> int:
+        """How much of the body is wanted for a capture."""
         return 0 if self.capture is None else self.capture.max_request_bytes
+
+    def session(self) -> str | None:
+        return self._found_hints().session()
+
+    def prompt(self) -> bytes:
+        return self._found_hints().prompt()
+
+    def _found_hints(self) -> RequestHints:
+        if self._hints is None:
+            self._hints = self.payload.hints(self.headers)
+        return self._hints
+
+    def own_headers(self) -> RawHeaders:
+        """What the gateway adds to every answer."""
+        headers = identity_headers(
+            self.request_id,
+            node=self.node,
+            model=self.resolved,
+            route=self.route or ("refused" if self.resolved is not None else None),
+            translated=self.translation.label if self.translation is not None else None,
+        )
+        headers.extend(self.cors)
+        headers.extend(self.limit_headers())
+        return headers
+
+    # ------------------------------------------------------------------------------------------ what becomes of it
+
+    def waits(self, decision: Hold | Load, route: RouteReason) -> None:
+        """The request waits for a node: what its headers say if they go out before a neuron answers."""
+        self.node, self.route = decision.node, route
+        if self.trace is not None:
+            self.trace.waits(*described(decision))
+
+    def begin_attempt(self, node: str, route: str) -> None:
+        """It goes to this node now."""
+        self.node, self.route = node, route
+        self.num_attempts += 1
+        self.has_answered = False
+        if self.capture is not None:
+            self.capture.attempt(node, route)
 
     def answers(self, now: float) -> None:
         """A piece of the answer itself has come."""
@@ -144,27 +218,22 @@ class RequestState:
         if self.trial is not None:
             self.trial.answered()
 
+    def failure(self, error: ApiError) -> bytes | None:
+        """The end of a stream that has begun; None where an answer can only break off."""
+        own = None if self.stream is None else self.stream.fail(error)
+        framed = self.writer.framing.failure
+        if own is not None or framed is None:
+            return own
+        return framed(error, self.request_id)
+
     def interrupt(self, reason: ApiError | ClientGone) -> None:
         """End the request from outside, wherever it is: the handler sees `reason` raised. The first reason wins."""
         if self.interruption is None and self.task is not None:
             self.interruption = reason
             self.task.cancel()
 
-    async def answer(self) -> bool:
-        """There is something to send: stop the pings. True if the status line has gone out already."""
-        is_open = self.opening is not None and await self.opening.close()
-        return is_open or self.response_started
-
-    def waits(self, decision: Hold | Load, route: RouteReason) -> None:
-        """The request waits for a node: what its headers say if they go out before a neuron answers."""
-        self.node, self.route = decision.node, route
-        if self.trace is not None:
-            self.trace.waits(*described(decision))
-
-    def error_event(self, error: ApiError) -> bytes:
-        """The end of a stream that has begun."""
-        own = None if self.stream is None else self.stream.fail(error)
-        return own if own is not None else self.surface.error_event(error, self.request_id)
+    def client_left(self) -> None:
+        self.interrupt(ClientGone())
 
     def settle(self) -> None:
         """From here on nothing interrupts: the last bytes are on their way."""

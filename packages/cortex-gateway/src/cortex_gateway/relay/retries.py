@@ -32,8 +32,8 @@ class Unanswered(Exception):
         self.engine = engine
 
 
-def go_elsewhere(exchange: RequestState, how: StaleRoute | BrokenStream, engine: str | None) -> NoReturn:
+def go_elsewhere(request: RequestState, how: StaleRoute | BrokenStream, engine: str | None) -> NoReturn:
     """engine: that has ended while it held the request, if one has."""
-    if engine is not None and not exchange.has_answered:
+    if engine is not None and not request.has_answered:
         raise Unanswered(engine=engine)
     raise how

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cortex_core.access.cors import answer_headers, preflight_headers
 from cortex_core.access.host_names import own_names
@@ -28,12 +28,12 @@ from cortex_core.http_access import (
 from cortex_core.serving.log_lines import Sparing
 
 from cortex_gateway.configuration.current import Current
-from cortex_gateway.http.admission import ADMITTED, Admission, admission_of
 from cortex_gateway.http.asgi import JSON_CONTENT_TYPE, RawHeaders, Receive, Scope, Send, header
 from cortex_gateway.http.body import ClientGone, RequestBody
+from cortex_gateway.http.client_writer import ClientWriter
 from cortex_gateway.http.headers import identity_headers
-from cortex_gateway.http.request_id import CLIENT_GONE_STATUS, new_request_id
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
+from cortex_gateway.relay.request_state import CLIENT_GONE_STATUS, new_request_id
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,17 @@ MAX_SWALLOWED_BODY = 2**20
 ADMIN_FORBIDDEN = "admin_forbidden"
 
 Area = Literal["api", "admin", "metrics"]
+
+
+class Admission(NamedTuple):
+    """What the door decided about a request, for whoever answers it. cors: headers for every answer. needs_key: a key
+    has to be valid whatever is asked for, since a page of another origin asks."""
+
+    cors: RawHeaders
+    needs_key: bool = False
+
+
+ADMITTED = Admission([])
 
 
 class Access:
@@ -111,8 +122,8 @@ class Access:
         body = RequestBody(receive, max_bytes=MAX_SWALLOWED_BODY, timeout_s=0)
         try:
             answer = [*identity_headers(request_id), JSON_CONTENT_TYPE]
-            await body.respond(send, status, answer, error_body(error, dialect, request_id))
-        except (ClientGone, OSError):
+            await ClientWriter(send).answer(status, answer, error_body(error, dialect, request_id), unread=body)
+        except ClientGone:
             status = CLIENT_GONE_STATUS
         self._access_log.write(
             AccessRecord(
@@ -159,10 +170,7 @@ async def close_websocket(receive: Receive, send: Send) -> None:
     await send({"type": "websocket.close", "code": 1000})
 
 
-async def answer_options(scope: Scope, send: Send) -> None:
-    """OPTIONS: what may be asked here, and a preflight to a page that may ask it."""
+def options_headers(scope: Scope, admission: Admission) -> RawHeaders:
+    """For OPTIONS: what may be asked here, and a preflight to a page that may ask it."""
     headers: RawHeaders = [(b"allow", b"GET, HEAD, POST, OPTIONS")]
-    if admission_of(scope).cors:
-        headers += preflight_headers(scope["headers"])
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    return headers + preflight_headers(scope["headers"]) if admission.cors else headers

@@ -49,7 +49,7 @@ class CaptureRoutes:
             wanted = decode_struct(await request.body(), CaptureSwitch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise invalid(f'The body must be {{"exchanges": number or null}}: {exc}', code="invalid_body") from None
-        self._captures.override = wanted.exchanges
+        self._captures.adopt(wanted.exchanges)
         self._captures.trim()
         return json(self._bounds())
 

@@ -6,6 +6,7 @@ from cortex_core.dialects import openai_responses
 from cortex_core.dialects.errors import openai_error_body
 from cortex_core.errors import ApiError
 
+from cortex_gateway.http.framing import server_sent_events
 from cortex_gateway.surfaces.surface import Surface
 
 PING = b": ping\n\n"
@@ -27,32 +28,28 @@ SURFACES = (
         dialect="openai",
         upstream_path="/v1/chat/completions",
         paths=("/v1/chat/completions", "/chat/completions"),
-        ping=PING,
-        error_event=error_event,
+        framing=server_sent_events(PING, error_event),
     ),
     Surface(
         name="completions",
         dialect="openai",
         upstream_path="/v1/completions",
         paths=("/v1/completions", "/completions"),
-        ping=PING,
-        error_event=error_event,
+        framing=server_sent_events(PING, error_event),
     ),
     Surface(
         name="responses",
         dialect="openai",
         upstream_path="/v1/responses",
         paths=("/v1/responses", "/responses"),
-        ping=PING,
-        error_event=responses_error_event,
+        framing=server_sent_events(PING, responses_error_event),
     ),
     Surface(
         name="responses_input_tokens",
         dialect="openai",
         upstream_path="/v1/responses/input_tokens",
         paths=("/v1/responses/input_tokens", "/responses/input_tokens"),
-        ping=PING,
-        error_event=responses_error_event,
+        framing=server_sent_events(PING, responses_error_event),
         can_stream=False,
         generates=False,
     ),

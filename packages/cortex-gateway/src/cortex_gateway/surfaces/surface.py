@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import msgspec
-from cortex_core.errors import ApiError
+
+from cortex_gateway.http.framing import Framing
 
 Dialect = Literal["openai", "anthropic"]
 
@@ -14,15 +14,13 @@ Dialect = Literal["openai", "anthropic"]
 class Surface(msgspec.Struct, frozen=True):
     """paths are those the gateway listens on, upstream_path the one it calls on a neuron.
 
-    ping keeps a waiting stream alive; error_event(error, request_id) ends a stream that has begun. What generates
-    nothing uses no tokens of a key's limits.
+    framing: of an answer that is streamed. What generates nothing uses no tokens of a key's limits.
     """
 
     name: str
     dialect: Dialect
     upstream_path: str
     paths: tuple[str, ...]
-    ping: bytes
-    error_event: Callable[[ApiError, str], bytes]
+    framing: Framing
     can_stream: bool = True
     generates: bool = True

@@ -10,6 +10,7 @@ knowledge, a method that llhttp does not know) is handed to hypercorn with all i
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -146,7 +147,10 @@ class Http1Connection(asyncio.Protocol):
 
     def own_headers(self) -> RawHeaders:
         """Date and whatever else hypercorn's configuration says, made once a second."""
-        headers: RawHeaders = self._config.response_headers("h11")
+        second, config = int(time.time()), self._config
+        if config.answer_headers[0] != second:
+            config.answer_headers = second, config.response_headers("h11")
+        headers: RawHeaders = config.answer_headers[1]
         return headers
 
     def body_was_taken(self) -> None:

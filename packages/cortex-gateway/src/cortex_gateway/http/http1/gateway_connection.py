@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import time
 from typing import Any
 
 from cortex_core.config import ConfigError
@@ -26,17 +25,8 @@ class ServerConfig(Config):  # type: ignore[misc]
     """hypercorn's, and who speaks HTTP/1."""
 
     has_httptools = False
-    _headers: tuple[int, RawHeaders] = (0, [])
-
-    def response_headers(self, protocol: str) -> RawHeaders:
-        """The date and whatever else goes on every answer, made once a second."""
-        if protocol != "h11":
-            headers: RawHeaders = super().response_headers(protocol)
-            return headers
-        second = int(time.time())
-        if self._headers[0] != second:
-            self._headers = (second, super().response_headers(protocol))
-        return self._headers[1]
+    answer_headers: tuple[int, RawHeaders] = (0, [])
+    """The date and whatever else goes on every answer of ours in HTTP/1, with the second that they were made in."""
 
 
 def has_httptools(wanted: Http1Parser) -> bool:
