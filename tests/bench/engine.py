@@ -40,11 +40,11 @@ from typing import Any, Protocol
 import torch
 import transformers
 from neuron.engine.attention.interface import StepContext
-from neuron.engine.host_memory import num_physical_cores
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.loading.loading import load_engine, read_hf_config
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.runner import ModelRunner
+from neuron.host_memory import num_physical_cores
 from neuron.protocol import (
     EngineConfig,
     Generate,

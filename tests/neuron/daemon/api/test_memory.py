@@ -1,4 +1,4 @@
-"""Loads that do and do not fit, on the memory that this host really has."""
+"""Loads that do and do not fit, on a host whose memory the tests decide: how busy this one is changes nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from neuron.daemon.common.config import EngineSection, NeuronConfig
+from neuron.daemon.hardware import host
 from neuron.daemon.hardware.host import anonymous_bytes, memory_free_mb, memory_total_mb
 
 from tests.neuron.checkpoint_folders import TINY, with_text, write_checkpoint
@@ -18,6 +19,12 @@ from tests.neuron.engine.checkpoints import write_qwen3
 from tests.neuron.scripted_engine import eventually, scripted_with
 
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _host_of_eight_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "total_host_bytes", lambda: 8_000 * MIB)
+    monkeypatch.setattr(host, "available_host_bytes", lambda: 6_000 * MIB)
 
 
 def sparse_checkpoint(folder: Path, num_bytes: int, **changes: Any) -> Path:

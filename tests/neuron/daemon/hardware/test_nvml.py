@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from cortex_core.fleet import DeviceHealth, DeviceInfo
-from neuron.daemon.hardware.host import HostFacts, memory_free_mb, memory_total_mb, read_host_facts
+from neuron.daemon.hardware.host import HostFacts, memory_free_mb, read_host_facts
 from neuron.daemon.hardware.monitor import HardwareMonitor
 from neuron.daemon.hardware.nvml import Nvml
+from neuron.host_memory import available_host_bytes, total_host_bytes
 
 MIB = 2**20
 
@@ -184,6 +185,6 @@ def test_a_container_has_the_memory_it_may_use(tmp_path: Path, limit: str, used:
     meminfo.write_text(f"MemTotal: {8000 * 1024} kB\nMemAvailable: {4000 * 1024} kB\n")
     (tmp_path / "memory.max").write_text(limit)
     (tmp_path / "memory.current").write_text(used)
-    assert memory_total_mb(meminfo=meminfo, cgroup=tmp_path) == total
-    assert memory_free_mb(meminfo=meminfo, cgroup=tmp_path) == free
-    assert memory_total_mb(meminfo=tmp_path / "gone", cgroup=tmp_path / "gone") == 0
+    assert total_host_bytes(meminfo=meminfo, cgroup=tmp_path) == total * 2**20
+    assert available_host_bytes(meminfo=meminfo, cgroup=tmp_path) == free * 2**20
+    assert total_host_bytes(meminfo=tmp_path / "gone", cgroup=tmp_path / "gone") == 0

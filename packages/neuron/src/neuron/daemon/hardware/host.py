@@ -7,8 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
+from neuron.host_memory import available_host_bytes, total_host_bytes
 
 
 class HostFacts(msgspec.Struct, frozen=True):
@@ -32,20 +31,14 @@ def read_host_facts() -> HostFacts:
     )
 
 
-def memory_total_mb(*, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
+def memory_total_mb() -> int:
     """MiB of memory; 0 where the system does not say."""
-    total = _meminfo_mb(meminfo, "MemTotal")
-    limit = _cgroup_mb(cgroup / "memory.max")
-    return min(total, limit) if total and limit is not None else total
+    return total_host_bytes() // 2**20
 
 
-def memory_free_mb(*, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
+def memory_free_mb() -> int:
     """MiB that a new process could take: available on the machine, and left within the cgroup's limit."""
-    available = _meminfo_mb(meminfo, "MemAvailable")
-    limit, used = _cgroup_mb(cgroup / "memory.max"), _cgroup_mb(cgroup / "memory.current")
-    if limit is None or used is None:
-        return available
-    return min(available, max(0, limit - used))
+    return available_host_bytes() // 2**20
 
 
 def anonymous_bytes(pid: int, *, proc: Path = Path("/proc")) -> int:
@@ -56,21 +49,3 @@ def anonymous_bytes(pid: int, *, proc: Path = Path("/proc")) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
-
-
-def _meminfo_mb(path: Path, key: str) -> int:
-    try:
-        for line in path.read_text(encoding="ascii").splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) // 1024
-    except (OSError, ValueError, IndexError):
-        return 0
-    return 0
-
-
-def _cgroup_mb(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-        return None if text == "max" else int(text) // 2**20
-    except (OSError, ValueError):
-        return None

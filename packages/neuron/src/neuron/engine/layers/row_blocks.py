@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuron.engine.host_memory import available_host_bytes, total_host_bytes
+from neuron.host_memory import available_host_bytes, total_host_bytes
 
 _WIDTH = 32
 _MIN_ROWS = 3

@@ -27,7 +27,6 @@ from neuron.checkpoint.sharding import ranks_of
 from neuron.engine import kernels
 from neuron.engine.attention.attention import make_attention_backend
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
-from neuron.engine.host_memory import available_host_bytes, num_physical_cores
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.loading.fault_injection import Levers, LoadPhase
 from neuron.engine.loading.kernel_selection import settle_compute
@@ -44,6 +43,7 @@ from neuron.engine.step.runner import ModelRunner
 from neuron.engine.step.step_memory import StepMemory
 from neuron.engine.step.warm_up import every_variant
 from neuron.engine.weights.loader import WeightsRead, load_dummy_weights, load_weights
+from neuron.host_memory import available_host_bytes, num_physical_cores
 from neuron.protocol import CacheGroup, EngineConfig, Loaded, LoadProgress
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 
 from neuron.checkpoint.layout import RankSizes, activation_bytes_per_token, logit_bytes_per_row
 from neuron.engine.errors import is_out_of_memory
-from neuron.engine.host_memory import available_host_bytes
+from neuron.host_memory import available_host_bytes
 
 # A host that has less than this left is in trouble whatever a step takes.
 _HOST_FLOOR_BYTES = 64 * 2**20
