@@ -1,4 +1,4 @@
-"""What a training dialogue is made of, before it becomes tokens."""
+"""Training dialogues before they become tokens."""
 
 from __future__ import annotations
 

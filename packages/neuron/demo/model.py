@@ -142,7 +142,7 @@ class DemoModel(nn.Module):
 
     def compile_halves(self) -> None:
         """Compile the layers' halves; all batches must then have the same number of tokens."""
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 64  # noqa: SLF001 - it has no public name
         self.short_attention = torch.compile(short_attention, dynamic=False)
         self.halves = [
             (torch.compile(before, dynamic=False), torch.compile(after, dynamic=False)) for before, after in self.halves

@@ -18,6 +18,8 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class TextPart(msgspec.Struct, frozen=True, tag="text"):
+    """Text of a message."""
+
     text: str
 
 
@@ -46,6 +48,8 @@ class ToolCallPart(msgspec.Struct, frozen=True, tag="tool_call"):
 
 
 class ToolResultPart(msgspec.Struct, frozen=True, tag="tool_result"):
+    """Answer of a tool to the call `call_id`. `name` is the tool's, where the client says it."""
+
     call_id: str
     content: tuple[TextPart | ImagePart, ...] = ()
     is_error: bool = False

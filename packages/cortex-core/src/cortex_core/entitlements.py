@@ -1,4 +1,4 @@
-"""Who may use a gateway, and how much: the `[entitlements]` section of `cortex.toml`, and what a key may carry.
+"""Keys, limits and budgets as data: the `[entitlements]` section of `cortex.toml`, and what a key may carry.
 
 The same `KeyEntry` describes a key in the configuration file and in a store, so that both are checked alike.
 """

@@ -25,6 +25,8 @@ class TopLogprob(msgspec.Struct, frozen=True, gc=False):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
+    """The sampled token, and under `top` its most likely rivals; fields as in `TopLogprob`."""
+
     token: str
     logprob: float
     bytes: tuple[int, ...] | None = None
@@ -32,6 +34,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReasoningDelta(msgspec.Struct, frozen=True, tag="reasoning"):
+    """Text of the model's reasoning, before or between its answer."""
+
     choice: int
     text: str
 
@@ -62,6 +66,8 @@ class ToolCallArguments(msgspec.Struct, frozen=True, tag="tool_call_arguments"):
 
 
 class ToolCallEnd(msgspec.Struct, frozen=True, tag="tool_call_end"):
+    """The call is complete: no more fragments follow."""
+
     choice: int
     index: int
 

@@ -1,4 +1,4 @@
-"""What a neuron says of itself, and how a load is asked for.
+"""Wire types of the fleet: a neuron's description of itself, and the order to load a model.
 
 Wire types of `/discovery`, `/health`, `/models`, `/models/load` and `/version`. Every field a peer of another age
 may lack has a default, and unknown fields are ignored, so gateways and neurons of different versions work
@@ -42,6 +42,8 @@ class DiscoveryResponse(msgspec.Struct, frozen=True):
 
 
 class DeviceHealth(msgspec.Struct, frozen=True):
+    """One device at the moment: MiB, per cent, degrees Celsius."""
+
     index: int
     vram_used_mb: int = 0
     vram_free_mb: int = 0
@@ -132,6 +134,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):
+    """`POST /models/unload`."""
+
     model_id: str
 
 
@@ -172,6 +176,8 @@ class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Servable(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Whether requests for the model would be served now; if not, why, as a code and in words."""
+
     ok: bool
     reason: str | None = None
     detail: str | None = None

@@ -58,6 +58,8 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PollSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Polling of the neurons. Times are seconds; `unhealthy_after` counts missed polls in a row."""
+
     interval_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     unhealthy_after: Positive = 3
@@ -153,6 +155,8 @@ class CaptureSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`cortex.toml`."""
+
     gateway: GatewaySection = GatewaySection()
     poll: PollSection = PollSection()
     routing: RoutingSection = RoutingSection()

@@ -1,4 +1,4 @@
-"""What a gateway and a neuron say to each other beside a client's own request and answer.
+"""Headers between a gateway and a neuron, beside a client's own request and answer.
 
 A gateway sends `x-cortex-hop: 1`; the neuron then writes comments into an event stream that no client ever sees:
 
@@ -93,6 +93,8 @@ Batch = Sequence[ChoiceTokens]
 
 
 class ResumeState(msgspec.Struct, frozen=True):
+    """An answer as far as it has come: its head, and the tokens that followed."""
+
     head: StreamHead
     batches: tuple[list[LoggedTokens], ...]
 

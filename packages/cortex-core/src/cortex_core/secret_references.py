@@ -1,4 +1,4 @@
-"""Where a secret is, in place of the secret: `env:NAME` or `file:PATH`. A configuration of such can be shown."""
+"""References to secrets in place of secrets: `env:NAME` or `file:PATH`. A configuration of such can be shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this build is, without importing any of it."""
+"""Version and build of this package, found without importing any of it."""
 
 from __future__ import annotations
 

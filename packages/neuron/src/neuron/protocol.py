@@ -161,6 +161,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
+    """Answer to the `Ping` of this nonce."""
+
     nonce: int
 
 

@@ -1,4 +1,4 @@
-"""What a page of another origin is told so that its browser lets it read an answer (the CORS protocol of Fetch). Pure.
+"""CORS headers (Fetch): answers that a browser lets a page of another origin read. Pure.
 
 Only for pages that may: the exact origin is named, never `*`, and no answer allows credentials: nothing here looks at a
 cookie, and a key is something that a page has to have and to send itself.

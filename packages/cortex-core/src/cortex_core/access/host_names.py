@@ -1,4 +1,4 @@
-"""What this host calls itself: its hostname, and the names that stand beside it in its hosts file.
+"""Names of this host: its hostname, and the names that stand beside it in its hosts file.
 
 No name server is asked: it belongs to the network, and whoever has that would decide which names are ours.
 """

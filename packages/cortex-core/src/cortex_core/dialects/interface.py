@@ -1,4 +1,4 @@
-"""What every dialect module offers, as protocols: a module with these members is a `Dialect`."""
+"""Protocols of a dialect: a module with these members is a `Dialect`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class Collector(Protocol):
 
 
 class Dialect(Protocol):
+    """One API surface, as a module or an object: a parser into `Request` and two projections of its events."""
+
     @property
     def Projector(self) -> type[Projector]: ...
 

@@ -1,4 +1,4 @@
-"""How large the parts of a request may be, one constant each; beyond one is a 400 that names the field and the limit.
+"""Limits on the parts of a request, one constant each; beyond one is a 400 that names the field and the limit.
 
 Parts are counted before anything is made of them, so that no request takes more than in proportion to its bytes, and
 nothing that is said once and used often (a name, a description, a stop string) is large. How long a text may be is not

@@ -1,4 +1,4 @@
-"""What answers of OpenAI chat and completions have in common: ids, usage, finish reasons, stream framing."""
+"""Parts of answers that OpenAI chat and completions share: ids, usage, finish reasons, stream framing."""
 
 from __future__ import annotations
 

@@ -54,6 +54,8 @@ HEADERS: dict[str, Any] = {
 
 
 class Parameter(msgspec.Struct, frozen=True):
+    """One parameter of an operation."""
+
     name: str
     schema: Schema
     about: str

@@ -1,4 +1,4 @@
-"""What a schema cannot say: bodies that fit it and are refused all the same, by surface, and why.
+"""Refusals that a schema cannot express: bodies that fit it and are refused all the same, by surface, and why.
 
 They stand in the document as `x-refusals` of an operation. `param` is a regular expression for the field that the
 error names, in the words of the dialect.
@@ -17,6 +17,8 @@ SHAPE_CODES = ("invalid_type", "missing_required_parameter", "missing_model_fiel
 
 
 class Refusal(msgspec.Struct, frozen=True):
+    """A reason to refuse a body that fits its schema; `param` is a pattern of the field's path."""
+
     param: str
     why: str
 

@@ -1,4 +1,4 @@
-"""What a daemon tells whoever watches it, systemd or our `keeper`: that it serves, that its loop turns, that it ends.
+"""Heartbeat of a daemon to systemd or our `keeper`: that it serves, that its loop turns, that it ends.
 
 The protocol is sd_notify's. The beat comes from the event loop, so that a loop that is held up is silent.
 """

@@ -1,4 +1,4 @@
-"""How a command becomes a daemon that somebody watches: it hands its process to the keeper, which starts it again."""
+"""Start of a daemon under the keeper: a command hands its process over, and the keeper starts it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What connections inherit from the socket that they are accepted on."""
+"""Socket options that connections inherit from the listener that accepts them."""
 
 from __future__ import annotations
 

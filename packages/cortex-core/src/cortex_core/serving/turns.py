@@ -1,4 +1,4 @@
-"""Whose job is next: principals take turns, and long jobs never take the last worker. Pure.
+"""Fair queue of jobs: principals take turns, and long jobs never take the last worker. Pure.
 
 Within a principal short jobs go before long ones, each kind in its order. Among principals the one that was served
 longest ago goes first, so that a thousand jobs of one cost another no more than one turn.

@@ -1,3 +1,5 @@
+"""Entry of `python -m cortex_gateway.bodies`: a body worker."""
+
 import sys
 
 from cortex_gateway.bodies.worker import main

@@ -1,4 +1,4 @@
-"""What is done to bodies that take time: on the loop, in its turns, or by body workers."""
+"""Work on bodies that takes time: on the loop, in its turns, or by body workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a gateway and the process that reads its large bodies say to each other.
+"""Messages between a gateway and the process that reads its large bodies.
 
 A message is four bytes of length (little endian) and so many bytes of MessagePack. Where it speaks of a body, its
 `num_bytes` follow as they are.

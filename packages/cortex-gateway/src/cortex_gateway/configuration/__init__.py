@@ -1,4 +1,4 @@
-"""What a gateway is told: one value, read from files, held in one place, and replaced whole while it runs.
+"""Configuration of a gateway: one value, read from files, held in one place, and replaced whole while it runs.
 
 `value` is the configuration and its one holder, `difference` says what a new one changes and `weaker` what it would
 take away (both pure), `watch` when files have changed and settled, `reload` reads, checks and applies. Other rooms hold

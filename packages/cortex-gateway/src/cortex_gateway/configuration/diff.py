@@ -1,4 +1,4 @@
-"""What a new configuration changes. Pure, and without a secret in what it says."""
+"""Difference of two configurations. Pure, and without a secret in what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When files have changed and been written to their end."""
+"""Detection of files that have changed and been written to their end."""
 
 from __future__ import annotations
 

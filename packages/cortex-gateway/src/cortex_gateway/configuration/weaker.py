@@ -1,4 +1,4 @@
-"""Whether a new configuration protects less than the one that applies. Pure, and without a secret in what it says.
+"""Protection that a new configuration would take away. Pure, and without a secret in what it says.
 
 A file that changes is no order: it may be half written, emptied by a full disk, or an older copy. So a change of a
 file never takes protection away; whoever wants that says so (`cortex reload`, SIGHUP). The question asked of each part

@@ -1,1 +1,1 @@
-"""What the gateway knows of its neurons: a cache of what they say, and what it has under way with them."""
+"""Neurons as the gateway knows them: a cache of what they say, and what it has under way with them."""

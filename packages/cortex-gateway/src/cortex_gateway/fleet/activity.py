@@ -1,4 +1,4 @@
-"""What this gateway itself has in flight, per node and model.
+"""Requests of this gateway in flight, per node and model.
 
 Polled figures are seconds old. A node's load is what it last said plus what was sent since, minus what came back.
 """

@@ -1,4 +1,4 @@
-"""What limits and budgets want to know of a model. Pure."""
+"""Facts of a model that limits and budgets need: its window and its price. Pure."""
 
 from __future__ import annotations
 

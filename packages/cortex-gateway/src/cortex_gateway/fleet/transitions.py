@@ -1,4 +1,4 @@
-"""How the snapshot changes: events in, the next snapshot out. Pure."""
+"""Transitions of the snapshot: events in, the next snapshot out. Pure."""
 
 from __future__ import annotations
 

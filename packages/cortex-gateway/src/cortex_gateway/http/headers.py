@@ -1,4 +1,4 @@
-"""Which headers cross the gateway, in either direction: by lists of what passes, never of what does not."""
+"""Headers that cross the gateway, in either direction: by lists of what passes, never of what does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is asking, and what they may: keys, limits and budgets.
+"""Identity: keys, limits and budgets of those who ask.
 
 `credentials` finds the key in a request's headers, `keyring` knows the keys, `limits` holds what a gateway counts by
 itself (requests and tokens per minute, concurrency), `store` and its implementations what must outlive it (keys,

@@ -1,4 +1,4 @@
-"""What a host's clocks say: the date, and how much time has passed, which no correction of the date changes."""
+"""Clocks of a host: the date, and the time that has passed, which no correction of the date changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may use at most, before it runs, and what it used where nobody says. Pure.
+"""Estimates of a request's use: the most it can be, before it runs, and what it was where nobody says. Pure.
 
 Two figures, for two promises. A budget must never be overshot, so it reserves a bound: no text has more tokens than
 bytes, an answer is no longer than the client's own limit, and prompt and answer together fit the model's window. A

@@ -1,4 +1,4 @@
-"""Who asks, and a place for what they ask: what the relay and the routes talk to.
+"""Authentication and admission by key: what the relay and the routes talk to.
 
 A request that is admitted gets a `Grant`: its share of every limit of its key, taken before it is dispatched and
 settled exactly once when it ends. All limits are taken or none, and between the last check and the taking nothing is

@@ -1,4 +1,4 @@
-"""Which store a configuration means."""
+"""Choice of the store that a configuration names."""
 
 from __future__ import annotations
 

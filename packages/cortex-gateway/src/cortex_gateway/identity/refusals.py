@@ -1,4 +1,4 @@
-"""What a client reads when its key does not reach. No message holds more of a key than its id."""
+"""Errors for requests beyond what their key may. No message holds more of a key than its id."""
 
 from __future__ import annotations
 

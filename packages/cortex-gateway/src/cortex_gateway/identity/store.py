@@ -1,4 +1,4 @@
-"""What must outlive a gateway, behind one interface: keys, and the use of their budgets.
+"""Storage of keys and of the use of their budgets, behind one interface: what must outlive a gateway.
 
 Budgets are decided where their state lives (so that several gateways cannot overshoot one together): `reserve` reads
 and writes in one transaction, and the arithmetic of the decision is `decide`, the same for every store. A reservation

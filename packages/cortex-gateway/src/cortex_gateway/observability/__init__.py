@@ -1,1 +1,1 @@
-"""What operators see: metrics and one access line per request."""
+"""Metrics, access lines, traces and captures: what operators see."""

@@ -1,4 +1,4 @@
-"""What a server that is no neuron says when it cannot, in the words of the one who asked."""
+"""Errors of servers that are no neurons, in the dialect of the one who asked."""
 
 from __future__ import annotations
 

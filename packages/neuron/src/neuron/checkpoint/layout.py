@@ -1,4 +1,4 @@
-"""How many bytes a model takes, from its `config.json` and the headers of its weight files: nothing is loaded for it.
+"""Bytes that a model takes, from its `config.json` and the headers of its weight files: nothing is loaded for it.
 
 Five parts per rank: weights in the dtype they are loaded in, KV cache per token, activations of the largest step, CUDA
 graphs of decode steps, and what an engine process takes before it has a model. The engine measures for itself when it

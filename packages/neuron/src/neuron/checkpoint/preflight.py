@@ -1,4 +1,4 @@
-"""What can be known of a checkpoint before anything is downloaded or started: refuse early, with the facts.
+"""Preflight of a checkpoint before anything is downloaded or started: refuse early, with the facts.
 
 Pure functions over file names and `config.json`. Every refusal is a 422 whose code (and `kind`) names the cause. What
 is in the other files is for `inspection` to find.

@@ -1,4 +1,4 @@
-"""Which part of a dimension a rank holds: the Megatron split (Shoeybi et al. 2019, section 3) as plain arithmetic.
+"""Tensor-parallel sharding of a dimension: the Megatron split (Shoeybi et al. 2019, section 3) as plain arithmetic.
 
 Ranks hold equal parts unless their group has `shares`, relative sizes for devices of different memory; then each
 dimension is apportioned in whole units (heads, runs of columns) that come as near to the ratio as they can.

@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint have the sizes that its `config.json` says: known from their headers alone.
+"""Shapes of a checkpoint's tensors against its `config.json`, from their headers alone.
 
 The engine decides again, of every tensor, when it builds the model; what is refused here, it would refuse. Sizes that
 are in no file would otherwise cost a start of the engine, and be asked of the memory of the host.

@@ -1,4 +1,4 @@
-"""Whether a JSON object that comes in fragments has ended, without reading again what has been read."""
+"""Incremental scan for the end of a JSON object that comes in fragments; nothing is read twice."""
 
 from __future__ import annotations
 

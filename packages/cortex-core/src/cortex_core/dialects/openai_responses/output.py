@@ -84,6 +84,8 @@ class ReasoningItem(Item):
 
 
 class MessageItem(Item):
+    """An output item of text: a message of the assistant."""
+
     prefix = "msg"
     delta_event = "response.output_text.delta"
     place: ClassVar[dict[str, Any]] = {"content_index": 0}

@@ -1,4 +1,4 @@
-"""Who speaks HTTP/1 on a connection: `http1.connection` where httptools is installed, else hypercorn with h11.
+"""Choice of a connection's HTTP/1 parser: `http1.connection` where httptools is installed, else hypercorn with h11.
 
 HTTP/2 is always hypercorn's.
 """

@@ -1,4 +1,4 @@
-"""Who may use a model now, who waits, and who is sent away.
+"""Admission to a model: seats, the queue, and refusals.
 
 A request takes a place before anything is awaited, says what it needs of the KV cache as soon as its prompt is known,
 and is given pages and a seat together, pages being looked at first: nobody holds the one while waiting for the other,

@@ -1,4 +1,4 @@
-"""What the KV cache of a model can hold, what a request needs of it, and the one place that decides whether it fits.
+"""KV cache capacity: what it holds, what a request needs of it, and the one place that decides whether it fits.
 
 The load preflight asks it of an estimated cache, `servable` and every request ask it of the real one (law 7, F25).
 """

@@ -1,4 +1,4 @@
-"""What the engine's updates of one request mean, as events: every choice through its own text stream."""
+"""Translation of the engine's updates of one request into events: every choice through its own text stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routes work with: built once by the daemon, passed explicitly."""
+"""Services that the routes work with: built once by the daemon, passed explicitly."""
 
 from __future__ import annotations
 

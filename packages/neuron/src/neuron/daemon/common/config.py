@@ -27,6 +27,8 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
 class HarnessEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry of `harnesses`."""
+
     name: str
 
 
@@ -39,6 +41,8 @@ class SourceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PrefixCacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Reuse of KV pages. The last two are accepted from files of the reference system and have no effect."""
+
     enabled: bool = True
     budget_mb: Count | None = None
     max_entries: Count | None = None
@@ -74,12 +78,16 @@ class AdmissionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Accepted from files of the reference system; without effect."""
+
     te_device: str | None = None
     te_resident: bool | None = None
     max_dim: int | None = None
 
 
 class CandleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[harness.candle]`: where models come from, and how many requests each takes."""
+
     hf_cache: str | None = None
     default_source: str = "huggingface"
     sources: dict[str, SourceConfig] = {}
@@ -90,6 +98,8 @@ class CandleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HarnessConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[harness]`, by the name that files of the reference system have for the engine."""
+
     candle: CandleConfig = CandleConfig()
 
 

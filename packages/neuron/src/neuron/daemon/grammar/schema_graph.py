@@ -1,4 +1,4 @@
-"""What a JSON Schema would ask of a grammar compiler, found before it is asked.
+"""Cost of a JSON Schema to a grammar compiler, found before it is compiled.
 
 Two things grow beyond what the size of a schema says: how deep subschemas lie within each other once references are
 followed, which the compiler walks on its stack; and how much one value has to satisfy at once, which it works out by

@@ -1,4 +1,4 @@
-"""Which types a value has under a JSON Schema, and what a text spells under one.
+"""Types of a value under a JSON Schema, and what a text spells under one.
 
 Nothing is taken for granted of the schema: under `tool_choice: auto` none is checked before the model has answered.
 """

@@ -1,1 +1,1 @@
-"""What this host is and how its devices are doing. Everything is read in the background and answered from memory."""
+"""Host and devices, and how they are doing. Everything is read in the background and answered from memory."""

@@ -23,6 +23,8 @@ POLL_INTERVAL_S = 5.0
 
 
 class HardwareReading(msgspec.Struct, frozen=True):
+    """Devices and free host memory (MiB) at one moment."""
+
     devices: tuple[DeviceHealth, ...] = ()
     memory_free_mb: int = 0
 

@@ -1,4 +1,4 @@
-"""Where a model id leads: a registry, a local folder, or the demo model that ships with this package."""
+"""Resolution of a model id to its source: a registry, a local folder, or the demo model of this package."""
 
 from __future__ import annotations
 

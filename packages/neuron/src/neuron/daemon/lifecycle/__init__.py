@@ -1,1 +1,1 @@
-"""Where models come from, what state each is in, who may use it, and how it goes."""
+"""Lifecycle of models: loads, states, progress and unloads."""

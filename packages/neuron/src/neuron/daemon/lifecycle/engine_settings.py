@@ -1,4 +1,4 @@
-"""What a model is served with, from the configuration and from the order to load it: the engine's and the queue's."""
+"""Settings that a model is served with, from the configuration and its load order: the engine's and the queue's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say, found out in a process that may be killed for it.
+"""Inspection of a checkpoint's files in a process that may be killed for it.
 
 A checkpoint is data of a stranger, and the daemon answers for every model of its host. So nobody here reads a
 checkpoint folder in the daemon: a short-lived process lists it, decodes its config, index and headers, holds them

@@ -1,4 +1,4 @@
-"""Why a model was not loaded, for whoever asked; what a preflight finds is in `preflight`."""
+"""Errors of loads, for whoever asked; what a preflight finds is in `preflight`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is divided among devices: what a load asks for, checked and made definite. Pure functions.
+"""Division of a model among devices: what a load asks for, checked and made definite. Pure functions.
 
 Whether the model's own sizes divide so is `divisibility`'s business.
 """

@@ -1,4 +1,4 @@
-"""How a load gets on: time that is left, and waking up whoever follows it."""
+"""Progress of a load: time that is left, and waking up whoever follows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this neuron serves, on disk: a daemon that died loads it again when it is back.
+"""State file of what this neuron serves: a daemon that died loads it again when it is back.
 
 One small JSON file, replaced as a whole (written beside it, fsync, rename, fsync of the folder), so that a power cut
 leaves the old list or the new one. A model is on it from the end of its load until it is unloaded on request; how the

@@ -44,6 +44,8 @@ ABSENT = ModelState()
 
 
 class LoadRequested(msgspec.Struct, frozen=True):
+    """Somebody asks for the model; joins a load that is under way."""
+
     spec: ModelSpec
 
 
@@ -54,6 +56,8 @@ class Progressed(msgspec.Struct, frozen=True):
 
 
 class Fetched(msgspec.Struct, frozen=True):
+    """The checkpoint is on disk, in the folder `path`."""
+
     path: Path
 
 
@@ -64,11 +68,11 @@ class FetchFailed(msgspec.Struct, frozen=True):
 
 
 class RetryDue(msgspec.Struct, frozen=True):
-    pass
+    """The pause before another try to fetch is over."""
 
 
 class EngineUp(msgspec.Struct, frozen=True):
-    pass
+    """The engine group is loaded, for the first time or again."""
 
 
 class EngineDied(msgspec.Struct, frozen=True):
@@ -84,7 +88,7 @@ class EngineFailed(msgspec.Struct, frozen=True):
 
 
 class UnloadRequested(msgspec.Struct, frozen=True):
-    pass
+    """Somebody asks for the model to go."""
 
 
 class Drained(msgspec.Struct, frozen=True):
@@ -92,6 +96,8 @@ class Drained(msgspec.Struct, frozen=True):
 
 
 class DrainTimedOut(msgspec.Struct, frozen=True):
+    """Requests are still in flight although the time to drain is over."""
+
     num_in_flight: int
 
 
@@ -118,19 +124,25 @@ Event = (
 
 
 class StartFetch(msgspec.Struct, frozen=True):
+    """Bring the checkpoint to disk."""
+
     spec: ModelSpec
 
 
 class RetryLater(msgspec.Struct, frozen=True):
+    """Report `RetryDue` after `delay_s` seconds."""
+
     delay_s: float
 
 
 class StartEngine(msgspec.Struct, frozen=True):
+    """Start an engine group from the folder `path`."""
+
     path: Path
 
 
 class OpenAdmission(msgspec.Struct, frozen=True):
-    pass
+    """Let requests in."""
 
 
 class Drain(msgspec.Struct, frozen=True):
@@ -142,10 +154,14 @@ class Stop(msgspec.Struct, frozen=True):
 
 
 class AnswerLoads(msgspec.Struct, frozen=True):
+    """Answer everybody who waits for the load: it is done, or `error`."""
+
     error: ApiError | None = None
 
 
 class AnswerUnloads(msgspec.Struct, frozen=True):
+    """Answer everybody who waits for the unload: it is done, or `error`."""
+
     error: ApiError | None = None
 
 

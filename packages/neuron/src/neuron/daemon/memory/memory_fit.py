@@ -1,4 +1,4 @@
-"""Whether a load fits into memory, and with how much context: decided before anything is started.
+"""Memory fit of a load, and the context there is room for: decided before anything is started.
 
 `fit` is a pure function of what is to be loaded and what is free. It answers with an `EngineConfig` that says how much
 context and cache the engine is to have, or refuses with the numbers and with what would make it fit.

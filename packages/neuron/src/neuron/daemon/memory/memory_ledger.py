@@ -1,4 +1,4 @@
-"""What of this host's memory is free for another model, and what the models that are here were promised of it.
+"""Ledger of this host's memory: what is free for another model, and what those that are here were promised.
 
 A free byte may be promised: a CPU's cache is taken page by page as answers come, and a load takes its weights in
 minutes. So what is available is what is free now, less what others may still take.

@@ -1,4 +1,4 @@
-"""What one inference request did: measured as it goes, and at its end one log line and its metrics."""
+"""Record of one inference request: measured as it goes, and at its end one log line and its metrics."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ Attributes = Mapping[str, AttributeValue | None]
 
 
 class RequestSpans:
+    """Spans of requests, recorded when these have ended."""
+
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 

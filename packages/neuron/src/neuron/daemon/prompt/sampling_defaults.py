@@ -1,4 +1,4 @@
-"""What the client did not say, the model's generation_config says; what that does not say either, the reference does.
+"""Defaults of sampling: what the client leaves open, generation_config says; what that leaves open, the reference does.
 
 Resolved here and nowhere else: sampling parameters, seeds, the token limit and the stop tokens of each choice.
 """

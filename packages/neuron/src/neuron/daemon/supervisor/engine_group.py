@@ -58,6 +58,8 @@ class GroupLoading(msgspec.Struct, frozen=True):
 
 
 class GroupLoaded(msgspec.Struct, frozen=True):
+    """The group serves, for the first time or again."""
+
     loaded: Loaded
 
 

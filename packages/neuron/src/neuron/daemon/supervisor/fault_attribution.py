@@ -1,4 +1,4 @@
-"""Who may be the cause of an engine's death, and who goes into its successor when. Pure: no clock, no I/O.
+"""Attribution of an engine's death to a request, and who goes into its successor when. Pure: no clock, no I/O.
 
 Every sequence that was in the engine when it died was *in the path* of the fault. After the first death of a series
 all of them go on together: most faults come from outside. Those in the path a second time are suspects. A suspect is

@@ -1,4 +1,4 @@
-"""When a group that died is rebuilt, and when it is given up. Pure."""
+"""Restart policy: the pause before a group that died is rebuilt, and when it is given up. Pure."""
 
 from __future__ import annotations
 

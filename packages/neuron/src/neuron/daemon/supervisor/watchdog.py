@@ -1,4 +1,4 @@
-"""Whether a loaded engine group lives: it completes steps while it holds work, and each of its processes answers.
+"""Watchdog of a loaded engine group: it completes steps while it holds work, and each of its processes answers.
 
 Both are needed. A thread that answers pings says nothing of a device thread that waits in a collective for ever; a
 group without work completes no steps, and a stopped process of it would be found only by the next request.

@@ -1,4 +1,4 @@
-"""How much work one request or one checkpoint may ask of this room, one constant each.
+"""Limits on the work that one request or one checkpoint may ask of text processing, one constant each.
 
 Every algorithm here is linear in what these bound. What a client exceeds is a 400 that names the field, the limit and
 what was asked; what it exceeds in the form of the *output* (a schema that no compiler finishes) is loosened instead,

@@ -19,6 +19,8 @@ TOOL_CALL_MARKERS = ("<tool_call>", "</tool_call>")
 
 
 class Vocabulary(Protocol):
+    """A tokenizer, as far as markers need it."""
+
     def token_id(self, token: str) -> int | None:
         """Id of a token by its exact text, None if it is not one entry."""
         ...

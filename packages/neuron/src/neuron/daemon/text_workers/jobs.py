@@ -1,4 +1,4 @@
-"""What a worker does: a body of bytes in, plain data out."""
+"""Jobs of a text worker: a body of bytes in, plain data out."""
 
 from __future__ import annotations
 

@@ -63,6 +63,8 @@ class TextInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TextLoaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
+    """The checkpoint's text files are read, and the worker takes jobs."""
+
     info: TextInfo
 
 
@@ -107,11 +109,13 @@ class Count(msgspec.Struct, frozen=True, tag="count", array_like=True):
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag="tokenize", array_like=True):
+    """Work: parse the body of a tokenize request, and tokenise its text."""
+
     max_model_len: int
 
 
 class Detokenize(msgspec.Struct, frozen=True, tag="detokenize", array_like=True):
-    pass
+    """Work: parse the body of a detokenize request, and turn its ids into text."""
 
 
 Work = Prepare | Count | Tokenize | Detokenize
@@ -129,6 +133,8 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
+    """First message of a process: here it is."""
+
     pid: int
 
 
@@ -156,6 +162,8 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared", array_like=True):
 
 
 class Counted(msgspec.Struct, frozen=True, tag="counted", array_like=True):
+    """Result of `Count`."""
+
     num_tokens: int
 
 

@@ -1,4 +1,4 @@
-"""Whether prompt chunks take another library's attention: tried for correctness and timed once, at start-up."""
+"""Choice of another library's attention for prompt chunks: tried for correctness and timed once, at start-up."""
 
 from __future__ import annotations
 

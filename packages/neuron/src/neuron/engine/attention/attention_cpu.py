@@ -84,6 +84,8 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """Attention of one step: decodes in buckets of similar length, then prefill chunks."""
+
     decodes: tuple[DecodeBucket, ...]
     chunks: tuple[PrefillChunk, ...]
 

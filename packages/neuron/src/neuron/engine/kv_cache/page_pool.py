@@ -1,4 +1,4 @@
-"""Which KV page belongs to whom: reference counts over page numbers. Pure Python, no tensors."""
+"""Ownership of KV pages: reference counts over page numbers. Pure Python, no tensors."""
 
 from __future__ import annotations
 

@@ -130,9 +130,10 @@ class FixedRowsProduct:
     @classmethod
     def for_weight(cls, weight: Tensor) -> FixedRowsProduct:
         """The largest block in which every place gives the same bits, tried with this weight."""
-        return next(product for product in map(cls, _FIXED_ROWS) if product._is_place_free(weight))
+        return next(product for product in map(cls, _FIXED_ROWS) if product.is_place_free(weight))
 
-    def _is_place_free(self, weight: Tensor) -> bool:
+    def is_place_free(self, weight: Tensor) -> bool:
+        """Whether a row's result has the same bits at every place in the block, tried with this weight."""
         if self.num_rows == 1:
             return True
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Which product each layer takes, by a measurement at start-up: the library's or one of our kernels, by number of rows.
+"""Autotuning of each layer's product at start-up: the library's or one of our kernels, by number of rows.
 
 A measurement, because none is the fastest everywhere: it depends on the weight's shape, on the number of rows and on
 the chip. Layers of the same role (all down projections, say) choose together, and their weights are multiplied one

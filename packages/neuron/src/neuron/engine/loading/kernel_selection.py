@@ -1,4 +1,4 @@
-"""How a loaded model computes: settled once, before its first step, by all ranks of a group together."""
+"""Selection of kernels for a loaded model: settled once, before its first step, by all ranks of a group together."""
 
 from __future__ import annotations
 

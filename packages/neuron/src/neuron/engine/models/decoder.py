@@ -1,4 +1,4 @@
-"""What all decoder families share: the pre-norm layer, the stack, and the names of its checkpoint tensors."""
+"""Decoder shared by all families: the pre-norm layer, the stack, and the names of its checkpoint tensors."""
 
 from __future__ import annotations
 

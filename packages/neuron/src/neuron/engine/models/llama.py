@@ -11,6 +11,8 @@ from neuron.engine.models.decoder import CausalLM, DecoderLayer
 
 
 class LlamaForCausalLM(CausalLM):
+    """Llama: rotary embedding, grouped-query attention, a gated feed-forward block."""
+
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
         attention = SelfAttention(

@@ -8,6 +8,8 @@ from neuron.engine.models.decoder import CausalLM, DecoderLayer
 
 
 class MistralForCausalLM(CausalLM):
+    """Mistral: Llama with a sliding window in some or all layers."""
+
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
         attention = SelfAttention(

@@ -8,6 +8,8 @@ from neuron.engine.models.decoder import CausalLM, DecoderLayer
 
 
 class Qwen2ForCausalLM(CausalLM):
+    """Qwen2: Llama with biases in the projections of queries, keys and values."""
+
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
         attention = SelfAttention(

@@ -8,6 +8,8 @@ from neuron.engine.models.decoder import CausalLM, DecoderLayer
 
 
 class Qwen3ForCausalLM(CausalLM):
+    """Qwen3: Llama with queries and keys normalised per head."""
+
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
         attention = SelfAttention(

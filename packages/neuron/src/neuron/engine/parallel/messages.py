@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks: one message for each step, over Unix sockets and not over a collective.
+"""Messages of rank 0 to the other ranks: one for each step, over Unix sockets and not over a collective.
 
 A follower waits in a read, so an idle group uses no CPU and no timeout runs. Frames are those of `neuron.protocol`: a
 4-byte little-endian length and one msgpack document. Every message carries (epoch, step), and steps are counted

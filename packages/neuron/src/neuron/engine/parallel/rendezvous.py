@@ -1,4 +1,4 @@
-"""Where the ranks of a group find each other: a c10d process group over the folder that they share.
+"""Rendezvous of the ranks of a group: a c10d process group over the folder that they share.
 
 The store is a file in that folder, so nothing listens that another process of the host could reach but the sockets of
 the backend itself. Ranks of several hosts need nothing new here: a shared folder, and `GLOO_SOCKET_IFNAME` or

@@ -1,4 +1,4 @@
-"""What the host knows of the rows whose logits are sampled, taken at one moment.
+"""Rows whose logits are sampled, as the host knows them at one moment.
 
 While a step is computed its sequences go on: tokens of an earlier step are booked. So whatever the device is to use
 later is collected here first: parameters, the output position of each token, penalties, the masks of grammars.

@@ -1,4 +1,4 @@
-"""Which tokens of which sequences the next step computes. Pure Python: no tensors, no clock, no I/O.
+"""Scheduler: which tokens of which sequences the next step computes. Pure Python: no tensors, no clock, no I/O.
 
 Continuous batching with one token budget per step (Sarathi-Serve, Agrawal et al. 2024): first one token for each
 decoding sequence, then chunks of prompts that are being prefilled, then new sequences from a first-come queue.

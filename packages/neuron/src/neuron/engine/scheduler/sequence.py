@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class Status(Enum):
+    """Stations of a sequence in the scheduler."""
+
     COMPILING = auto()  # its grammar is being compiled; others may pass it in the queue
     SET_BACK = auto()  # there was no memory for its step; others may pass it in the queue
     WAITING = auto()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from neuron.engine.errors import EngineError, RequestError, ShortOfMemory
 from neuron.engine.kv_cache.page_pool import PagePool
 from neuron.engine.kv_cache.prefix_cache import PrefixCache
+from neuron.engine.sampling.sampler import Sampled
 from neuron.engine.scheduler.grammar import GrammarCompiler, GrammarState
 from neuron.engine.scheduler.scheduler import Scheduler, StepPlan
 from neuron.engine.scheduler.sequence import Sequence, Status
@@ -293,14 +294,7 @@ class Engine:
                 self._scheduler.distrust(sequence)
             return
         if error is not None:
-            if isinstance(error, ShortOfMemory) and sequence.num_set_backs < len(_SET_BACK_S):
-                self._set_back.append((time.monotonic() + _SET_BACK_S[sequence.num_set_backs], sequence))
-                sequence.num_set_backs += 1
-                self._scheduler.set_back(sequence)
-                return
-            if error.kind == "nan_logits":
-                self._scheduler.distrust(sequence)
-            self._fail(sequence, error)
+            self._book_error(sequence, error)
             return
         self._scheduler.computed(chunk)
         if result.prompt_logprobs:
@@ -315,21 +309,11 @@ class Engine:
             if cached is not None:
                 self._updates.append(SequenceUpdate(sequence.request_id, cached_tokens=cached))
             return
-        tokens: list[int] = []
-        logprobs: list[Logprobs] | None = None
-        finish: FinishKind | None = None
-        for item in sampled:
-            try:
-                is_output, finish = sequence.append(item.token, max_model_len=self.max_model_len)
-            except RequestError as exc:
-                self._fail(sequence, exc)
-                return
-            if is_output:
-                tokens.append(item.token)
-                if item.logprobs is not None:
-                    logprobs = [*(logprobs or ()), item.logprobs]
-            if finish is not None:
-                break
+        try:
+            tokens, logprobs, finish = self._append(sequence, sampled)
+        except RequestError as exc:
+            self._fail(sequence, exc)
+            return
         prompt_logprobs = None
         if sequence.wants_prompt_logprobs:
             sequence.wants_prompt_logprobs = False
@@ -337,6 +321,35 @@ class Engine:
         self._updates.append(SequenceUpdate(sequence.request_id, tokens, finish, logprobs, cached, prompt_logprobs))
         if finish is not None:
             self._scheduler.finish(sequence)
+
+    def _book_error(self, sequence: Sequence, error: EngineError) -> None:
+        """A sequence whose step found no memory comes again after a pause, a few times; any other error ends it."""
+        if isinstance(error, ShortOfMemory) and sequence.num_set_backs < len(_SET_BACK_S):
+            self._set_back.append((time.monotonic() + _SET_BACK_S[sequence.num_set_backs], sequence))
+            sequence.num_set_backs += 1
+            self._scheduler.set_back(sequence)
+            return
+        if error.kind == "nan_logits":
+            self._scheduler.distrust(sequence)
+        self._fail(sequence, error)
+
+    def _append(
+        self, sequence: Sequence, sampled: Iterable[Sampled]
+    ) -> tuple[list[int], list[Logprobs] | None, FinishKind | None]:
+        """Give a sequence its tokens, up to the one that ends it: those that are output, their log-probabilities, and
+        the reason to end, if any. Raises `RequestError` where one does not fit its grammar."""
+        tokens: list[int] = []
+        logprobs: list[Logprobs] | None = None
+        finish: FinishKind | None = None
+        for item in sampled:
+            is_output, finish = sequence.append(item.token, max_model_len=self.max_model_len)
+            if is_output:
+                tokens.append(item.token)
+                if item.logprobs is not None:
+                    logprobs = [*(logprobs or ()), item.logprobs]
+            if finish is not None:
+                break
+        return tokens, logprobs, finish
 
     def _fail(self, sequence: Sequence, error: EngineError) -> None:
         self._scheduler.finish(sequence)

@@ -1,4 +1,4 @@
-"""How long the next step may take before the group counts as stuck: a cost model learnt from the steps themselves."""
+"""Deadline of the next step, after which the group counts as stuck: a cost model learnt from the steps themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a step fits into this rank's memory, asked before it is launched.
+"""Memory that a step needs on this rank, asked before it is launched.
 
 A rank that runs out of memory in the middle of a forward pass leaves the others in a collective that nobody joins. So
 before a step that is larger than any since the last shortage, each rank tries (CUDA) or estimates (CPU) what its

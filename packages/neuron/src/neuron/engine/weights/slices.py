@@ -1,4 +1,4 @@
-"""Where a slice of a tensor lies in its file: as few runs of bytes at equal distances as describe it."""
+"""Slices of a tensor within its file: as few runs of bytes at equal distances as describe them."""
 
 from __future__ import annotations
 

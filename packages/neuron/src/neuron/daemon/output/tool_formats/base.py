@@ -1,4 +1,4 @@
-"""What every tool-call parser offers: text in, actions out, one character after the other."""
+"""Interface of tool-call parsers: text in, actions out, one character after the other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class StartCall:
+    """A call of the tool `name` begins."""
+
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class MoreArguments:
+    """The next fragment of the call's JSON arguments."""
+
     fragment: str
 
 

@@ -168,9 +168,16 @@ class QwenJsonParser:
             return self._other(text, at, actions)
         if state in (_KEY, _NAME):
             return self._string(text, at, actions)
-        char = text[at]
-        if char in _WHITESPACE:
+        if text[at] in _WHITESPACE:
             return at + 1
+        if state == _VALUE_START:
+            return self._value_start(text, at, actions)
+        self._structure(text[at], actions)
+        return at + 1
+
+    def _structure(self, char: str, actions: list[CallAction]) -> None:
+        """A character around the calls, or between the keys and values of one."""
+        state = self._state
         if state == _BEFORE:
             if char == "{":
                 self._state = _KEY_OR_END
@@ -189,8 +196,6 @@ class QwenJsonParser:
             self._state = _VALUE_START
             if char != ":":
                 self._fail(actions)
-        elif state == _VALUE_START:
-            return self._value_start(text, at, actions)
         elif state == _AFTER_VALUE:
             if char == ",":
                 self._state = _KEY_OR_END
@@ -198,7 +203,6 @@ class QwenJsonParser:
                 self._close_object(actions)
             else:
                 self._fail(actions)
-        return at + 1
 
     def _fail(self, actions: list[CallAction]) -> None:
         """This is no call. If it has been announced as one, it ends here and the rest of the block is dropped."""

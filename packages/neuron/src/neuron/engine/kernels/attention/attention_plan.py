@@ -1,4 +1,4 @@
-"""Which items an attention launch works on: query blocks times segments of their contexts, listed on the device.
+"""Work list of an attention launch: query blocks times segments of their contexts, listed on the device.
 
 How a context is cut depends on that sequence alone (`Tiling.min_segment_tokens`, `max_segments`), never on its
 neighbours. See `neuron.engine.kernels.attention.paged_attention`.

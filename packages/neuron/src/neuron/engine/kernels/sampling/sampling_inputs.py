@@ -1,4 +1,4 @@
-"""What sampling reads besides logits, as tensors of the device: a CUDA graph replays with new values in them."""
+"""Inputs of sampling besides logits, as tensors of the device: a CUDA graph replays with new values in them."""
 
 from __future__ import annotations
 
