@@ -71,6 +71,6 @@ def _kind(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return "gone"
-    if b"neuron.engine.worker" in words:
+    if b"neuron.engine.worker" in words or b"neuron.worker" in words:  # the latter in builds before the wings
         return "engine"
     return "text" if b"neuron.daemon.text_workers" in words else "daemon"
