@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.e2e.fleet_process import MODEL, call, eventually
@@ -17,13 +18,20 @@ _LISTENING = re.compile(r"listening on (http://\S+)")
 
 
 class Daemon:
-    """One `neuron` or `cortex` process, in a session of its own."""
+    """One `neuron` or `cortex` process, in a session of its own. python: of the environment that it runs from."""
 
-    def __init__(self, name: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        environment: dict[str, str] | None = None,
+        *,
+        python: str = sys.executable,
+    ) -> None:
         self.name = name
         self.output: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [python, "-m", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -64,21 +72,31 @@ class Daemon:
                 self.process.wait()
 
 
-def neuron_daemon(folder: Path, index: int, config: str = "") -> Daemon:
+def neuron_daemon(folder: Path, index: int, config: str = "", *, python: str = sys.executable) -> Daemon:
     """A neuron named n<index> that begins to load the demo model. config: more of its configuration file."""
     file = folder / f"neuron-{index}.toml"
     file.write_text(f'[[default_models]]\nmodel_id = "{MODEL}"\n{config}')
     arguments = ["neuron", "serve", "--config", str(file), "--host", "127.0.0.1", "--port", "0"]
-    return Daemon(f"n{index}", arguments, {"XDG_STATE_HOME": str(folder / f"state-{index}")})
+    return Daemon(f"n{index}", arguments, {"XDG_STATE_HOME": str(folder / f"state-{index}")}, python=python)
 
 
 class FleetOfNeurons:
-    """`neurons[i]` are named n0, n1 … in the gateway, which polls once a second."""
+    """`neurons[i]` are named n0, n1 … in the gateway, which polls once a second. pythons: of the gateway and of each
+    neuron, where they are not of this build."""
 
-    def __init__(self, folder: Path, *, num_neurons: int = 2, gateway: str = "", neuron: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_neurons: int = 2,
+        gateway: str = "",
+        neuron: str = "",
+        pythons: Sequence[str] = (),
+    ) -> None:
+        pythons = pythons or [sys.executable] * (1 + num_neurons)
         self.neurons: list[Daemon] = []
         for index in range(num_neurons):
-            self.neurons.append(neuron_daemon(folder, index, neuron))
+            self.neurons.append(neuron_daemon(folder, index, neuron, python=pythons[1 + index]))
         config = folder / "cortex.toml"
         entries = "".join(f'[[neurons]]\nname = "{each.name}"\nendpoint = "{each.url}"\n' for each in self.neurons)
         config.write_text(
@@ -87,7 +105,7 @@ class FleetOfNeurons:
         )
         for each in self.neurons:
             eventually(lambda url=each.url: self.is_loaded(url), within_s=240, what=f"{each.name} has loaded the model")
-        self.gateway = Daemon("gateway", ["cortex_cli", "serve", "--config", str(config)])
+        self.gateway = Daemon("gateway", ["cortex_cli", "serve", "--config", str(config)], python=pythons[0])
         self.url = self.gateway.url
 
     @staticmethod
