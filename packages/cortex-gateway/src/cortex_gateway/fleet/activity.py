@@ -59,6 +59,13 @@ class Activity:
             answer.first_byte_at is not None and answer.last_byte_at >= moment for answer in self._answers.get(node, ())
         )
 
+    def heard_at(self, node: str) -> float:
+        """When the last piece of an answer that is still being written came from the node; -inf if none did."""
+        return max(
+            (answer.last_byte_at for answer in self._answers.get(node, ()) if answer.first_byte_at is not None),
+            default=float("-inf"),
+        )
+
     def in_flight(self, node: str, model: str) -> int:
         return self._in_flight.get((node, model), 0)
 

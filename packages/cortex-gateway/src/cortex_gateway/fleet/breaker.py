@@ -68,6 +68,7 @@ def abandoned(breaker: Breaker, now: float) -> Breaker:
 
 class Breakers:
     """The breakers of one gateway. Changed by leases, read by the decisions. by_place: those that are not closed;
+    rests: until when nothing is sent where something else can be asked;
     num_opened: how often each has opened."""
 
     def __init__(self, settings: BreakerSection, on_change: Callable[[str, str, Breaker], None] | None = None) -> None:
@@ -75,6 +76,7 @@ class Breakers:
         self._on_change = on_change
         self.by_place: dict[Key, Breaker] = {}
         self.num_opened: dict[Key, int] = {}
+        self.rests: dict[Key, float] = {}
 
     def get(self, node: str, model: str) -> Breaker:
         return self.by_place.get((node, model), CLOSED)
@@ -103,10 +105,16 @@ class Breakers:
     def abandoned(self, node: str, model: str, now: float) -> None:
         self._set(node, model, abandoned(self.get(node, model), now))
 
+    def rest(self, node: str, model: str, until: float) -> None:
+        """The node has said when it may be asked again. That is no failure of it."""
+        self.rests[(node, model)] = max(until, self.rests.get((node, model), until))
+
     def forget_absent(self, node: str, models: frozenset[str]) -> None:
         """Drop what is known of models a node no longer has."""
         for key in [key for key in self.by_place if key[0] == node and key[1] not in models]:
             del self.by_place[key]
+        for key in [key for key in self.rests if key[0] == node and key[1] not in models]:
+            del self.rests[key]
 
     def _set(self, node: str, model: str, after: Breaker) -> None:
         before = self.by_place.get((node, model), CLOSED)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from cortex_core.fleet import DiscoveryResponse, HealthResponse
 
@@ -18,16 +19,20 @@ log = logging.getLogger(__name__)
 
 MAX_LOOKS, LOOK_AGAIN_S, SILENCE_S = 10, 0.1, 1.0
 """Whether a process has ended: so many looks, so far apart, none after one that was not answered for so long."""
+MIN_TIMEOUT_S = 0.5
+"""Of a poll that is to say whether a node is lost."""
 WATCH_INTERVAL_S = 0.25
 """How often a node is asked while a request or an operator waits for something to change there."""
 
 
 class _Polling:
-    """One neuron's polls. is_due: at once, whatever the interval; started_at: of the last one, on the loop's clock."""
+    """One neuron's polls. is_due: at once, whatever the interval; started_at: of the last one, on the loop's clock.
+    coming: one that is wanted now and has not begun, because another goes on."""
 
-    __slots__ = ("is_due", "lock", "num_watchers", "started_at", "task", "wake")
+    __slots__ = ("coming", "is_due", "lock", "num_watchers", "started_at", "task", "wake")
 
     def __init__(self) -> None:
+        self.coming: asyncio.Task[bool] | None = None
         self.is_due = False
         self.lock = asyncio.Lock()
         self.num_watchers = 0
@@ -63,7 +68,8 @@ class Poller:
             polling.wake.set()
 
     async def stop(self) -> None:
-        tasks = [polling.task for polling in self._polled.values() if polling.task is not None]
+        tasks: list[asyncio.Task[Any]] = [polling.task for polling in self._polled.values() if polling.task is not None]
+        tasks += [polling.coming for polling in self._polled.values() if polling.coming is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._looks.values(), return_exceptions=True)
@@ -94,12 +100,25 @@ class Poller:
             polling.num_watchers -= 1
 
     async def refresh(self, node: str) -> bool:
-        """Poll now and apply the answer; False if the node did not answer, or is not in the configuration any more."""
+        """Poll now and apply the answer; False if the node did not answer, or is not in the configuration any more.
+
+        All who ask before it has begun share one poll, so that a hundred requests that lost a node wait for one.
+        """
         neuron = self._neurons.get(node)
         if neuron is None:
             return False
-        async with self._polled[neuron].lock:
-            return await self._poll(neuron)
+        polling = self._polled[neuron]
+        if polling.coming is None:
+            polling.coming = asyncio.create_task(self._refresh(neuron, polling), name=f"refresh-{node}")
+        return await asyncio.shield(polling.coming)
+
+    async def _refresh(self, neuron: NeuronClient, polling: _Polling) -> bool:
+        try:
+            async with polling.lock:
+                polling.coming = None
+                return await self._poll(neuron)
+        finally:
+            polling.coming = None
 
     async def has_ended(self, node: str, generation: int) -> bool:
         """Whether that process is gone: nothing listens there, or another one does. However many ask, one looks.
@@ -172,18 +191,34 @@ class Poller:
                     await self._poll(neuron)
             except Exception:
                 log.exception("polling node %s failed", neuron.name)
-            while (remaining := self._next_poll_at(polling) - now()) > 0:
+            while (remaining := self._next_poll_at(neuron, polling) - now()) > 0:
                 polling.wake.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(remaining):
                         await polling.wake.wait()
         del self._polled[neuron]
 
-    def _next_poll_at(self, polling: _Polling) -> float:
+    def _next_poll_at(self, neuron: NeuronClient, polling: _Polling) -> float:
         if polling.is_due:
             return 0.0
         interval_s = self._current.config.poll.interval_s
+        if neuron.num_requests and (silence_s := self._silence_s):
+            # Whoever waits for an answer there wants to know in time that none will come.
+            is_in_doubt = (node := self._fleet.snapshot.nodes.get(neuron.name)) is not None and node.misses > 0
+            interval_s = min(interval_s, WATCH_INTERVAL_S if is_in_doubt else max(silence_s / 3, WATCH_INTERVAL_S))
         return polling.started_at + (min(interval_s, WATCH_INTERVAL_S) if polling.num_watchers else interval_s)
+
+    @property
+    def _silence_s(self) -> float:
+        return self._current.config.gateway.stream_silence_s
+
+    def _silent_at(self, neuron: NeuronClient) -> float:
+        """When a node that works for us, and has missed a poll, is taken for lost if nothing comes of it until then: no
+        poll answered, no byte of any answer."""
+        if not neuron.num_requests or not self._silence_s or not self._fleet.snapshot.nodes[neuron.name].misses:
+            return float("inf")
+        heard_at = max(neuron.answered_at, self._fleet.activity.heard_at(neuron.name))
+        return heard_at + self._silence_s
 
     async def _poll(self, neuron: NeuronClient) -> bool:
         fleet, settings = self._fleet, self._current.config.poll
@@ -192,19 +227,21 @@ class Poller:
             return await self._look_for_life(neuron, started_at)
         node = fleet.snapshot.nodes[neuron.name]
         fleet.activity.begin_poll(neuron.name)
+        timeout_s = min(settings.timeout_s, max(self._silent_at(neuron) - started_at, MIN_TIMEOUT_S))
         try:
-            models, health = await asyncio.gather(neuron.models(settings.timeout_s), self._health(neuron))
+            models, health = await asyncio.gather(neuron.models(timeout_s), self._health(neuron, timeout_s))
         except NeuronError as error:
             if not self._is_configured(neuron):
                 return False
             if error.refuses_gateway:
                 fleet.apply(PollRefused(node=neuron.name, error=error.message, code=error.kind or ""))
                 return False
+            is_silent = asyncio.get_running_loop().time() >= self._silent_at(neuron)
             fleet.apply(
                 PollMissed(
                     node=neuron.name,
                     error=error.message,
-                    unhealthy_after=settings.unhealthy_after,
+                    unhealthy_after=1 if is_silent else settings.unhealthy_after,
                     is_alive=fleet.activity.is_heard_since(neuron.name, started_at),
                     is_gone=error.is_gone,
                 )
@@ -243,9 +280,9 @@ class Poller:
         neuron.answered_at = started_at
         return False
 
-    async def _health(self, neuron: NeuronClient) -> HealthResponse | None:
+    async def _health(self, neuron: NeuronClient, timeout_s: float) -> HealthResponse | None:
         try:
-            return await neuron.health(self._current.config.poll.timeout_s)
+            return await neuron.health(timeout_s)
         except NeuronError as error:
             log.debug("health of node %s: %s", neuron.name, error.message)
             return None

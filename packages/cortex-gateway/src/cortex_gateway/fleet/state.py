@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Protocol
 
 from cortex_core.gateway_config import BreakerSection, NeuronEntry
 
@@ -15,6 +16,14 @@ from cortex_gateway.fleet.transitions import FleetEvent, reduce, with_neurons
 log = logging.getLogger(__name__)
 
 DEFAULT_BREAKER = BreakerSection()
+
+
+class UnderWay(Protocol):
+    """A request, or whatever else goes on on a node."""
+
+    def node_is_lost(self) -> None:
+        """The node does not answer any more."""
+        ...
 
 
 class Fleet:
@@ -31,6 +40,8 @@ class Fleet:
         self.breakers = Breakers(breaker, self._breaker_changed)
         self._changed: asyncio.Future[None] | None = None
         self.has_waiters = False
+        self.under_way: dict[str, set[UnderWay]] = {}
+        """What this gateway has under way on each node."""
 
     def apply(self, event: FleetEvent) -> None:
         before = self.snapshot
@@ -40,6 +51,9 @@ class Fleet:
         self.snapshot = after
         _log_health(before.nodes[event.node], after.nodes[event.node])
         _log_models(before.nodes[event.node], after.nodes[event.node])
+        if is_lost(before.nodes[event.node], after.nodes[event.node]):
+            for each in tuple(self.under_way.get(event.node, ())):
+                each.node_is_lost()
         self.wake()
 
     def reconfigure(self, neurons: tuple[NeuronEntry, ...], breaker: BreakerSection) -> None:
@@ -73,6 +87,12 @@ class Fleet:
             self._changed = asyncio.get_running_loop().create_future()
             self.has_waiters = True
         return asyncio.shield(self._changed)
+
+
+def is_lost(before: NodeSnapshot, after: NodeSnapshot) -> bool:
+    """Whether the node has fallen silent, as one that is stopped or cut off does. A process that has ended says so by
+    itself, on each of its connections."""
+    return before.is_routable and after.health == "unhealthy" and not after.is_gone
 
 
 def _log_health(before: NodeSnapshot, after: NodeSnapshot) -> None:

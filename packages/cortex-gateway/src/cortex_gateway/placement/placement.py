@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import TracebackType
 
 from cortex_core.errors import ApiError
@@ -22,7 +22,7 @@ from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Ref
 from cortex_gateway.placement.explanation import Wait, explain, in_figures
 from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
 from cortex_gateway.placement.queue import WaitingQueue
-from cortex_gateway.placement.router import decide, failure_on
+from cortex_gateway.placement.router import NOWHERE, decide, failure_on, has_other
 from cortex_gateway.placement.state import PlacementState, Standing
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Lease:
         "model",
         "neuron",
         "neuron_model",
+        "on_lost",
         "route",
     )
 
@@ -82,7 +83,9 @@ class Lease:
         self._status: int | None = None
         self._is_judged = False
         self._is_try = (node, model) in fleet.breakers.by_place and fleet.breakers.begun(node, model)
+        self.on_lost: Callable[[], None] | None = None
         neuron.num_requests += 1
+        fleet.under_way.setdefault(node, set()).add(self)
         fleet.activity.begin(node, model, clock())
 
     @property
@@ -100,6 +103,16 @@ class Lease:
         self._fleet.activity.listen(self.neuron.name, answer)
         if self._is_try and status < 400:
             self._fleet.breakers.answering(self.neuron.name, self.model)
+
+    def node_is_lost(self) -> None:
+        """The node does not answer any more: whoever asks it is told, while the node still is that neuron."""
+        if self.on_lost is not None and self._is_of_a_node:
+            self.on_lost()
+
+    def rest(self, seconds: float) -> None:
+        """The node wants to be asked again only then."""
+        if self._is_of_a_node:
+            self._fleet.breakers.rest(self.neuron.name, self.model, self._clock() + seconds)
 
     def failed(self) -> None:
         """The node did not answer, or broke off."""
@@ -120,6 +133,7 @@ class Lease:
         fleet, node = self._fleet, self.neuron.name
         if self._answer is not None:
             fleet.activity.unlisten(node, self._answer)
+        fleet.under_way[node].discard(self)
         fleet.activity.end(node, self.model)
         self.neuron.num_requests -= 1
         if self._is_of_a_node:
@@ -205,14 +219,24 @@ class Placement:
         )
 
     def decide(
-        self, model: str, shares: Shares = UNKNOWN, *, neurons_only: bool = False, by_hand: bool = False
+        self,
+        model: str,
+        shares: Shares = UNKNOWN,
+        *,
+        neurons_only: bool = False,
+        by_hand: bool = False,
+        avoid: Container[str] = NOWHERE,
     ) -> Decision:
-        return decide(model, self.state(neurons_only=neurons_only, by_hand=by_hand), shares)
+        return decide(model, self.state(neurons_only=neurons_only, by_hand=by_hand), shares, avoid)
 
-    def try_now(self, model: str, hints: Hints | None = None) -> Lease | None:
+    def has_other(self, model: str, avoid: Container[str], *, neurons_only: bool = False) -> bool:
+        """Whether, at this moment, a node that is not to be avoided serves the model."""
+        return has_other(model, self.state(neurons_only=neurons_only), avoid)
+
+    def try_now(self, model: str, hints: Hints | None = None, avoid: Container[str] = NOWHERE) -> Lease | None:
         """A lease if the model is served somewhere at this moment. Raises `ApiError` if it never will be."""
         shares = self._shares(model, hints)
-        decision = self.decide(model, UNKNOWN if shares is None else shares)
+        decision = self.decide(model, UNKNOWN if shares is None else shares, avoid=avoid)
         if type(decision) is Forward:
             return self._lease(decision, model, decision.reason, hints, shares)
         if type(decision) is Refuse:
@@ -226,12 +250,14 @@ class Placement:
         *,
         wait_s: float | None = None,
         on_wait: OnWait | None = None,
-        is_resuming: bool = False,
+        avoid: Container[str] = NOWHERE,
+        is_moving: bool = False,
+        neurons_only: bool = False,
     ) -> Lease:
         """As `try_now`, but wait for whatever it takes, up to `wait_s` seconds (the configured budget by default).
 
-        is_resuming: a stream that has begun is to go on. Only a neuron can, and where a new request would be told to
-        come back later, this one waits.
+        is_moving: the request was under way on a node that was lost; where a new one would be told to come back later,
+        this one waits. neurons_only: a stream that has begun is to go on, which only a neuron can.
 
         Raises `ApiError`: the refusal, the failure of the load waited for, or 503 with `Retry-After` and the load's
         progress once the budget is spent (the load goes on).
@@ -241,7 +267,9 @@ class Placement:
         try:
             async with asyncio.timeout(budget_s):
                 with self._waiting.joined(model, began):
-                    return await self._wait(model, hints, on_wait, is_resuming=is_resuming)
+                    return await self._wait(
+                        model, hints, on_wait, avoid, is_moving=is_moving, neurons_only=neurons_only
+                    )
         except TimeoutError:
             raise self._still_waiting(model, budget_s) from None
         finally:
@@ -252,17 +280,27 @@ class Placement:
                 if self._waiting:
                     self._fleet.wake()  # whoever queued behind this model may go now
 
-    async def _wait(self, model: str, hints: Hints | None, on_wait: OnWait | None, *, is_resuming: bool) -> Lease:
+    async def _wait(
+        self,
+        model: str,
+        hints: Hints | None,
+        on_wait: OnWait | None,
+        avoid: Container[str],
+        *,
+        is_moving: bool,
+        neurons_only: bool,
+    ) -> Lease:
         route: RouteReason = "held"
         is_fresh = False
         while True:
             shares = self._shares(model, hints)
-            decision = self.decide(model, UNKNOWN if shares is None else shares, neurons_only=is_resuming)
+            known = UNKNOWN if shares is None else shares
+            decision = self.decide(model, known, neurons_only=neurons_only, avoid=avoid)
             match decision:
                 case Forward():
                     return self._lease(decision, model, route, hints, shares)
                 case Refuse():
-                    if not is_resuming or decision.retry_after is None:
+                    if not is_moving or decision.retry_after is None:
                         raise refused(decision, model)
                     await self.change(self._clock() + decision.retry_after)
                 case Load():

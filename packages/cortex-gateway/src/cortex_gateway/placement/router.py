@@ -12,6 +12,7 @@ in use gets no new requests until the waiting one has had its turn. So swaps are
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 
 import msgspec
 from cortex_core.catalogue import ModelProfile, is_feasible, load_spec
@@ -32,6 +33,8 @@ from cortex_gateway.placement.explanation import in_figures, in_words, numbers_o
 from cortex_gateway.placement.replicas import Replica, choose
 from cortex_gateway.placement.state import PlacementState, Standing
 
+NOWHERE: frozenset[str] = frozenset()
+
 RETRY_NO_NODE_S = 5
 RETRY_UNHEALTHY_S = 3
 RETRY_FAILED_S = 10
@@ -41,8 +44,9 @@ FREE_STEP_MB = 1024
 """Free memory is compared in steps of this: two gateways that polled at different moments choose the same node."""
 
 
-def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN) -> Decision:
-    """Decide for a concrete model id (aliases are resolved before). shares: which nodes know the request's prompt."""
+def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN, avoid: Container[str] = NOWHERE) -> Decision:
+    """Decide for a concrete model id (aliases are resolved before). shares: which nodes know the request's prompt.
+    avoid: nodes that have failed the request, to be asked again only where no other can be."""
     snapshot, breakers, now = state.snapshot, state.breakers.by_place, state.now
     standing = state.standings.get(model) or standing_of(model, state)
     serving: list[NodeSnapshot] = []
@@ -56,6 +60,8 @@ def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN) -> Decis
             yielding = yielding or Hold(node=node.name, reason="yielding")
         else:
             serving.append(node)
+    if len(serving) > 1:
+        serving = _preferred(model, serving, state, avoid)
     if len(serving) == 1:
         return Forward(node=serving[0].name, reason="loaded")
     if serving:
@@ -92,6 +98,26 @@ def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN) -> Decis
     if profile is None:
         return _outside_catalogue(model, state)
     return _cold_load(profile, routable, state)
+
+
+def _preferred(
+    model: str, serving: list[NodeSnapshot], state: PlacementState, avoid: Container[str]
+) -> list[NodeSnapshot]:
+    """Without those that have failed the request or asked for a pause, where others are left."""
+    rests = state.breakers.rests
+    serving = [node for node in serving if node.name not in avoid] or serving
+    return [node for node in serving if rests.get((node.name, model), 0.0) <= state.now] or serving
+
+
+def has_other(model: str, state: PlacementState, avoid: Container[str]) -> bool:
+    """Whether a node that is not to be avoided, and has not asked for a pause, serves the model now."""
+    breakers, rests = state.breakers, state.breakers.rests
+    return any(
+        node.name not in avoid
+        and rests.get((node.name, model), 0.0) <= state.now
+        and breakers.get(node.name, model).admits(state.now)
+        for node in (state.standings.get(model) or standing_of(model, state)).serving
+    )
 
 
 def standing_of(model: str, state: PlacementState) -> Standing:

@@ -33,6 +33,14 @@ def is_dead_connection(exc: BaseException) -> bool:
     )
 
 
+def is_unreached(exc: BaseException) -> bool:
+    """Whether no connection came about: nothing was sent."""
+    return isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+
+
+REFUSALS_ELSEWHERE = (429, 500, 502, 503, 529)
+"""What a node refuses with, where another one may answer."""
+
 _STALE_CODES = (b"model_not_found", b"engine_restarting", b"model_loading", b"model_unloading")
 
 
@@ -76,7 +84,7 @@ def gateway_refused() -> ApiError:
 
 
 def upstream_failed(exc: BaseException) -> ApiError:
-    what = "could not be reached" if isinstance(exc, aiohttp.ClientConnectorError) else "did not finish its answer"
+    what = "could not be reached" if is_unreached(exc) else "did not finish its answer"
     return ApiError(
         "internal",
         f"The neuron {what}; ask again.",

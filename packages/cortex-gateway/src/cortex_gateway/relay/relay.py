@@ -37,9 +37,15 @@ from cortex_gateway.placement.placement import Lease, Placement
 from cortex_gateway.relay.accounting import Accounting
 from cortex_gateway.relay.client_disconnect import DisconnectWatch
 from cortex_gateway.relay.deaths import Deaths
-from cortex_gateway.relay.errors import is_dead_connection, shutting_down, too_many_requests, upstream_failed
+from cortex_gateway.relay.errors import (
+    is_dead_connection,
+    is_unreached,
+    shutting_down,
+    too_many_requests,
+    upstream_failed,
+)
 from cortex_gateway.relay.request_state import CLIENT_GONE_STATUS, RequestState
-from cortex_gateway.relay.retries import MAX_ATTEMPTS, MAX_RESUMES, BrokenStream, StaleRoute, Unanswered
+from cortex_gateway.relay.retries import MAX_ATTEMPTS, MAX_RESUMES, BrokenStream, NotServed, StaleRoute, Unanswered
 from cortex_gateway.relay.spans import begin_attempt, end_attempt
 from cortex_gateway.relay.upstream_response import relay_response
 from cortex_gateway.relay.upstream_timeout import UpstreamTimeout
@@ -226,8 +232,9 @@ class Relay:
                     try:
                         await self._try(request, lease)
                         return
-                    except StaleRoute:
-                        lease.discard()
+                    except StaleRoute as stale:
+                        if not isinstance(stale, NotServed):
+                            lease.discard()
                         self._metrics.retries.labels(model, node).inc()
                     except BrokenStream:
                         lease.discard()
@@ -236,20 +243,42 @@ class Relay:
             if is_taken:
                 await self._deaths.freed()
             else:
-                await self._poller.refresh(node)
+                await self._turn_from(request, node)
             if self._deaths.suspects:
                 await self._deaths.check(request)
 
+    async def _turn_from(self, request: RequestState, node: str) -> None:
+        """The node has failed the request. Where another is to be asked, nobody waits to know why; else look again."""
+        if request.is_lost or request.has_been_refused:
+            request.avoid |= {node}
+            self._poller.nudge(node)
+        else:
+            await self._poller.refresh(node)
+
+    def _has_other(self, request: RequestState) -> bool:
+        """Whether a node that has not failed the request, nor has it now, serves its model."""
+        assert request.resolved is not None and request.node is not None
+        avoid = request.avoid | {request.node}
+        return self._placement.has_other(request.resolved, avoid, neurons_only=request.stream is not None)
+
     async def _lease(self, request: RequestState, model: str) -> Lease:
-        is_resuming = request.num_resumes > 0
-        lease = None if is_resuming else self._placement.try_now(model, request)
+        is_resuming, is_moving = request.num_resumes > 0, request.num_moves + request.num_resumes > 0
+        lease = None if is_moving else self._placement.try_now(model, request, request.avoid)
         if lease is not None:
             return lease
         settings = self._current.config.gateway
         wait_s = settings.load_wait_s
         if not request.is_stream:
             wait_s = min(wait_s, settings.unstreamed_wait_s)
-        return await self._placement.wait(model, request, wait_s=wait_s, on_wait=request.waits, is_resuming=is_resuming)
+        return await self._placement.wait(
+            model,
+            request,
+            wait_s=wait_s,
+            on_wait=request.waits,
+            avoid=request.avoid,
+            is_moving=is_moving,
+            neurons_only=is_resuming,
+        )
 
     async def _hold(self, request: RequestState) -> None:
         """Keep a client's broken stream alive until another neuron goes on with it."""
@@ -288,25 +317,34 @@ class Relay:
             begin_attempt(request.trace, request, lease, path, headers)
         response: aiohttp.ClientResponse | None = None
 
-        def cut() -> None:
+        def leave() -> None:
+            """The node does not answer any more: what can go elsewhere goes now."""
+            if not request.leaves():
+                return
             if response is not None:
                 response.close()
+            elif request.task is not None:
+                request.task.cancel()
 
-        settings = self._current.config.gateway
-        timeout = UpstreamTimeout(request, lease.neuron, settings, cut)
+        settings, has_other = self._current.config.gateway, partial(self._has_other, request)
+        timeout = UpstreamTimeout(request, lease.neuron, settings, leave=leave, has_other=has_other)
         if request.sent_at is None:
             request.sent_at = request.loop.time()
+        lease.on_lost = leave
         try:
             response = await lease.neuron.post(path, outgoing.data(), headers)
             lease.answered(response.status, request)
             if request.trace is not None:
                 request.trace.answered(response.status)
             series.duration.observe(request.loop.time() - request.started_at)
-            await relay_response(request, response, lease.neuron, ping_interval_s=settings.ping_interval_s)
+            interval_s = settings.ping_interval_s
+            await relay_response(request, response, lease, ping_interval_s=interval_s, has_other=has_other)
         except (aiohttp.ClientError, OSError) as exc:
+            if request.is_lost:
+                self._raise_lost(request, exc)
             settle = partial(self._broken_off, request, lease, series, exc, is_begun=response is not None)
             is_neuron = not isinstance(lease.neuron, OpenAIServer)
-            if is_neuron and not request.has_answered and not isinstance(exc, aiohttp.ClientConnectorError):
+            if is_neuron and not request.has_answered and not is_unreached(exc):
                 raise Unanswered(settle=settle) from exc
             settle()
         except UpstreamFault as fault:
@@ -316,15 +354,25 @@ class Relay:
             request.outcome = "upstream_failed"
             raise fault.error from None
         except asyncio.CancelledError:
+            if request.is_lost and request.interruption is None:
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]
+                self._raise_lost(request, None)
             if isinstance(request.interruption, ApiError) and request.interruption.code == "upstream_timeout":
                 lease.failed()
             raise
         finally:
+            lease.on_lost = None
             timeout.cancel()
             if request.trace is not None:
                 end_attempt(request.trace, request, sys.exc_info()[1])
             if response is not None:
                 response.release() if response.content.at_eof() else response.close()
+
+    @staticmethod
+    def _raise_lost(request: RequestState, cause: BaseException | None) -> NoReturn:
+        """The request has left a node that does not answer any more."""
+        log.warning("request %s: node %s is lost, another is asked", request.request_id, request.node)
+        raise (StaleRoute if request.stream is None else BrokenStream) from cause
 
     def _broken_off(
         self, request: RequestState, lease: Lease, series: ModelSeries, exc: BaseException, *, is_begun: bool
@@ -334,13 +382,16 @@ class Relay:
             lease.failed()
             self._poller.nudge(lease.neuron.name)
             raise BrokenStream from exc
-        if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | ConnectionError):
+        if is_unreached(exc) or isinstance(exc, aiohttp.ServerDisconnectedError | ConnectionError):
             self._poller.nudge(lease.neuron.name)
         if not is_begun and request.num_attempts < MAX_ATTEMPTS and is_dead_connection(exc):
             raise StaleRoute from exc
         lease.failed()
         series.errors.inc()
         log.warning("request %s: node %s: %s", request.request_id, lease.neuron.name, describe(exc))
+        if is_unreached(exc) and request.num_attempts < MAX_ATTEMPTS + request.num_moves and self._has_other(request):
+            request.has_been_refused = True
+            raise (NotServed if request.stream is None else BrokenStream) from exc
         request.outcome = "upstream_failed"
         raise upstream_failed(exc) from exc
 

@@ -34,6 +34,9 @@ Outcome = Literal["ok", "rejected", "upstream_error", "upstream_failed", "timeou
 CLIENT_GONE_STATUS = 499
 """Not an HTTP status: what the log and the metrics call a client that hung up (nginx's convention)."""
 
+MAX_MOVES = 8
+"""Of one request, from nodes that were lost."""
+
 NOTHING_CAME = Payload([b""])
 
 
@@ -51,6 +54,10 @@ class RequestState:
     charged with in the end; sent_at is when the request first went to a neuron; generated the tokens of a stream
     that the client was sent.
 
+    avoid: nodes that have failed it. is_lost: the node of this attempt does not answer any more, and the request leaves
+    it; num_moves: how often it did. has_been_refused: the node could not be reached or would not, and another is to be
+    asked.
+
     stream: what has been relayed of a stream, over all the neurons that wrote it; None before the first byte.
     translation: how a server that is no neuron is asked, where one is. trace: its spans, where telemetry is on;
     trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
@@ -61,6 +68,7 @@ class RequestState:
 
     __slots__ = (
         "_hints",
+        "avoid",
         "body",
         "capture",
         "charged",
@@ -71,10 +79,12 @@ class RequestState:
         "generated",
         "grant",
         "has_answered",
+        "has_been_refused",
         "has_begun",
         "headers",
         "interruption",
         "is_blamed",
+        "is_lost",
         "is_stream",
         "known_as",
         "last_byte_at",
@@ -83,6 +93,7 @@ class RequestState:
         "model",
         "node",
         "num_attempts",
+        "num_moves",
         "num_resumes",
         "outcome",
         "path",
@@ -134,6 +145,10 @@ class RequestState:
         self.node: str | None = None
         self.route: str | None = None
         self.num_attempts = 0
+        self.num_moves = 0
+        self.avoid: frozenset[str] = frozenset()
+        self.is_lost = False
+        self.has_been_refused = False
         self.has_answered = False
         self.has_begun = False
         self.is_blamed = False
@@ -206,7 +221,7 @@ class RequestState:
         """It goes to this node now."""
         self.node, self.route = node, route
         self.num_attempts += 1
-        self.has_answered = False
+        self.has_answered = self.has_been_refused = self.is_lost = False
         if self.capture is not None:
             self.capture.attempt(node, route)
 
@@ -231,6 +246,18 @@ class RequestState:
         if self.interruption is None and self.task is not None:
             self.interruption = reason
             self.task.cancel()
+
+    def leaves(self) -> bool:
+        """The node of this attempt does not answer any more. Whether the request can go elsewhere: nothing of an answer
+        has come, or a stream that another neuron can go on with."""
+        is_resumable = self.stream is not None and self.stream.is_resumable
+        if self.task is None or self.interruption is not None or self.is_lost or self.num_moves >= MAX_MOVES:
+            return False
+        if self.has_answered and not is_resumable:
+            return False
+        self.is_lost = True
+        self.num_moves += 1
+        return True
 
     def client_left(self) -> None:
         self.interrupt(ClientGone())

@@ -12,7 +12,11 @@ MAX_RESUMES = 8
 
 
 class StaleRoute(Exception):
-    """The neuron does not have the model after all, or closed the connection unanswered: ask it, and route again."""
+    """The neuron does not have the model after all, or closed the connection unanswered: it is routed again."""
+
+
+class NotServed(StaleRoute):
+    """The node could not be reached, or refused, and another one can be asked. It counts as a failure of the node."""
 
 
 class BrokenStream(Exception):

@@ -6,19 +6,21 @@ Where the request has to go elsewhere, an exception of `retries` says so.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import aiohttp
 from cortex_core.dialects.limits import MAX_WHOLE_ANSWER_BYTES
 from cortex_core.errors import ApiError
 
-from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.fleet.openai_server import OpenAIServer
 from cortex_gateway.http.asgi import JSON_CONTENT_TYPE, RawHeaders
 from cortex_gateway.http.framing import EVENT_STREAM_HEADERS
 from cortex_gateway.http.headers import response_headers
+from cortex_gateway.placement.placement import Lease
 from cortex_gateway.relay.accounting import generated_tokens
 from cortex_gateway.relay.blame import MOST_DEATHS
 from cortex_gateway.relay.errors import (
+    REFUSALS_ELSEWHERE,
     as_api_error,
     blames_request,
     ended_engine,
@@ -27,10 +29,10 @@ from cortex_gateway.relay.errors import (
     is_stale_route,
 )
 from cortex_gateway.relay.request_state import RequestState
-from cortex_gateway.relay.retries import MAX_ATTEMPTS, MAX_RESUMES, BrokenStream, StaleRoute, go_elsewhere
+from cortex_gateway.relay.retries import MAX_ATTEMPTS, MAX_RESUMES, BrokenStream, NotServed, StaleRoute, go_elsewhere
 from cortex_gateway.relay.sse_relay import ForeignStream, SseRelay, scan_usage
 from cortex_gateway.translation.answer_stream import AnswerStream
-from cortex_gateway.translation.errors import UpstreamFault, retry_advice
+from cortex_gateway.translation.errors import RETRY_BUSY_S, UpstreamFault, retry_advice, retry_seconds
 from cortex_gateway.translation.translation import Translation, WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -40,14 +42,19 @@ MAX_LOGGED_ERROR = 600
 
 
 async def relay_response(
-    request: RequestState, response: aiohttp.ClientResponse, neuron: NeuronClient, *, ping_interval_s: float
+    request: RequestState,
+    response: aiohttp.ClientResponse,
+    lease: Lease,
+    *,
+    ping_interval_s: float,
+    has_other: Callable[[], bool],
 ) -> None:
-    """ping_interval_s: of a server that sends no pings of its own.
+    """ping_interval_s: of a server that sends no pings of its own. has_other: whether another node can be asked.
 
     Raises what ends the request (`ApiError`, `ClientGone`, `aiohttp.ClientError`) or sends it elsewhere.
     """
     if response.status >= 400:
-        await _refusal(request, response, neuron)
+        await _refusal(request, response, lease, has_other)
         return
     is_events = response.headers.get("content-type", "").startswith("text/event-stream")
     translation, writer = request.translation, request.writer
@@ -176,8 +183,11 @@ async def _whole(request: RequestState, response: aiohttp.ClientResponse) -> Non
     await writer.end()
 
 
-async def _refusal(request: RequestState, response: aiohttp.ClientResponse, neuron: NeuronClient) -> None:
+async def _refusal(
+    request: RequestState, response: aiohttp.ClientResponse, lease: Lease, has_other: Callable[[], bool]
+) -> None:
     """An error of the neuron: its status, headers and body pass if they are in an API's shape."""
+    neuron = lease.neuron
     pieces, num_bytes = [], 0
     while num_bytes < MAX_BUFFERED_ANSWER and (piece := await response.content.readany()):
         pieces.append(piece)
@@ -192,6 +202,15 @@ async def _refusal(request: RequestState, response: aiohttp.ClientResponse, neur
         if request.num_attempts < (MAX_ATTEMPTS if engine is None else MOST_DEATHS):
             go_elsewhere(request, StaleRoute(), engine)
     request.is_blamed = is_neuron and blames_request(data)
+    advice = retry_advice(response.headers)
+    if response.status == 429 and not is_neuron:
+        lease.rest(retry_seconds(advice) or RETRY_BUSY_S)
+    if response.status in REFUSALS_ELSEWHERE and not request.is_blamed and _may_ask_another(request) and has_other():
+        log.warning(
+            "request %s: node %s answered %d, another is asked", request.request_id, neuron.name, response.status
+        )
+        request.has_been_refused = True
+        raise NotServed if request.stream is None else BrokenStream
     data = neuron.without_secrets(data)
     snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
     request.outcome = "upstream_error"
@@ -200,11 +219,17 @@ async def _refusal(request: RequestState, response: aiohttp.ClientResponse, neur
     if is_refused:
         raise gateway_refused()
     if request.translation is not None:
-        raise request.translation.refused(response.status, data, retry_advice(response.headers))
+        raise request.translation.refused(response.status, data, advice)
     is_json = response.headers.get("content-type", "").startswith("application/json")
     if await request.writer.quiet() or not is_json:
         raise as_api_error(response.status, data, response.headers.get("retry-after"))
     await request.writer.answer(response.status, _answer_headers(request, response), data)
+
+
+def _may_ask_another(request: RequestState) -> bool:
+    if request.stream is not None:
+        return request.num_resumes < MAX_RESUMES
+    return request.num_attempts < MAX_ATTEMPTS + request.num_moves
 
 
 def _answer_headers(request: RequestState, response: aiohttp.ClientResponse) -> RawHeaders:

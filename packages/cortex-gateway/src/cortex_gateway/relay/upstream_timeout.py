@@ -18,20 +18,28 @@ class UpstreamTimeout:
     """Idle time, never total time (F29), for one attempt.
 
     While the neuron has not begun to answer, being polled successfully counts as life: a long answer that is not
-    streamed is silent by nature. A stream that another neuron could go on with is not given so long: `stream_silence_s`
-    after its last byte, a ping of the neuron included, `cut` is called.
+    streamed is silent by nature. What another node could take over is not given so long, `stream_silence_s` after the
+    last byte, a ping of the neuron included: a stream that another neuron could go on with; and, where another node
+    serves the model (`has_other`), what has no byte of answer yet. `leave` is called then.
     """
 
-    __slots__ = ("_cut", "_handle", "_neuron", "_request", "_silence_s", "_since", "_timeout_s")
+    __slots__ = ("_handle", "_has_other", "_leave", "_neuron", "_request", "_silence_s", "_since", "_timeout_s")
 
     def __init__(
-        self, request: RequestState, neuron: NeuronClient, settings: GatewaySection, cut: Callable[[], None]
+        self,
+        request: RequestState,
+        neuron: NeuronClient,
+        settings: GatewaySection,
+        *,
+        leave: Callable[[], None],
+        has_other: Callable[[], bool],
     ) -> None:
         self._request = request
         self._neuron = neuron
         self._timeout_s = settings.upstream_idle_timeout_s
         self._silence_s = settings.stream_silence_s
-        self._cut = cut
+        self._leave = leave
+        self._has_other = has_other
         self._since = request.loop.time()
         waits = [wait_s for wait_s in (self._timeout_s, self._silence_s) if wait_s > 0]
         self._handle = request.loop.call_later(min(waits), self._check) if waits else None
@@ -46,14 +54,14 @@ class UpstreamTimeout:
             self._since = now  # It is the client that is slow, and the neuron that is kept waiting.
         last = max(self._since, request.last_byte_at)
         waits = []
-        if self._silence_s > 0 and request.stream is not None and request.stream.is_resumable:
-            waits.append(last + self._silence_s - now)
-            if waits[0] <= 0:
+        if self._silence_s > 0:
+            heard_at, is_replaceable = self._heard_at(last)
+            silent_s = heard_at + self._silence_s - now
+            if silent_s <= 0 and is_replaceable():
                 log.warning("request %s: node %s fell silent", request.request_id, self._neuron.name)
-                self._cut()
+                self._leave()
                 return
-        elif self._silence_s > 0:
-            waits.append(self._silence_s)
+            waits.append(silent_s if silent_s > 0 else self._silence_s)
         if self._timeout_s > 0:
             if not request.has_begun:
                 last = max(last, self._neuron.answered_at)
@@ -73,3 +81,22 @@ class UpstreamTimeout:
                 retry_after=1,
             )
         )
+
+    def _heard_at(self, last: float) -> tuple[float, Callable[[], bool]]:
+        """When the last sign of life came, as it counts for this request; and whether another node can take over."""
+        request = self._request
+        if request.stream is not None and request.stream.is_resumable:
+            return last, always
+        if request.has_answered:
+            return last, never
+        if request.is_stream and request.translation is None:
+            return last, self._has_other  # neurons ping, also while a request waits there
+        return max(last, self._neuron.answered_at), self._has_other
+
+
+def always() -> bool:
+    return True
+
+
+def never() -> bool:
+    return False
