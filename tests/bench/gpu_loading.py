@@ -40,9 +40,9 @@ def write_checkpoint(config: dict[str, Any], folder: Path, dtype: torch.dtype) -
         shard_bytes = 0
 
     for prefix, module, part in model.checkpoint_modules():
-        for placement in module.placements(part):
-            tensor = torch.full(placement.checkpoint_shape, 0.001 * (len(weight_map) + len(shard)), dtype=dtype)
-            shard[f"{prefix}.{placement.suffix}"] = tensor
+        for weight_slice in module.weight_slices(part):
+            tensor = torch.full(weight_slice.checkpoint_shape, 0.001 * (len(weight_map) + len(shard)), dtype=dtype)
+            shard[f"{prefix}.{weight_slice.suffix}"] = tensor
             num_bytes += tensor.nbytes
             shard_bytes += tensor.nbytes
             if shard_bytes >= _SHARD_BYTES:

@@ -55,9 +55,9 @@ def write_checkpoint(folder: Path, gigabytes: float) -> dict[str, Any]:
     model = build_model(config, device=torch.device("cpu"), dtype=torch.bfloat16)
     tensors = {}
     for prefix, module, part in model.checkpoint_modules():
-        for placement in module.placements(part):
-            tensor = torch.empty(placement.checkpoint_shape, dtype=torch.bfloat16)
-            tensors[f"{prefix}.{placement.suffix}"] = tensor.fill_(0.01 * (len(tensors) % 97))
+        for weight_slice in module.weight_slices(part):
+            tensor = torch.empty(weight_slice.checkpoint_shape, dtype=torch.bfloat16)
+            tensors[f"{prefix}.{weight_slice.suffix}"] = tensor.fill_(0.01 * (len(tensors) % 97))
     save_file(tensors, folder / "model.safetensors")
     return config
 
@@ -70,13 +70,13 @@ def plain(config: dict[str, Any], folder: Path, device: torch.device, dtype: tor
     with safe_open(folder / "model.safetensors", framework="pt", device="cpu") as file:
         for prefix, module, part in model.checkpoint_modules():
             assert isinstance(module, torch.nn.Module)
-            for placement in module.placements(part):
-                key = (id(module), placement.parameter)
+            for weight_slice in module.weight_slices(part):
+                key = (id(module), weight_slice.parameter)
                 if key not in memory:
-                    shape = module.get_parameter(placement.parameter).shape
+                    shape = module.get_parameter(weight_slice.parameter).shape
                     memory[key] = torch.empty(shape, dtype=dtype, device=device)
-                read = file.get_slice(f"{prefix}.{placement.suffix}")[placement.source]
-                memory[key][placement.target].copy_(read.to(device))
+                read = file.get_slice(f"{prefix}.{weight_slice.suffix}")[weight_slice.source]
+                memory[key][weight_slice.target].copy_(read.to(device))
                 num_bytes += read.nbytes
     return num_bytes
 

@@ -29,13 +29,13 @@ from neuron.protocol import (
     Cancel,
     EngineConfig,
     EngineFault,
+    EngineProgress,
     EngineStats,
     FromEngine,
     Generate,
     Hello,
     Loaded,
     LoadFailed,
-    LoadProgress,
     Logprobs,
     Ping,
     Pong,
@@ -117,7 +117,7 @@ class ScriptedWorker:
         return debug.get("load") == how and self.epoch in debug.get("load_epochs", [self.epoch])
 
     def load(self) -> None:
-        self.send(LoadProgress("weights", 10, 100))
+        self.send(EngineProgress("weights", 10, 100))
         if self.gate is not None:
             Path(self.gate).read_text()  # a FIFO: waits until a test opens the other end
         if self._misbehaves("die"):
@@ -128,7 +128,7 @@ class ScriptedWorker:
             sys.exit(1)
         if self._misbehaves("silent"):
             signal.pause()
-        self.send(LoadProgress("weights", 100, 100))
+        self.send(EngineProgress("weights", 100, 100))
         self.send(
             Loaded(
                 epoch=self.epoch,

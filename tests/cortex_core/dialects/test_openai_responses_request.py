@@ -22,7 +22,7 @@ from cortex_core.conversation import (
     Turn,
 )
 from cortex_core.dialects import openai_responses
-from cortex_core.dialects.carried_thoughts import unwrap, wrap
+from cortex_core.dialects.reasoning_signature import unwrap, wrap
 from cortex_core.errors import ApiError
 from hypothesis import given
 from hypothesis import strategies as st

@@ -30,10 +30,10 @@ def config_of(num_heads: int, num_kv_heads: int, intermediate_size: int) -> dict
     }
 
 
-def can_be_built(config: dict[str, Any], shares: tuple[int, ...], num_ranks: int) -> bool:
+def can_be_built(config: dict[str, Any], shares: tuple[int, ...], world_size: int) -> bool:
     try:
-        for rank in range(num_ranks):
-            group = ParallelGroup(rank, num_ranks, shares=shares)
+        for rank in range(world_size):
+            group = ParallelGroup(rank, world_size, shares=shares)
             build_model(config, device=torch.device("cpu"), dtype=torch.float32, parallel=group)
     except UnsupportedSharding:
         return False
@@ -45,20 +45,20 @@ def can_be_built(config: dict[str, Any], shares: tuple[int, ...], num_ranks: int
     heads_per_kv=st.integers(1, 6),
     num_kv_heads=st.integers(1, 9),
     intermediate_size=st.integers(1, 48),
-    num_ranks=st.integers(1, 6),
+    world_size=st.integers(1, 6),
     is_even=st.booleans(),
 )
 def test_preflight_and_engine_agree(
-    heads_per_kv: int, num_kv_heads: int, intermediate_size: int, num_ranks: int, is_even: bool
+    heads_per_kv: int, num_kv_heads: int, intermediate_size: int, world_size: int, is_even: bool
 ) -> None:
     config = config_of(heads_per_kv * num_kv_heads, num_kv_heads, intermediate_size)
-    shares = () if is_even else tuple(range(1, num_ranks + 1))
+    shares = () if is_even else tuple(range(1, world_size + 1))
     try:
-        check_division(heads_per_kv * num_kv_heads, num_kv_heads, intermediate_size, num_ranks, shares)
+        check_division(heads_per_kv * num_kv_heads, num_kv_heads, intermediate_size, world_size, shares)
     except UnsupportedSharding:
-        assert not can_be_built(config, shares, num_ranks)
+        assert not can_be_built(config, shares, world_size)
     else:
-        assert can_be_built(config, shares, num_ranks)
+        assert can_be_built(config, shares, world_size)
 
 
 def test_the_refusal_comes_with_the_numbers() -> None:

@@ -81,7 +81,7 @@ def test_one_rank_is_estimated_to_the_byte(checkpoints: Path, name: str) -> None
         assert footprint.weights == weight_bytes(model)
         assert footprint.kv_bytes_per_token == kv_bytes(model)
         assert shape.max_position_embeddings == model.config.max_position_embeddings
-        memory = StepMemory(model.local, dtype=dtype, device=CPU, num_ranks=1)
+        memory = StepMemory(model.local, dtype=dtype, device=CPU, world_size=1)
         assert footprint.activations == 2048 * memory.bytes_per_token + 256 * memory.bytes_per_row
 
 

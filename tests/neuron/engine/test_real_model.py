@@ -11,7 +11,7 @@ from neuron.checkpoint.config import read_config
 from neuron.engine.errors import ModelError
 from neuron.engine.loading.loading import load_engine, prefill_budget, resolve_dtype
 from neuron.engine.step.engine import Engine
-from neuron.protocol import EngineConfig, LoadProgress, SamplingParams
+from neuron.protocol import EngineConfig, EngineProgress, SamplingParams
 from safetensors.torch import load_file
 
 from tests.neuron.engine.checkpoints import SHAPE, write_qwen3
@@ -105,7 +105,7 @@ def num_parameters(checkpoint) -> int:
 
 
 def test_progress_and_sizes_are_reported(checkpoint):
-    seen: list[LoadProgress] = []
+    seen: list[EngineProgress] = []
     config = EngineConfig(
         model_id="tiny", path=str(checkpoint), num_threads=1, kv_cache_bytes=400_000, max_model_len=64
     )

@@ -166,7 +166,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
     nonce: int
 
 
-class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
+class EngineProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
     """Of the rank whose connection it comes on."""
 
     phase: Literal["starting", "weights", "kv_cache", "warm_up"]
@@ -327,7 +327,7 @@ class EngineFault(msgspec.Struct, frozen=True, tag="fault", array_like=True):
     message: str
 
 
-FromEngine = Hello | Pong | LoadProgress | Loaded | LoadFailed | StepOutput | EngineFault
+FromEngine = Hello | Pong | EngineProgress | Loaded | LoadFailed | StepOutput | EngineFault
 
 
 class FrameError(Exception):

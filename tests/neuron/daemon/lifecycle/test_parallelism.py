@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DeviceInfo, ModelSpec
-from neuron.daemon.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares, num_ranks
+from neuron.checkpoint.preflight import world_size_of
+from neuron.daemon.lifecycle.parallelism import check_parallelism, choose_devices, choose_shares
 
 DEVICES = tuple(DeviceInfo(index, "card", 24_000) for index in range(4))
 
@@ -48,7 +49,7 @@ def test_a_division_that_this_host_cannot_make_is_refused(
 def test_devices_are_those_asked_for_or_the_first(fields: dict[str, Any], ranks: int, devices: tuple[int, ...]) -> None:
     wanted = spec(**fields)
     check_parallelism(wanted, DEVICES)
-    assert (num_ranks(wanted), choose_devices(wanted, DEVICES)) == (ranks, devices)
+    assert (world_size_of(wanted), choose_devices(wanted, DEVICES)) == (ranks, devices)
     assert choose_devices(wanted, ()) == ()
 
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from neuron.daemon.prompt.model import TextModel
 from neuron.daemon.prompt.sampling_defaults import choice_seed
-from neuron.daemon.text.prompts import Generation
+from neuron.daemon.text.prompts import Choice
 
 from tests.neuron.daemon.prompt.checkpoints import ask, load
 
 
-def resolve(model: TextModel, request: Request, max_model_len: int = 1000) -> list[Generation]:
+def resolve(model: TextModel, request: Request, max_model_len: int = 1000) -> list[Choice]:
     return model.resolve(request, model.render(request), max_model_len=max_model_len)
 
 

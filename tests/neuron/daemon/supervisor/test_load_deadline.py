@@ -14,12 +14,12 @@ from tests.neuron.scripted_engine import Events, make_group
 
 CREEPING_WORKER = """
 import os, socket, sys, time
-from neuron.protocol import PROTOCOL_VERSION, Hello, LoadProgress, encode_frame
+from neuron.protocol import PROTOCOL_VERSION, Hello, EngineProgress, encode_frame
 stream = socket.socket(socket.AF_UNIX)
 stream.connect(sys.argv[1])
 stream.sendall(encode_frame(Hello(PROTOCOL_VERSION, int(sys.argv[2]), int(sys.argv[3]), os.getpid())))
 for number in range(10**9):
-    stream.sendall(encode_frame(LoadProgress("weights", number, 10**9)))
+    stream.sendall(encode_frame(EngineProgress("weights", number, 10**9)))
     time.sleep(0.02)
 """
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from neuron.daemon.supervisor.channel import ChannelClosed
 from neuron.daemon.supervisor.errors import EngineLoadError
-from neuron.daemon.supervisor.process_group import Incarnation, LaunchSettings
+from neuron.daemon.supervisor.process_group import LaunchSettings, ProcessGroup
 from neuron.protocol import (
     PROTOCOL_VERSION,
     EngineConfig,
     EngineFault,
+    EngineProgress,
     EngineStats,
     Hello,
     Loaded,
     LoadFailed,
-    LoadProgress,
     Pong,
     StepOutput,
     encode_frame,
@@ -37,16 +37,16 @@ def mute(socket_path: Path, epoch: int, rank: int) -> Sequence[str]:
 
 
 class Ranks:
-    """An incarnation whose processes are mute, and whose ranks' ends of the sockets are held by the test."""
+    """A process group whose processes are mute, and whose ranks' ends of the sockets are held by the test."""
 
-    def __init__(self, folder: Path, num_ranks: int) -> None:
-        self.progress: list[LoadProgress] = []
+    def __init__(self, folder: Path, world_size: int) -> None:
+        self.progress: list[EngineProgress] = []
         self.steps: list[StepOutput] = []
         self.pongs: list[tuple[int, int]] = []
         self.folder = folder
         self.sockets: list[socket.socket] = []
-        self.incarnation = Incarnation(
-            EngineConfig(model_id="m", path="/nowhere", tensor_parallel_size=num_ranks, epoch=2),
+        self.process_group = ProcessGroup(
+            EngineConfig(model_id="m", path="/nowhere", tensor_parallel_size=world_size, epoch=2),
             LaunchSettings(runtime_dir=folder, command=mute),
             on_progress=self.progress.append,
             on_step=self.steps.append,
@@ -54,7 +54,7 @@ class Ranks:
         )
 
     async def __aenter__(self) -> Ranks:
-        self.loading = asyncio.create_task(self.incarnation.load())
+        self.loading = asyncio.create_task(self.process_group.load())
         async with asyncio.timeout(60):
             while not list(self.folder.glob("*.sock")):
                 await asyncio.sleep(0.005)
@@ -63,7 +63,7 @@ class Ranks:
     async def __aexit__(self, *_: object) -> None:
         self.loading.cancel()
         await asyncio.wait((self.loading,))
-        await self.incarnation.kill()
+        await self.process_group.kill()
         for stream in self.sockets:
             stream.close()
 
@@ -81,7 +81,7 @@ class Ranks:
     async def both(self) -> tuple[socket.socket, socket.socket]:
         """Two ranks that have said hello."""
         ranks = self.hello(0), self.hello(1)
-        await self.until(lambda: len(self.incarnation.channels) == 2)
+        await self.until(lambda: len(self.process_group.channels) == 2)
         return ranks
 
     @staticmethod
@@ -101,15 +101,15 @@ async def test_the_configuration_goes_out_when_every_rank_is_here(ranks: Ranks) 
         second = ranks.hello(1)
         second.setblocking(False)
         await asyncio.sleep(0.05)
-        assert ranks.incarnation.channels == []
+        assert ranks.process_group.channels == []
         with pytest.raises(BlockingIOError):
             second.recv(1)
         ranks.hello(0)
-        await ranks.until(lambda: len(ranks.incarnation.channels) == 2)
-        assert ranks.incarnation.channels[0] is ranks.incarnation.channel
+        await ranks.until(lambda: len(ranks.process_group.channels) == 2)
+        assert ranks.process_group.channels[0] is ranks.process_group.channel
         second.setblocking(True)
         assert second.recv(1)
-        folder = Path(ranks.incarnation.config.group_dir)
+        folder = Path(ranks.process_group.config.group_dir)
         assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
     assert list(ranks.folder.iterdir()) == []
 
@@ -117,20 +117,20 @@ async def test_the_configuration_goes_out_when_every_rank_is_here(ranks: Ranks) 
 async def test_progress_is_that_of_the_slowest_rank_with_the_bytes_of_all(ranks: Ranks) -> None:
     async with ranks:
         first, second = await ranks.both()
-        ranks.say(first, LoadProgress("weights", 30, 100))
+        ranks.say(first, EngineProgress("weights", 30, 100))
         await ranks.until(lambda: len(ranks.progress) == 1)
-        ranks.say(second, LoadProgress("weights", 0, 60))
+        ranks.say(second, EngineProgress("weights", 0, 60))
         await ranks.until(lambda: len(ranks.progress) == 2)
-        ranks.say(first, LoadProgress("weights", 100, 100), LoadProgress("kv_cache", 0, 0))
+        ranks.say(first, EngineProgress("weights", 100, 100), EngineProgress("kv_cache", 0, 0))
         await ranks.until(lambda: len(ranks.progress) == 4)
-        ranks.say(second, LoadProgress("kv_cache", 0, 0))
+        ranks.say(second, EngineProgress("kv_cache", 0, 0))
         await ranks.until(lambda: len(ranks.progress) == 5)
     assert ranks.progress == [
-        LoadProgress("starting", 0, 0),
-        LoadProgress("weights", 30, 160),
-        LoadProgress("weights", 100, 160),
-        LoadProgress("weights", 100, 160),
-        LoadProgress("kv_cache", 0, 0),
+        EngineProgress("starting", 0, 0),
+        EngineProgress("weights", 30, 160),
+        EngineProgress("weights", 100, 160),
+        EngineProgress("weights", 100, 160),
+        EngineProgress("kv_cache", 0, 0),
     ]
 
 
@@ -168,9 +168,9 @@ async def test_the_end_of_any_rank_ends_the_group(ranks: Ranks, rank: int, how: 
         elif how == "socket":
             streams[rank].close()
         else:
-            os.kill(ranks.incarnation.pids[rank], signal.SIGKILL)
+            os.kill(ranks.process_group.pids[rank], signal.SIGKILL)
         async with asyncio.timeout(60):
-            reason = await asyncio.shield(ranks.incarnation.ended)
+            reason = await asyncio.shield(ranks.process_group.ended)
         assert f"rank {rank}" in reason
 
 
@@ -180,8 +180,8 @@ async def test_who_does_not_belong_to_the_group_is_not_let_in(ranks: Ranks) -> N
         for stranger in (ranks.hello(0), ranks.hello(2), ranks.hello(-1), ranks.hello(1, epoch=1)):
             stranger.settimeout(60)
             assert await asyncio.to_thread(stranger.recv, 1) == b""
-        assert ranks.incarnation.channels == []
+        assert ranks.process_group.channels == []
         ranks.hello(1)
-        await ranks.until(lambda: len(ranks.incarnation.channels) == 2)
+        await ranks.until(lambda: len(ranks.process_group.channels) == 2)
     with pytest.raises(ChannelClosed):
-        _ = ranks.incarnation.channel
+        _ = ranks.process_group.channel

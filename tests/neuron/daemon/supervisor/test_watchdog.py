@@ -98,7 +98,7 @@ async def test_a_group_that_is_cancelled_out_of_its_work_is_no_longer_overdue(tm
 
 async def test_work_without_a_step_is_a_problem_and_a_step_brings_the_next_deadline() -> None:
     dog = Watchdog(
-        num_ranks=1, step_deadline_s=0.01, holds_work=lambda: True, ping=lambda nonce: None, ping_interval_s=1000
+        world_size=1, step_deadline_s=0.01, holds_work=lambda: True, ping=lambda nonce: None, ping_interval_s=1000
     )
     assert "no step" in await dog.until_problem()
     dog.stepped(1000.0)
@@ -107,7 +107,9 @@ async def test_work_without_a_step_is_a_problem_and_a_step_brings_the_next_deadl
 
 async def test_every_rank_must_answer() -> None:
     pings: list[int] = []
-    dog = Watchdog(num_ranks=3, step_deadline_s=0.01, holds_work=lambda: False, ping=pings.append, ping_interval_s=0.01)
+    dog = Watchdog(
+        world_size=3, step_deadline_s=0.01, holds_work=lambda: False, ping=pings.append, ping_interval_s=0.01
+    )
     watching = asyncio.create_task(dog.until_problem())
     await eventually(lambda: bool(pings))
     for rank in (0, 2):

@@ -40,11 +40,11 @@ def ranks(world_size: int) -> list[LoneRank]:
 def fill(layer: Loadable, tensors: dict[tuple[str | None, str], Tensor]) -> None:
     """What the loader does, from tensors named by (part, suffix)."""
     for part in {part for part, _ in tensors}:
-        for placement in layer.placements(part):
-            source = tensors[part, placement.suffix]
-            assert tuple(source.shape) == placement.checkpoint_shape
-            if source[placement.source].numel():
-                getattr(layer, placement.parameter).data[placement.target] = source[placement.source]
+        for weight_slice in layer.weight_slices(part):
+            source = tensors[part, weight_slice.suffix]
+            assert tuple(source.shape) == weight_slice.checkpoint_shape
+            if source[weight_slice.source].numel():
+                getattr(layer, weight_slice.parameter).data[weight_slice.target] = source[weight_slice.source]
     if hasattr(layer, "finish_loading"):
         layer.finish_loading()
 
@@ -107,7 +107,7 @@ def test_sizes_that_do_not_divide_are_refused_by_name() -> None:
 
 def test_an_unknown_part_is_an_error() -> None:
     with pytest.raises(ValueError, match="not 'down'"):
-        MergedColumnParallelLinear(4, {"gate": 4, "up": 4}, bias=False, group=SINGLE).placements("down")
+        MergedColumnParallelLinear(4, {"gate": 4, "up": 4}, bias=False, group=SINGLE).weight_slices("down")
 
 
 def test_the_weight_format_is_a_strategy() -> None:
@@ -117,8 +117,8 @@ def test_the_weight_format_is_a_strategy() -> None:
         def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
             return 2 * super().apply(layer, x)
 
-        def placements(self, layer: LinearLayer, part: OutputPart, row: int) -> list:  # type: ignore[type-arg]
-            return [p for p in super().placements(layer, part, row) if p.suffix == "weight"]
+        def weight_slices(self, layer: LinearLayer, part: OutputPart, row: int) -> list:  # type: ignore[type-arg]
+            return [p for p in super().weight_slices(layer, part, row) if p.suffix == "weight"]
 
     weight = torch.randn(6, 4)
     layer = ColumnParallelLinear(4, 6, bias=False, group=SINGLE, weight_format=Doubled())

@@ -60,4 +60,4 @@ def test_joint_scales_are_those_of_query_heads_then_key_heads() -> None:
     assert norm.joint is not None
     assert norm.joint.tolist() == [[2.0] * 4] * 3 + [[5.0] * 4] * 2
     with pytest.raises(ValueError, match="parts q and k"):
-        norm.placements(None)
+        norm.weight_slices(None)

@@ -1,27 +1,27 @@
-"""Levers do what they say, where they say it, and are nowhere without being asked for."""
+"""Faults do what they say, where they say it, and are nowhere without being asked for."""
 
 from __future__ import annotations
 
 import pytest
 from neuron.engine.errors import DeviceError, ModelError
-from neuron.engine.loading.fault_injection import Levers
+from neuron.engine.loading.fault_injection import Faults
 from neuron.engine.step import engine
 
 from tests.neuron.engine.toy import VOCAB, ToyModel, answer_alone, request, run, toy_engine
 
 
-def levered_engine(*levers: dict, epoch: int = 0, rank: int = 0, **settings):
-    pulled = Levers({"levers": list(levers)}, rank=rank, epoch=epoch)
-    built = toy_engine(pulled.around(ToyModel()), **settings)
-    pulled.arm()
+def faulty_engine(*faults: dict, epoch: int = 0, rank: int = 0, **settings):
+    found = Faults({"levers": list(faults)}, rank=rank, epoch=epoch)
+    built = toy_engine(found.around(ToyModel()), **settings)
+    found.arm()
     return built
 
 
 def test_without_levers_the_model_is_the_model():
     model = ToyModel()
-    assert Levers({}, rank=0, epoch=0).around(model) is model
+    assert Faults({}, rank=0, epoch=0).around(model) is model
     elsewhere = {"levers": [{"lever": "kill", "rank": 1, "step": 1}, {"lever": "kill", "step": 1, "epochs": [1]}]}
-    assert Levers(elsewhere, rank=0, epoch=0).around(model) is model
+    assert Faults(elsewhere, rank=0, epoch=0).around(model) is model
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ def test_without_levers_the_model_is_the_model():
 )
 def test_a_lever_that_is_not_known_fails_the_load(debug):
     with pytest.raises(ModelError, match="debug levers"):
-        Levers(debug, rank=0, epoch=0)
+        Faults(debug, rank=0, epoch=0)
 
 
 def test_poison_reaches_one_row_of_one_step():
-    levered = levered_engine({"lever": "poison", "step": 3, "row": 1})
-    answers = run(levered, *(request(number, [number, 5, 6], 8) for number in range(3)))
+    faulty = faulty_engine({"lever": "poison", "step": 3, "row": 1})
+    answers = run(faulty, *(request(number, [number, 5, 6], 8) for number in range(3)))
     assert set(answers.failures) == {1}
     failure = answers.failures[1]
     assert failure.kind == "nan_logits" and failure.health is not None
@@ -44,35 +44,35 @@ def test_poison_reaches_one_row_of_one_step():
 
 
 def test_poison_by_token_follows_its_sequence():
-    levered = levered_engine({"lever": "poison", "token": 77, "value": "inf"})
-    answers = run(levered, request(0, [1, 2, 3], 3), request(1, [4, 77, 5], 3))
+    faulty = faulty_engine({"lever": "poison", "token": 77, "value": "inf"})
+    answers = run(faulty, request(0, [1, 2, 3], 3), request(1, [4, 77, 5], 3))
     assert set(answers.failures) == {1}
     assert answers.failures[1].health.pos_inf > 0
 
 
 def test_out_of_memory_for_a_few_steps_loses_nobody(monkeypatch):
-    monkeypatch.setattr(engine, "_SET_BACK_S", (0.0,))
-    levered = levered_engine({"lever": "out_of_memory", "step": 2, "times": 3})
+    monkeypatch.setattr(engine, "_DEFER_S", (0.0,))
+    faulty = faulty_engine({"lever": "out_of_memory", "step": 2, "times": 3})
     items = [request(number, range(number, number + 20), 6) for number in range(3)]
-    answers = run(levered, *items)
+    answers = run(faulty, *items)
     assert answers.failures == {}
     for item in items:
         assert answers.tokens[item.request_id] == answer_alone(item.prompt_ids, 6)
 
 
 def test_a_device_fault_ends_the_engine():
-    levered = levered_engine({"lever": "device_fault", "step": 1})
-    levered.add(request(0, [1]))
+    faulty = faulty_engine({"lever": "device_fault", "step": 1})
+    faulty.add(request(0, [1]))
     with pytest.raises(DeviceError, match="illegal memory access"):
-        levered.step()
+        faulty.step()
 
 
 def test_loads_can_be_failed_and_slowed():
     with pytest.raises(ModelError, match="at weights"):
-        Levers({"levers": [{"lever": "fail_load", "epochs": [2]}]}, rank=0, epoch=2).enter("weights")
-    Levers({"levers": [{"lever": "fail_load", "epochs": [2]}]}, rank=0, epoch=1).enter("weights")
+        Faults({"levers": [{"lever": "fail_load", "epochs": [2]}]}, rank=0, epoch=2).enter("weights")
+    Faults({"levers": [{"lever": "fail_load", "epochs": [2]}]}, rank=0, epoch=1).enter("weights")
     seen: list[tuple[int, int]] = []
-    slowed = Levers({"levers": [{"lever": "slow_disk", "seconds_per_mb": 0.001}]}, rank=0, epoch=0).slowed(
+    slowed = Faults({"levers": [{"lever": "slow_disk", "seconds_per_mb": 0.001}]}, rank=0, epoch=0).slowed(
         lambda done, total: seen.append((done, total))
     )
     slowed(10, 20)

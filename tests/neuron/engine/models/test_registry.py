@@ -84,9 +84,9 @@ def test_the_name_map_fills_every_parameter_exactly_once(model_type: str, tied: 
         paths = {id(module): path for path, module in model.named_modules()}
         for _, module, part in model.checkpoint_modules():
             assert isinstance(module, Loadable)
-            for placement in module.placements(part):
-                if all(span.stop > span.start for span in placement.source):
-                    counts[f"{paths[id(module)]}.{placement.parameter}"][placement.target] += 1
+            for weight_slice in module.weight_slices(part):
+                if all(span.stop > span.start for span in weight_slice.source):
+                    counts[f"{paths[id(module)]}.{weight_slice.parameter}"][weight_slice.target] += 1
         for name, count in counts.items():
             padding = getattr(model.get_submodule(name.rpartition(".")[0]), "padding_elements", 0)
             assert count.sum() == count.numel() - padding, name

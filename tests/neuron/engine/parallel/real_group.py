@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neuron.daemon.supervisor.process_group import Incarnation, LaunchSettings
-from neuron.protocol import EngineConfig, Generate, Loaded, LoadProgress, SamplingParams, SequenceUpdate, StepOutput
+from neuron.daemon.supervisor.process_group import LaunchSettings, ProcessGroup
+from neuron.protocol import EngineConfig, EngineProgress, Generate, Loaded, SamplingParams, SequenceUpdate, StepOutput
 
 GREEDY = SamplingParams(temperature=0.0)
 DEADLINE_S = 120
 
 
 class RealGroup:
-    """One incarnation over a checkpoint. `updates` by request, in order."""
+    """One process_group over a checkpoint. `updates` by request, in order."""
 
     def __init__(self, folder: Path, checkpoint: Path, *, ranks: int, **fields: Any) -> None:
         fields = {"kv_cache_tokens": 1024, "num_threads": 1, "page_size": 4, "max_step_tokens": 64} | fields
         config = EngineConfig(model_id="tiny", path=str(checkpoint), tensor_parallel_size=ranks, **fields)
-        self.progress: list[LoadProgress] = []
+        self.progress: list[EngineProgress] = []
         self.steps: list[StepOutput] = []
         self.updates: dict[int, list[SequenceUpdate]] = {}
         self.pongs: list[tuple[int, int]] = []
         self._changed = asyncio.Event()
         self._next_id = 1
-        self.incarnation = Incarnation(
+        self.process_group = ProcessGroup(
             config,
             LaunchSettings(runtime_dir=folder),
             on_progress=self.progress.append,
@@ -37,21 +37,21 @@ class RealGroup:
     async def __aenter__(self) -> RealGroup:
         try:
             async with asyncio.timeout(DEADLINE_S):
-                self.loaded: Loaded = await self.incarnation.load()
+                self.loaded: Loaded = await self.process_group.load()
         except BaseException:
-            await self.incarnation.kill()
+            await self.process_group.kill()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.incarnation.kill()
+        await self.process_group.kill()
 
     def send(self, prompt_ids: Sequence[int], max_tokens: int = 8, **fields: Any) -> int:
         """Start a sequence; its id."""
         fields.setdefault("sampling", GREEDY)
         number, self._next_id = self._next_id, self._next_id + 1
         self.updates[number] = []
-        self.incarnation.channel.send(
+        self.process_group.channel.send(
             Generate(request_id=number, prompt_ids=list(prompt_ids), max_tokens=max_tokens, **fields)
         )
         return number
@@ -62,10 +62,10 @@ class RealGroup:
             while not condition():
                 self._changed.clear()
                 changed = asyncio.ensure_future(self._changed.wait())
-                await asyncio.wait((changed, self.incarnation.ended), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((changed, self.process_group.ended), return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
-                if self.incarnation.ended.done() and not condition():
-                    raise AssertionError(f"{self.incarnation.ended.result()}; {self.incarnation.describe_exits()}")
+                if self.process_group.ended.done() and not condition():
+                    raise AssertionError(f"{self.process_group.ended.result()}; {self.process_group.describe_exits()}")
 
     async def answer(self, *prompts: Sequence[int], max_tokens: int = 8, **fields: Any) -> list[list[int]]:
         """The answers to several prompts that run together."""

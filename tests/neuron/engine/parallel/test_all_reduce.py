@@ -21,7 +21,7 @@ from neuron.engine.parallel.all_reduce import (
     build_all_reduce,
     choose,
     slowest_times,
-    symmetric_rungs,
+    symmetric_algorithms,
 )
 from neuron.engine.parallel.group import ParallelGroup
 from torch import Tensor
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class Named:
-    """A rung that only says that it was taken."""
+    """An algorithm that only says that it was taken."""
 
     def __init__(self, name: str, *, largest: int = 2**62) -> None:
         self.name = name
@@ -87,27 +87,27 @@ def test_no_choice_is_slower_than_the_library(
     assert times[name][larger[0]] <= times["library"][larger[0]]
 
 
-def test_a_message_that_a_rung_does_not_take_goes_through_the_library() -> None:
+def test_a_message_that_an_algorithm_does_not_take_goes_through_the_library() -> None:
     library, small = Named("library"), Named("small", largest=50)
-    ladder = AllReduce([library, small], Choice({100: "small"}))
+    all_reduce = AllReduce([library, small], Choice({100: "small"}))
     for size in (10, 50, 51, 100, 101, 10):
-        ladder(bytes_of(size))
+        all_reduce(bytes_of(size))
     assert small.taken == [10, 50, 10]
     assert library.taken == [51, 100, 101]
     fixed = Named("fixed")
-    ladder.fix(fixed)
-    ladder(bytes_of(10))
-    ladder(bytes_of(1000))
+    all_reduce.fix(fixed)
+    all_reduce(bytes_of(10))
+    all_reduce(bytes_of(1000))
     assert fixed.taken == [10, 1000]
 
 
-def test_symmetric_rungs_are_those_that_torch_and_the_switch_have() -> None:
+def test_symmetric_algorithms_are_those_that_torch_and_the_switch_have() -> None:
     everything = SimpleNamespace(one_shot_all_reduce_out=0, two_shot_all_reduce_=0, multimem_all_reduce_=0)
     old = SimpleNamespace(two_shot_all_reduce_=0)
 
     def names(ops: object, *, has_multicast: bool) -> list[str]:
-        found = symmetric_rungs(bytes_of(64), "0", world_size=2, has_multicast=has_multicast, ops=ops)
-        return [rung.name for rung in found]
+        found = symmetric_algorithms(bytes_of(64), "0", world_size=2, has_multicast=has_multicast, ops=ops)
+        return [algorithm.name for algorithm in found]
 
     assert names(everything, has_multicast=True) == ["one_shot", "two_shot", "multimem"]
     assert names(everything, has_multicast=False) == ["one_shot", "two_shot"]
@@ -130,15 +130,15 @@ def test_symmetric_kernels_get_the_buffer_and_only_what_they_can_take() -> None:
         mine.mul_(2)
 
     ops = SimpleNamespace(one_shot_all_reduce_out=into, two_shot_all_reduce_=in_place)
-    one, two = symmetric_rungs(bytes_of(256), "g", world_size=2, has_multicast=False, ops=ops)
-    for rung in (one, two):
+    one, two = symmetric_algorithms(bytes_of(256), "g", world_size=2, has_multicast=False, ops=ops)
+    for algorithm in (one, two):
         x = torch.arange(32, dtype=torch.bfloat16).view(4, 8)
-        rung(x)
+        algorithm(x)
         assert torch.equal(x.flatten(), 2 * torch.arange(32, dtype=torch.bfloat16))
     assert calls == [("into sum g", 64), ("in place sum g", 64)]
 
-    def takes(rung: Symmetric, numel: int, dtype: torch.dtype = torch.float32) -> bool:
-        return rung.takes(torch.zeros(numel, dtype=dtype))
+    def takes(algorithm: Symmetric, numel: int, dtype: torch.dtype = torch.float32) -> bool:
+        return algorithm.takes(torch.zeros(numel, dtype=dtype))
 
     assert takes(one, 4) and takes(one, 64) and not takes(one, 65) and not takes(one, 3) and not takes(one, 0)
     assert takes(two, 8) and not takes(two, 4)  # each rank has its part
@@ -192,6 +192,6 @@ def test_sums_of_real_processes(tmp_path: Path, world_size: int) -> None:
 
 
 def test_without_devices_the_library_is_all_there_is() -> None:
-    ladder = build_all_reduce(CPU, rank=0, world_size=4)
-    assert ladder.rung_for(bytes_of(10)).name == Library.name
-    assert ladder.rung_for(bytes_of(2**20)).name == Library.name
+    all_reduce = build_all_reduce(CPU, rank=0, world_size=4)
+    assert all_reduce.algorithm_for(bytes_of(10)).name == Library.name
+    assert all_reduce.algorithm_for(bytes_of(2**20)).name == Library.name

@@ -51,19 +51,19 @@ async def test_two_ranks_serve_from_load_to_shutdown_as_one_does(tmp_path: Path,
         assert done[-1][0] == done[-1][1] > alone.progress[-1].bytes_total
         assert await group.answer(*PROMPTS) == expected
 
-        before = [cpu_ticks(pid) for pid in group.incarnation.pids]
+        before = [cpu_ticks(pid) for pid in group.process_group.pids]
         await asyncio.sleep(1.0)  # a span in which an idle group does nothing
-        used = [cpu_ticks(pid) - ticks for pid, ticks in zip(group.incarnation.pids, before, strict=True)]
+        used = [cpu_ticks(pid) - ticks for pid, ticks in zip(group.process_group.pids, before, strict=True)]
         assert max(used) < 10, "hundredths of a second: the end of the last step, and nothing that spins or polls"
         assert await group.answer(*PROMPTS) == expected, "an idle group has no timeout running"
 
-        for channel in group.incarnation.channels:
+        for channel in group.process_group.channels:
             channel.send(Ping(3))
         await group.until(lambda: len(group.pongs) == 2)
         assert sorted(group.pongs) == [(0, 3), (1, 3)]
 
-        await group.incarnation.stop()
-        assert group.incarnation.exit_codes == [0, 0], group.incarnation.describe_exits()
+        await group.process_group.stop()
+        assert group.process_group.exit_codes == [0, 0], group.process_group.describe_exits()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,15 +72,15 @@ async def test_a_killed_rank_ends_the_group_and_the_other_rank(tmp_path: Path, c
     async with RealGroup(tmp_path, checkpoint, ranks=2) as group:
         number = group.send([5, 9, 2], max_tokens=400)
         await group.until(lambda: len(group.tokens(number)) > 3)
-        pids = group.incarnation.pids
+        pids = group.process_group.pids
         os.kill(pids[victim], signal.SIGKILL)
         async with asyncio.timeout(DEADLINE_S):
-            await asyncio.shield(group.incarnation.ended)
+            await asyncio.shield(group.process_group.ended)
             # Nobody kills the other: it loses its peer, in a read or in a collective, and leaves by itself.
-            while None in group.incarnation.exit_codes:
+            while None in group.process_group.exit_codes:
                 await asyncio.sleep(0.01)
-        codes = group.incarnation.exit_codes
-        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 3, group.incarnation.describe_exits()
+        codes = group.process_group.exit_codes
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 3, group.process_group.describe_exits()
     assert list(tmp_path.iterdir()) == []
 
 

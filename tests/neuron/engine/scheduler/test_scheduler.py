@@ -100,7 +100,7 @@ class Books(RuleBasedStateMachine):
             self.write(chunk)
         if broken is not None and broken < len(plan.chunks):
             victim = plan.chunks[broken].sequence
-            self.scheduler.distrust(victim)
+            self.scheduler.quarantine(victim)
             self.scheduler.finish(victim)
         compute(self.scheduler, plan, token)
 

@@ -56,7 +56,7 @@ class Faults(Books):
         if running:
             victim = data.draw(st.sampled_from(sorted(running, key=lambda item: item.arrival)))
             pages = list(victim.pages)
-            self.scheduler.distrust(victim)
+            self.scheduler.quarantine(victim)
             self.scheduler.finish(victim)
             assert not any(page in self.scheduler._cache._hash_of for page in pages)
 

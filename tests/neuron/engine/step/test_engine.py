@@ -256,7 +256,7 @@ def test_F5_out_of_memory_shrinks_prefill_and_loses_nobody():
 
 
 def test_out_of_memory_that_never_ends_fails_only_whom_it_concerns(monkeypatch):
-    monkeypatch.setattr(engine_module, "_SET_BACK_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(engine_module, "_DEFER_S", (0.0, 0.0, 0.0))
     model = ToyModel()
     engine = toy_engine(model)
 
@@ -271,7 +271,7 @@ def test_out_of_memory_that_never_ends_fails_only_whom_it_concerns(monkeypatch):
 
 
 def test_who_finds_no_memory_is_set_back_and_comes_again(monkeypatch):
-    monkeypatch.setattr(engine_module, "_SET_BACK_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(engine_module, "_DEFER_S", (0.0, 0.0, 0.0))
     model = ToyModel()
     engine = toy_engine(model)
     attempts = []
@@ -291,7 +291,7 @@ def test_who_finds_no_memory_is_set_back_and_comes_again(monkeypatch):
 
 
 def test_who_is_set_back_may_leave(monkeypatch):
-    monkeypatch.setattr(engine_module, "_SET_BACK_S", (3600.0,))
+    monkeypatch.setattr(engine_module, "_DEFER_S", (3600.0,))
     model = ToyModel()
     engine = toy_engine(model)
 

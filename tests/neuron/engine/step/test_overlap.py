@@ -14,7 +14,7 @@ from neuron.engine.errors import DeviceError, RequestError
 from neuron.engine.scheduler.scheduler import StepPlan
 from neuron.engine.step import engine as engine_module
 from neuron.engine.step.engine import Engine
-from neuron.engine.step.runner import Flight
+from neuron.engine.step.runner import InFlightStep
 from neuron.protocol import Generate, GrammarSpec, SamplingParams
 
 from tests.neuron.engine.lazy_stream import LazyStream
@@ -61,25 +61,25 @@ class PageWatch:
         runner, pool = engine._runner, engine._pool
         launch, collect, abandon, allocate = runner.launch, runner.collect, runner.abandon, pool.allocate
 
-        def watched_launch(plan: StepPlan) -> Flight:
+        def watched_launch(plan: StepPlan) -> InFlightStep:
             # Before: a launch that fails half-way may write too, but is over when it returns.
-            flight = launch(plan)
-            self._written[id(flight)] = [
+            in_flight = launch(plan)
+            self._written[id(in_flight)] = [
                 chunk.sequence.pages[position // PAGE]
                 for chunk in plan.chunks
                 for position in range(chunk.start, chunk.start + chunk.num_tokens)
             ]
-            return flight
+            return in_flight
 
-        def watched_collect(flight: Flight):
+        def watched_collect(in_flight: InFlightStep):
             try:
-                return collect(flight)
+                return collect(in_flight)
             finally:
-                self._written.pop(id(flight), None)
+                self._written.pop(id(in_flight), None)
 
-        def watched_abandon(flight: Flight) -> None:
-            abandon(flight)
-            self._written.pop(id(flight), None)
+        def watched_abandon(in_flight: InFlightStep) -> None:
+            abandon(in_flight)
+            self._written.pop(id(in_flight), None)
 
         def watched_allocate(number: int) -> list[int]:
             pages = allocate(number)
@@ -156,7 +156,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read() -> None:
     events: list[str] = []
     launch, collect = engine._runner.launch, engine._runner.collect
     engine._runner.launch = lambda plan: (events.append(f"launch {plan.step}"), launch(plan))[1]
-    engine._runner.collect = lambda flight: (events.append(f"read {flight.plan.step}"), collect(flight))[1]
+    engine._runner.collect = lambda in_flight: (events.append(f"read {in_flight.plan.step}"), collect(in_flight))[1]
     serve(engine, request(0, range(5), 4))
     # The fourth token is the last by number, so no fifth step is computed for it.
     assert events == ["launch 1", "launch 2", "read 1", "launch 3", "read 2", "launch 4", "read 3", "read 4"]
@@ -387,4 +387,4 @@ def test_any_history_gives_the_answers_of_an_engine_that_waits(
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_SET_BACK_S", (0.0,) * 12)
+    monkeypatch.setattr(engine_module, "_DEFER_S", (0.0,) * 12)

@@ -25,8 +25,8 @@ CONFIG = read_config(
 FLOOR = 64 * 2**20
 
 
-def memory(num_ranks: int = 1) -> StepMemory:
-    return StepMemory(rank_sizes(CONFIG, RankOf()), dtype=torch.float32, device=CPU, num_ranks=num_ranks)
+def memory(world_size: int = 1) -> StepMemory:
+    return StepMemory(rank_sizes(CONFIG, RankOf()), dtype=torch.float32, device=CPU, world_size=world_size)
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_answered_with_the_largest_that_does(monkeypatch: p
 
 
 def test_ranks_on_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = memory(num_ranks=2)
+    here = memory(world_size=2)
     leave_free(monkeypatch, 2 * (100 * here.bytes_per_token + here.bytes_per_row))
     assert here.max_tokens(512, 1) == 100
 

@@ -297,7 +297,7 @@ def test_dummy_weights_of_ranks_are_parts_of_those_of_one(shares: tuple[int, ...
         for (name, ours, fused), (_, theirs, _) in zip(
             part.checkpoint_modules(), whole.checkpoint_modules(), strict=True
         ):
-            for own, all_of_it in zip(ours.placements(fused), theirs.placements(fused), strict=True):
+            for own, all_of_it in zip(ours.weight_slices(fused), theirs.weight_slices(fused), strict=True):
                 if not any(piece.start == piece.stop for piece in own.source):
                     expected = getattr(theirs, all_of_it.parameter)[all_of_it.target][own.source]
                     assert torch.equal(getattr(ours, own.parameter)[own.target], expected), name

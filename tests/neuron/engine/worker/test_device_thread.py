@@ -14,11 +14,11 @@ from neuron.protocol import (
     Cancel,
     EngineConfig,
     EngineFault,
+    EngineProgress,
     GrammarSpec,
     Hello,
     Loaded,
     LoadFailed,
-    LoadProgress,
     Ping,
     Pong,
     Shutdown,
@@ -151,11 +151,11 @@ def test_the_end_of_the_socket_ends_the_engine_mid_work(start):
 
 def test_a_failed_load_is_reported_with_its_kind(start):
     def load(config, progress):
-        progress(LoadProgress("weights", 1, 2))
+        progress(EngineProgress("weights", 1, 2))
         raise ModelError("bad_checkpoint", "no such tensor")
 
     session = start(load)
-    assert session.daemon.receive() == LoadProgress("weights", 1, 2)
+    assert session.daemon.receive() == EngineProgress("weights", 1, 2)
     assert session.daemon.receive() == LoadFailed(3, "bad_checkpoint", "no such tensor")
     assert session.daemon.receive() is None
     assert session.wait_for_exit() == device_thread.EXIT_LOAD_FAILED

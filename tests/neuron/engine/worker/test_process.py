@@ -17,12 +17,12 @@ import pytest
 from neuron.protocol import (
     Cancel,
     EngineConfig,
+    EngineProgress,
     Generate,
     GrammarSpec,
     Hello,
     Loaded,
     LoadFailed,
-    LoadProgress,
     SamplingParams,
     Shutdown,
 )
@@ -71,7 +71,7 @@ class Worker:
         self.daemon.send(EngineConfig(model_id="tiny", path=str(checkpoint), **fields))
         frames = self.daemon.until(lambda frame: isinstance(frame, (Loaded, LoadFailed)))
         assert isinstance(frames[-1], Loaded), frames[-1]
-        assert all(isinstance(frame, LoadProgress) for frame in frames[:-1])
+        assert all(isinstance(frame, EngineProgress) for frame in frames[:-1])
         phases = [frame.phase for frame in frames[:-1]]
         assert phases == sorted(phases, key=["starting", "weights", "kv_cache", "warm_up"].index)
         done = frames[-1]

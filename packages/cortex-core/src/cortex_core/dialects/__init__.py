@@ -9,6 +9,6 @@
 - `openai_chat_client`: the reverse of `openai_chat`, for talking to a server that speaks nothing else
 
 No dialect knows another: what they share of a vendor's vocabulary is in `openai_fields`, `openai_custom_tools` and
-`openai_answer`, what they share of JSON in `json_body`, and of hidden reasoning in `carried_thoughts`. `interface`
+`openai_answer`, what they share of JSON in `json_body`, and of hidden reasoning in `reasoning_signature`. `interface`
 states what each surface offers. All of it is sans-I/O.
 """

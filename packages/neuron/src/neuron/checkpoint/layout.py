@@ -72,14 +72,14 @@ class Footprint(msgspec.Struct, frozen=True):
 def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[StoredTensor]) -> list[Footprint]:
     """One per rank of the group that `config` describes. Raises `UnsupportedSharding`."""
     is_host = not config.devices
-    num_ranks = config.tensor_parallel_size
+    world_size = config.tensor_parallel_size
     item_bytes = DTYPES[dtype_of(config, model)]
     tensors = [tensor for tensor in tensors if _is_used(tensor.name, model)]
     overhead = _HOST_OVERHEAD_BYTES if is_host else _DEVICE_OVERHEAD_BYTES
-    if num_ranks > 1 and not is_host:
+    if world_size > 1 and not is_host:
         overhead += _COMMUNICATOR_BYTES
     result = []
-    for rank in ranks_of(num_ranks, config.shares):
+    for rank in ranks_of(world_size, config.shares):
         part = rank_sizes(model, rank)
         matrices = others = 0
         for tensor in tensors:

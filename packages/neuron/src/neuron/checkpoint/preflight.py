@@ -74,7 +74,7 @@ def is_small_file(name: str) -> bool:
     return name in _SMALL_FILES or ("/" not in name and name.endswith(".jinja"))
 
 
-def num_ranks(spec: ModelSpec) -> int:
+def world_size_of(spec: ModelSpec) -> int:
     """Processes of the group: as asked for, or as many as the split names."""
     if spec.tensor_parallel is not None:
         return spec.tensor_parallel
@@ -101,7 +101,7 @@ def check_layout(spec: ModelSpec, names: Iterable[str]) -> Layout:
     """Whether what the repository holds can be served as asked. Raises `ApiError` 422."""
     names = list(names)
     layout = classify(names)
-    tensor_parallel = num_ranks(spec)
+    tensor_parallel = world_size_of(spec)
     if layout.kind == "empty":
         found = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".onnx")))
         hint = f" It holds {found[0]}, but only safetensors weights are read." if found else ""
@@ -159,7 +159,7 @@ def check_config(spec: ModelSpec, config: Any) -> None:
         if not is_complete(config):
             return
         model = read_config(config, family)
-    ranks = num_ranks(spec)
+    ranks = world_size_of(spec)
     # In which ratio the devices share is known later; any uneven one can be apportioned alike.
     shares = () if spec.tensor_split is None else range(1, ranks + 1)
     try:

@@ -172,16 +172,16 @@ def vocabulary_sizes(vocab_size: int, group: Rank) -> list[int] | None:
     return _apportion_in_runs(vocab_size, group, what="vocabulary size")
 
 
-def ranks_of(num_ranks: int, shares: Sequence[int] = ()) -> list[RankOf]:
+def ranks_of(world_size: int, shares: Sequence[int] = ()) -> list[RankOf]:
     """All ranks of a group. shares: relative sizes; where they do not differ, parts are equal."""
     uneven = tuple(shares) if len(set(shares)) > 1 else ()
-    return [RankOf(rank, num_ranks, uneven) for rank in range(num_ranks)]
+    return [RankOf(rank, world_size, uneven) for rank in range(world_size)]
 
 
 def check_division(
-    num_heads: int, num_kv_heads: int, intermediate_size: int, num_ranks: int, shares: Sequence[int] = ()
+    num_heads: int, num_kv_heads: int, intermediate_size: int, world_size: int, shares: Sequence[int] = ()
 ) -> None:
     """Whether a decoder of these sizes can be divided among so many ranks. Raises `UnsupportedSharding`."""
-    for rank in ranks_of(num_ranks, shares):
+    for rank in ranks_of(world_size, shares):
         shard_heads(num_heads, num_kv_heads, rank)
         shard_columns(intermediate_size, rank, what="columns of its feed-forward block")

@@ -127,7 +127,7 @@ def tp_smoke(devices: str | None, cpu: bool, ranks: int | None, timeout_s: float
         raise click.UsageError("Give either --devices, or --cpu with --ranks.")
     indexes = _device_list(devices) if devices is not None else ()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    report = asyncio.run(run_smoke(num_ranks=len(indexes) or ranks or 2, devices=indexes, timeout_s=timeout_s))
+    report = asyncio.run(run_smoke(world_size=len(indexes) or ranks or 2, devices=indexes, timeout_s=timeout_s))
     if as_json:
         click.echo(msgspec.json.encode(report).decode())
     else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Ticket(Protocol):
+class Fence(Protocol):
     """A place in the order."""
 
     def wait(self) -> None:
@@ -35,7 +35,7 @@ class Stream(Protocol):
         """Do this after everything submitted before. Raises what cannot be begun (out of memory, a shape error)."""
         ...
 
-    def record(self) -> Ticket:
+    def record(self) -> Fence:
         """The place after everything submitted so far."""
         ...
 
@@ -56,7 +56,7 @@ class ImmediateStream:
     def submit(self, work: Callable[[], None]) -> None:
         work()
 
-    def record(self) -> Ticket:
+    def record(self) -> Fence:
         return self._done
 
 
@@ -78,7 +78,7 @@ class CudaStream:
     def submit(self, work: Callable[[], None]) -> None:
         work()
 
-    def record(self) -> Ticket:
+    def record(self) -> Fence:
         return _Recorded()
 
 

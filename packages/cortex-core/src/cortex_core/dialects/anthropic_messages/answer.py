@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from cortex_core.conversation import Request
-from cortex_core.dialects.carried_thoughts import wrap
 from cortex_core.dialects.errors import anthropic_error_body
+from cortex_core.dialects.reasoning_signature import wrap
 from cortex_core.errors import ApiError
 from cortex_core.events import (
     Event,

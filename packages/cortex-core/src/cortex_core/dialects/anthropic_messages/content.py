@@ -19,7 +19,6 @@ from cortex_core.conversation import (
     Turn,
 )
 from cortex_core.dialects import limits
-from cortex_core.dialects.carried_thoughts import unwrap
 from cortex_core.dialects.json_body import (
     Fields,
     encode_compact,
@@ -28,6 +27,7 @@ from cortex_core.dialects.json_body import (
     unsupported,
     wrong_type,
 )
+from cortex_core.dialects.reasoning_signature import unwrap
 from cortex_core.errors import ApiError, invalid
 
 ROLES = ("user", "assistant", "system")

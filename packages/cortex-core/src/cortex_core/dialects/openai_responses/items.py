@@ -21,11 +21,11 @@ from cortex_core.conversation import (
     Turn,
 )
 from cortex_core.dialects import limits
-from cortex_core.dialects.carried_thoughts import unwrap
 from cortex_core.dialects.json_body import Fields, encode_compact, missing, one_of, unsupported, wrong_type
 from cortex_core.dialects.openai_custom_tools import freeform_arguments
 from cortex_core.dialects.openai_images import image_part
 from cortex_core.dialects.openai_responses.tools import flat_name
+from cortex_core.dialects.reasoning_signature import unwrap
 from cortex_core.errors import invalid
 
 ROLES = ("user", "assistant", "system", "developer")

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from cortex_core.conversation import Request
-from cortex_core.dialects.carried_thoughts import wrap
 from cortex_core.dialects.openai_answer import encode_json, finite_logprob
 from cortex_core.dialects.openai_custom_tools import FreeformInput
 from cortex_core.dialects.openai_responses.tools import ToolNames
+from cortex_core.dialects.reasoning_signature import wrap
 from cortex_core.events import TokenLogprob, ToolCallStart
 
 ItemStatus = Literal["completed", "incomplete"]

@@ -12,7 +12,7 @@ from cortex_core.hop import LoggedTokens, TokenLogprobs
 
 from neuron.daemon.observability.request_record import RequestRecord
 from neuron.daemon.supervisor.generation import Generation, Update
-from neuron.daemon.text.prompts import Generation as Choice
+from neuron.daemon.text.prompts import Choice
 from neuron.daemon.text_workers.served_text import ServedText
 from neuron.protocol import Generate, Logprobs, SequenceUpdate
 

@@ -29,7 +29,7 @@ from neuron.daemon.api.services import Services
 from neuron.daemon.api.streamed_answer import StreamedAnswer, seeded
 from neuron.daemon.observability.request_record import RequestRecord
 from neuron.daemon.supervisor.engine_group import EngineGroup
-from neuron.daemon.text.prompts import Generation as Choice
+from neuron.daemon.text.prompts import Choice
 from neuron.daemon.text_workers.messages import DialectRoute
 from neuron.daemon.text_workers.served_text import ServedText
 

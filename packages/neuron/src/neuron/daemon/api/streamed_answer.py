@@ -32,7 +32,7 @@ from neuron.daemon.api.generation_events import GenerationEvents
 from neuron.daemon.common.config import ServerSection
 from neuron.daemon.observability.request_record import RequestRecord
 from neuron.daemon.supervisor.engine_group import EngineGroup
-from neuron.daemon.text.prompts import Generation as Choice
+from neuron.daemon.text.prompts import Choice
 from neuron.protocol import SequenceUpdate
 
 _REPLAYED_AT_ONCE = 256

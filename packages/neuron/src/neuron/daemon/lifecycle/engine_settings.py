@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
-from neuron.checkpoint.preflight import num_ranks
+from neuron.checkpoint.preflight import world_size_of
 from neuron.daemon.admission.admission import AdmissionLimits
 from neuron.daemon.common.config import AdmissionConfig, NeuronConfig
 from neuron.daemon.lifecycle.parallelism import choose_devices, choose_shares
@@ -31,7 +31,7 @@ def engine_config(
         model_id=model_id,
         path=str(path),
         devices=chosen,
-        tensor_parallel_size=num_ranks(spec),
+        tensor_parallel_size=world_size_of(spec),
         shares=choose_shares(spec, chosen, free_mb()),
         collective_timeout_s=engine.collective_timeout_s,
         dtype=engine.dtype,

@@ -38,8 +38,7 @@ from neuron.daemon.text_workers.host_process import TextLoadError
 from neuron.daemon.text_workers.served_text import ServedText
 from neuron.daemon.text_workers.settings import TextSettings
 from neuron.daemon.text_workers.worker_handle import LostReason
-from neuron.protocol import EngineConfig
-from neuron.protocol import LoadProgress as EngineProgress
+from neuron.protocol import EngineConfig, EngineProgress
 
 logger = logging.getLogger(__name__)
 

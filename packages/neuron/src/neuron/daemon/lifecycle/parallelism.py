@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from cortex_core.fleet import DeviceInfo, ModelSpec
 
-from neuron.checkpoint.preflight import num_ranks, refusal
+from neuron.checkpoint.preflight import refusal, world_size_of
 
 # Free memory that differs by less than this between devices is no reason for unequal parts.
 _ALIKE = 0.9
@@ -19,7 +19,7 @@ _PRECISION = 1000
 
 def check_parallelism(spec: ModelSpec, devices: Sequence[DeviceInfo]) -> None:
     """Whether this host, with these devices or none, can divide a model as asked for. Raises `ApiError` 422."""
-    ranks = num_ranks(spec)
+    ranks = world_size_of(spec)
     if ranks < 1:
         raise refusal(
             "tensor_parallel_invalid",
@@ -58,7 +58,7 @@ def check_parallelism(spec: ModelSpec, devices: Sequence[DeviceInfo]) -> None:
 
 def choose_devices(spec: ModelSpec, devices: Sequence[DeviceInfo]) -> tuple[int, ...]:
     """CUDA indexes by rank; none on a host without devices. For a spec that `check_parallelism` has passed."""
-    ranks = num_ranks(spec)
+    ranks = world_size_of(spec)
     if not devices:
         return ()
     chosen = spec.devices if spec.devices else tuple(device.index for device in devices)
@@ -71,7 +71,7 @@ def choose_shares(spec: ModelSpec, devices: Sequence[int], free_mb: Mapping[int,
     `auto` takes the devices' free memory as the ratio, unless they are alike or unknown. free_mb: by device index.
     """
     split = spec.tensor_split
-    if split is None or num_ranks(spec) == 1:
+    if split is None or world_size_of(spec) == 1:
         return ()
     if split == "auto":
         free = [free_mb.get(device, 0) for device in devices]

@@ -276,10 +276,10 @@ def _facts(demand: _Demand, num_tokens: int) -> dict[str, object]:
     }
 
 
-def _divides(model: ModelConfig, num_ranks: int) -> bool:
+def _divides(model: ModelConfig, world_size: int) -> bool:
     """Whether the model can be divided among so many equal ranks, by the decision that loads are refused by."""
     try:
-        for rank in ranks_of(num_ranks):
+        for rank in ranks_of(world_size):
             rank_sizes(model, rank)
     except UnsupportedSharding:
         return False

@@ -14,7 +14,7 @@ from cortex_core.trace_context import TraceContext
 from prometheus_client import Histogram
 
 from neuron.daemon.observability.metrics import Metrics
-from neuron.daemon.text.prompts import Generation as Choice
+from neuron.daemon.text.prompts import Choice
 
 logger = logging.getLogger("neuron.request")
 

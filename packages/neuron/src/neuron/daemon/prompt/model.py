@@ -27,7 +27,7 @@ from neuron.daemon.prompt.sampling_defaults import (
 from neuron.daemon.prompt.tokenizer import Tokenizer
 from neuron.daemon.text import limits
 from neuron.daemon.text.markers import reasoning_markers, tool_call_markers
-from neuron.daemon.text.prompts import Generation, Prompt
+from neuron.daemon.text.prompts import Choice, Prompt
 from neuron.protocol import GrammarSpec
 
 LoadStage = Literal["tokenizer", "chat template", "generation defaults"]
@@ -91,8 +91,8 @@ class TextModel:
         prompts = self.render(request, max_model_len=max_model_len, windows=limits.COUNTED_WINDOWS)
         return sum(prompt.num_tokens for prompt in prompts)
 
-    def resolve(self, request: Request, prompts: list[Prompt], *, max_model_len: int) -> list[Generation]:
-        """One `Generation` per choice, prompt-major (`choice = prompt_index * num_choices + i`).
+    def resolve(self, request: Request, prompts: list[Prompt], *, max_model_len: int) -> list[Choice]:
+        """One `Choice` per choice, prompt-major (`choice = prompt_index * num_choices + i`).
 
         Raises `ApiError`: a prompt too long, a bad schema, an unknown tool, a logit_bias outside the vocabulary.
         Compiles grammars, so it may take some milliseconds: call it in an executor when there is a schema.
@@ -101,7 +101,7 @@ class TextModel:
         if scores:
             check_scored(prompts, request.num_choices)
         seed = request_seed(request)
-        generations: list[Generation] = []
+        choices: list[Choice] = []
         grammars: dict[str, GrammarSpec | None] = {}
         for prompt in prompts:
             max_tokens = resolve_max_tokens(request, prompt.num_tokens, max_model_len, self.defaults)
@@ -111,12 +111,12 @@ class TextModel:
             # a grammar ends with a stop token: ignoring those would leave it nothing to end with
             ignores_eos = request.limits.ignore_eos and grammar is None
             for _ in range(request.num_choices):
-                choice = len(generations)
+                choice = len(choices)
                 sampling = resolve_sampling(
                     request, self.defaults, self.tokenizer.vocab_size, choice_seed(seed, choice)
                 )
-                generations.append(
-                    Generation(
+                choices.append(
+                    Choice(
                         choice=choice,
                         prompt=prompt,
                         sampling=sampling,
@@ -126,7 +126,7 @@ class TextModel:
                         prompt_logprobs=scores,
                     )
                 )
-        return generations
+        return choices
 
     def event_stream(self, request: Request, prompt: Prompt, choice: int = 0, *, answer_id: str = "") -> EventStream:
         """A fresh stream for one choice; answer_id is that of the answer it is part of."""

@@ -24,16 +24,16 @@ from neuron.daemon.supervisor.errors import (
     sequence_error,
 )
 from neuron.daemon.supervisor.generation import Generation, LiveSequence
-from neuron.daemon.supervisor.process_group import Incarnation, LaunchSettings
+from neuron.daemon.supervisor.process_group import LaunchSettings, ProcessGroup
 from neuron.daemon.supervisor.restart_policy import RestartPolicy
 from neuron.daemon.supervisor.watchdog import Watchdog
 from neuron.protocol import (
     Cancel,
     EngineConfig,
+    EngineProgress,
     EngineStats,
     Generate,
     Loaded,
-    LoadProgress,
     Ping,
     SequenceUpdate,
     StepOutput,
@@ -54,7 +54,7 @@ GroupState = Literal["new", "loading", "loaded", "recovering", "failed", "stoppe
 class GroupLoading(msgspec.Struct, frozen=True):
     """The group is coming up, for the first time or again."""
 
-    progress: LoadProgress
+    progress: EngineProgress
 
 
 class GroupLoaded(msgspec.Struct, frozen=True):
@@ -118,7 +118,7 @@ class EngineGroup:
         self._policy = policy or RestartPolicy()
         self._ping_interval_s = ping_interval_s
         self._weights = weights
-        self._incarnation: Incarnation | None = None
+        self._process_group: ProcessGroup | None = None
         self._watchdog: Watchdog | None = None
         # Sequences by number that no engine holds now, and by request id those that one holds.
         self._waiting: dict[int, LiveSequence] = {}
@@ -146,9 +146,9 @@ class EngineGroup:
         self._is_stopping = True
         self.state = "stopped"
         self.fail_requests(lambda _: engine_stopped())
-        incarnation = self._incarnation
-        if was_loaded and incarnation is not None:
-            await incarnation.stop()
+        process_group = self._process_group
+        if was_loaded and process_group is not None:
+            await process_group.stop()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
@@ -156,7 +156,7 @@ class EngineGroup:
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks that were started last."""
-        return [] if self._incarnation is None else self._incarnation.pids
+        return [] if self._process_group is None else self._process_group.pids
 
     @property
     def num_live(self) -> int:
@@ -204,14 +204,14 @@ class EngineGroup:
         while True:
             descriptors = {} if self._weights is None else await self._weights()
             config = msgspec.structs.replace(self.config, epoch=self.num_restarts, weight_descriptors=descriptors)
-            incarnation = Incarnation(
+            process_group = ProcessGroup(
                 config, self._settings, on_progress=self._on_progress, on_step=self._on_step, on_pong=self._on_pong
             )
-            self._incarnation = incarnation
+            self._process_group = process_group
             try:
-                ending = await self._live_through(incarnation)
+                ending = await self._live_through(process_group)
             finally:
-                await incarnation.kill()
+                await process_group.kill()
             if self._is_stopping:
                 return
             if self.loaded is None:
@@ -228,7 +228,7 @@ class EngineGroup:
                 ending.lived_s,
                 self._failures,
                 ending.reason,
-                incarnation.describe_exits(),
+                process_group.describe_exits(),
             )
             if self._retry_in_s is None:
                 self._give_up(ending.kind, f"{ending.reason} ({self._failures} failures in a row)")
@@ -237,14 +237,14 @@ class EngineGroup:
             self.stats = EngineStats()
             await asyncio.sleep(self._retry_in_s)
 
-    async def _live_through(self, incarnation: Incarnation) -> _Ending:
+    async def _live_through(self, process_group: ProcessGroup) -> _Ending:
         """From spawn to the end, whatever it is. When this returns, its sequences wait for the next one."""
         began = time.monotonic()
         try:
-            loaded = await incarnation.load()
+            loaded = await process_group.load()
         except EngineLoadError as exc:
             if exc.kind in ("stalled", "load_timeout"):
-                incarnation.dump_stacks()
+                process_group.dump_stacks()
                 await asyncio.sleep(_STACKS_S)
             if self.loaded is not None:
                 self._failures = self._policy.failures_after(self._failures, 0.0)
@@ -255,17 +255,17 @@ class EngineGroup:
         self.loaded = loaded
         self.state = "loaded"
         watchdog = self._watchdog = Watchdog(
-            num_ranks=self.config.tensor_parallel_size,
+            world_size=self.config.tensor_parallel_size,
             step_deadline_s=loaded.step_deadline_s,
             holds_work=lambda: bool(self._in_engine),
-            ping=lambda nonce: _ping(incarnation, nonce),
+            ping=lambda nonce: _ping(process_group, nonce),
             ping_interval_s=self._ping_interval_s,
         )
-        watching = asyncio.create_task(self._watch(incarnation, watchdog))
+        watching = asyncio.create_task(self._watch(process_group, watchdog))
         try:
             self._on_event(GroupLoaded(loaded))
             self._submit()
-            reason = await asyncio.shield(incarnation.ended)
+            reason = await asyncio.shield(process_group.ended)
         finally:
             watching.cancel()
             self._watchdog, self.stalled = None, None
@@ -274,16 +274,16 @@ class EngineGroup:
             self._on_death(reason, lived_s)
         return _Ending("died", reason, lived_s)
 
-    async def _watch(self, incarnation: Incarnation, watchdog: Watchdog) -> None:
-        """End the incarnation when it is stuck or mute. What its threads were doing is in the log by then."""
+    async def _watch(self, process_group: ProcessGroup, watchdog: Watchdog) -> None:
+        """End the process group when it is stuck or mute. What its threads were doing is in the log by then."""
         model_id = self.config.model_id
         while True:
             self.stalled = await watchdog.until_problem()
             logger.error("engine group seems stuck, its stacks follow model=%s reason=%s", model_id, self.stalled)
-            incarnation.dump_stacks()
+            process_group.dump_stacks()
             await asyncio.sleep(_STACKS_S)
             if watchdog.problem() is not None:
-                incarnation.end(self.stalled)
+                process_group.end(self.stalled)
                 return
             logger.warning("engine group was only slow model=%s reason=%s", model_id, self.stalled)
             self.stalled = None
@@ -323,7 +323,7 @@ class EngineGroup:
         self._on_event(GroupFailed(kind, reason))
         self.fail_requests(lambda each: engine_lost(reason, self.retry_after, ended_engine=each.ended_engine))
 
-    def _on_progress(self, progress: LoadProgress) -> None:
+    def _on_progress(self, progress: EngineProgress) -> None:
         self._on_event(GroupLoading(progress))
 
     # ------------------------------------------------------------------ steps
@@ -415,12 +415,12 @@ class EngineGroup:
         self._waiting[sequence.number] = sequence
 
     def _channel_now(self) -> EngineChannel:
-        if self.state != "loaded" or self._incarnation is None:
+        if self.state != "loaded" or self._process_group is None:
             raise ChannelClosed
-        return self._incarnation.channel
+        return self._process_group.channel
 
 
-def _ping(incarnation: Incarnation, nonce: int) -> None:
-    for channel in incarnation.channels:
+def _ping(process_group: ProcessGroup, nonce: int) -> None:
+    for channel in process_group.channels:
         with suppress(ChannelClosed):  # the end of the group, which is noticed elsewhere
             channel.send(Ping(nonce))

@@ -21,7 +21,7 @@ class LiveSequence:
 
     number: place in the order of arrival. request_id: of its present submission, which each engine gets anew so that
     no frame of an earlier one can be taken for it; 0 while it is in no engine. output_ids: what was delivered here.
-    num_faults, num_output_at_fault: see `suspicion`.
+    num_faults, num_output_at_fault: see `fault_attribution`.
     """
 
     __slots__ = (

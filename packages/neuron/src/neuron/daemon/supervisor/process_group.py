@@ -22,11 +22,11 @@ from neuron.protocol import (
     PROTOCOL_VERSION,
     EngineConfig,
     EngineFault,
+    EngineProgress,
     FromEngine,
     Hello,
     Loaded,
     LoadFailed,
-    LoadProgress,
     Pong,
     Shutdown,
     StepOutput,
@@ -64,10 +64,10 @@ class LaunchSettings(msgspec.Struct, frozen=True):
     load_timeout_s: float | None = None
 
 
-class Incarnation:
+class ProcessGroup:
     """Processes of one epoch, one for each rank.
 
-    on_progress: each LoadProgress, bytes summed over ranks. on_step: each StepOutput once loaded. on_pong: (rank,
+    on_progress: each EngineProgress, bytes summed over ranks. on_step: each StepOutput once loaded. on_pong: (rank,
     nonce) of each Pong. `ended` is done, with the reason, as soon as the group cannot go on: a socket closed, a process
     ended, or a rank said so itself. `config` is the given one, with the folder where ranks of a group meet; its
     `weight_descriptors` are ours to close.
@@ -78,7 +78,7 @@ class Incarnation:
         config: EngineConfig,
         settings: LaunchSettings,
         *,
-        on_progress: Callable[[LoadProgress], None],
+        on_progress: Callable[[EngineProgress], None],
         on_step: Callable[[StepOutput], None],
         on_pong: Callable[[int, int], None] = lambda rank, nonce: None,
     ) -> None:
@@ -95,7 +95,7 @@ class Incarnation:
         self._on_pong = on_pong
         self._processes: list[EngineProcess] = []
         self._channels: dict[int, EngineChannel] = {}
-        self._progress: dict[int, LoadProgress] = {}
+        self._progress: dict[int, EngineProgress] = {}
         self._server: asyncio.Server | None = None
         self._socket_path = settings.runtime_dir / f"{name}.sock"
         loop = asyncio.get_running_loop()
@@ -277,7 +277,7 @@ class Incarnation:
             channel.close()
         elif isinstance(frame, Pong):
             self._on_pong(rank, frame.nonce)
-        elif isinstance(frame, LoadProgress):
+        elif isinstance(frame, EngineProgress):
             known = self._progress.get(rank)
             if known is not None and not frame.bytes_total:
                 frame = msgspec.structs.replace(known, phase=frame.phase)
@@ -321,15 +321,15 @@ class Incarnation:
             self.ended.set_result(reason)
 
 
-def _sum_of(progress: Mapping[int, LoadProgress], num_ranks: int) -> LoadProgress:
+def _sum_of(progress: Mapping[int, EngineProgress], world_size: int) -> EngineProgress:
     """The progress of a group: as far as the rank that has come least far, with the bytes of all."""
     phase = min((one.phase for one in progress.values()), key=_PHASES.index)
-    if len(progress) < num_ranks:
+    if len(progress) < world_size:
         phase = "starting"
     if phase != "weights":
-        return LoadProgress(phase, 0, 0)
+        return EngineProgress(phase, 0, 0)
     bytes_done = sum(one.bytes_done for one in progress.values())
-    return LoadProgress(phase, bytes_done, sum(one.bytes_total for one in progress.values()))
+    return EngineProgress(phase, bytes_done, sum(one.bytes_total for one in progress.values()))
 
 
 def child_environ(environ: Mapping[str, str]) -> dict[str, str]:

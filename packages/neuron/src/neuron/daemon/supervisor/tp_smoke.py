@@ -18,7 +18,7 @@ import msgspec
 
 from neuron.daemon.supervisor.channel import ChannelClosed
 from neuron.daemon.supervisor.errors import EngineLoadError
-from neuron.daemon.supervisor.process_group import Incarnation, LaunchSettings, WorkerCommand, worker_command
+from neuron.daemon.supervisor.process_group import LaunchSettings, ProcessGroup, WorkerCommand, worker_command
 from neuron.protocol import EngineConfig, Generate, SamplingParams, StepOutput
 
 _MAX_STEP_TOKENS = 64
@@ -55,24 +55,24 @@ class SmokeFailed(Exception):
 
 
 async def run_smoke(
-    *, num_ranks: int, devices: tuple[int, ...] = (), timeout_s: float = 180.0, command: WorkerCommand = worker_command
+    *, world_size: int, devices: tuple[int, ...] = (), timeout_s: float = 180.0, command: WorkerCommand = worker_command
 ) -> SmokeReport:
-    """Try `num_ranks` ranks on CUDA `devices`, or on the CPU without any. Never raises for what it finds."""
+    """Try `world_size` ranks on CUDA `devices`, or on the CPU without any. Never raises for what it finds."""
     with tempfile.TemporaryDirectory(prefix="neuron-smoke-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_tiny_model(num_ranks)))
-        group = _Run(Path(folder), devices, num_ranks, command=command, timeout_s=timeout_s)
+        (Path(folder) / "config.json").write_text(json.dumps(_tiny_model(world_size)))
+        group = _Run(Path(folder), devices, world_size, command=command, timeout_s=timeout_s)
         problem: str | None = None
         try:
             await group.run()
             alone = _Run(Path(folder), devices[:1], 1, command=command, timeout_s=timeout_s)
             await alone.run()
             if group.answers != alone.answers:
-                problem = f"{num_ranks} ranks answer {group.answers}, one rank answers {alone.answers}"
+                problem = f"{world_size} ranks answer {group.answers}, one rank answers {alone.answers}"
         except SmokeFailed as exc:
             problem = str(exc)
         return SmokeReport(
             ok=problem is None,
-            tp_size=num_ranks,
+            tp_size=world_size,
             devices=devices,
             ranks=group.ranks(),
             answers=group.answers,
@@ -82,17 +82,17 @@ async def run_smoke(
         )
 
 
-def _tiny_model(num_ranks: int) -> dict[str, Any]:
+def _tiny_model(world_size: int) -> dict[str, Any]:
     """A `config.json` whose every size divides by the number of ranks, with two query heads for each KV head."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "vocab_size": 512,
         "hidden_size": 64,
-        "intermediate_size": 64 * num_ranks,
+        "intermediate_size": 64 * world_size,
         "num_hidden_layers": 3,
-        "num_attention_heads": 2 * num_ranks,
-        "num_key_value_heads": num_ranks,
+        "num_attention_heads": 2 * world_size,
+        "num_key_value_heads": world_size,
         "head_dim": 32,
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
@@ -103,7 +103,7 @@ class _Run:
     """One group, from spawn to exit."""
 
     def __init__(
-        self, folder: Path, devices: Sequence[int], num_ranks: int, *, command: WorkerCommand, timeout_s: float
+        self, folder: Path, devices: Sequence[int], world_size: int, *, command: WorkerCommand, timeout_s: float
     ) -> None:
         self._devices = tuple(devices)
         self._timeout_s = timeout_s
@@ -119,7 +119,7 @@ class _Run:
             model_id="tp-smoke",
             path=str(folder),
             devices=self._devices,
-            tensor_parallel_size=num_ranks,
+            tensor_parallel_size=world_size,
             dtype="float32",
             kv_cache_tokens=1024,
             max_step_tokens=_MAX_STEP_TOKENS,
@@ -130,7 +130,7 @@ class _Run:
         settings = LaunchSettings(
             runtime_dir=folder, command=command, start_timeout_s=timeout_s, stall_timeout_s=timeout_s
         )
-        self._incarnation = Incarnation(config, settings, on_progress=lambda progress: None, on_step=self._on_step)
+        self._process_group = ProcessGroup(config, settings, on_progress=lambda progress: None, on_step=self._on_step)
 
     @property
     def answers(self) -> tuple[tuple[int, ...], ...]:
@@ -149,27 +149,29 @@ class _Run:
                 checks=tuple(self._checks),
                 exit_code=code,
             )
-            for rank, (pid, code) in enumerate(zip(self._incarnation.pids, self._incarnation.exit_codes, strict=True))
+            for rank, (pid, code) in enumerate(
+                zip(self._process_group.pids, self._process_group.exit_codes, strict=True)
+            )
         )
 
     async def run(self) -> None:
         """Raises `SmokeFailed`."""
-        incarnation = self._incarnation
+        process_group = self._process_group
         try:
             async with asyncio.timeout(self._timeout_s):
-                loaded = await incarnation.load()
+                loaded = await process_group.load()
                 self.load_seconds = loaded.load_seconds
                 self._checks += ["joined", "collectives"]
                 await self._generate()
-                await incarnation.stop()
+                await process_group.stop()
         except TimeoutError:
             raise SmokeFailed(f"not done after {self._timeout_s:.0f} s") from None
         except EngineLoadError as exc:
             raise SmokeFailed(f"the group did not come up ({exc.kind}): {exc.message}") from None
         finally:
-            await incarnation.kill()
-        if any(incarnation.exit_codes):
-            raise SmokeFailed(f"not every rank left in order: {incarnation.describe_exits()}")
+            await process_group.kill()
+        if any(process_group.exit_codes):
+            raise SmokeFailed(f"not every rank left in order: {process_group.describe_exits()}")
         self._checks.append("left in order")
 
     async def _generate(self) -> None:
@@ -177,16 +179,16 @@ class _Run:
         began = time.monotonic()
         try:
             for number, prompt in enumerate(_PROMPTS):
-                self._incarnation.channel.send(Generate(number, list(prompt), sampling, _NEW_TOKENS))
+                self._process_group.channel.send(Generate(number, list(prompt), sampling, _NEW_TOKENS))
         except ChannelClosed:
-            raise SmokeFailed(self._incarnation.describe_exits()) from None
+            raise SmokeFailed(self._process_group.describe_exits()) from None
         done = asyncio.ensure_future(self._done.wait())
-        await asyncio.wait((done, self._incarnation.ended), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((done, self._process_group.ended), return_when=asyncio.FIRST_COMPLETED)
         done.cancel()
         if self._problem is not None:
             raise SmokeFailed(self._problem)
         if not self._done.is_set():
-            raise SmokeFailed(f"{self._incarnation.ended.result()}; {self._incarnation.describe_exits()}")
+            raise SmokeFailed(f"{self._process_group.ended.result()}; {self._process_group.describe_exits()}")
         self._seconds = time.monotonic() - began
         self._checks.append(f"{self._num_steps} steps")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Watches one incarnation from the moment it is loaded.
+    """Watches one process group from the moment it is loaded.
 
     holds_work: whether sequences are in the engine. ping: sends a `Ping` with a nonce to every rank. step_deadline_s:
     for the first step; each step brings the one for its successor. ping_interval_s: a rank that has not answered when
@@ -22,7 +22,7 @@ class Watchdog:
     def __init__(
         self,
         *,
-        num_ranks: int,
+        world_size: int,
         step_deadline_s: float,
         holds_work: Callable[[], bool],
         ping: Callable[[int], None],
@@ -35,7 +35,7 @@ class Watchdog:
         self._step_deadline_s = step_deadline_s
         self._last_step = self._loop.time()
         self._nonce = 0
-        self._answered = [0] * num_ranks
+        self._answered = [0] * world_size
         self._next_ping = self._loop.time()
         self._has_news = asyncio.Event()
 

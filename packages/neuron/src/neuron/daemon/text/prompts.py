@@ -37,7 +37,7 @@ class Prompt(msgspec.Struct, frozen=True):
         return self.reasoning == "open"
 
 
-class Generation(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True):
     """One choice, fully resolved; `generate` makes the engine's frame of it."""
 
     choice: int

@@ -14,7 +14,7 @@ from cortex_core.errors import ApiError, invalid
 
 from neuron.daemon.prompt.model import TextModel
 from neuron.daemon.text import limits
-from neuron.daemon.text.prompts import Generation
+from neuron.daemon.text.prompts import Choice
 from neuron.daemon.text_workers.messages import (
     Answer,
     Count,
@@ -116,7 +116,7 @@ class Jobs:
         return Answer(_encode({"prompt": self._model.tokenizer.decode(ids)}))
 
 
-def packed(request: Request, choices: list[Generation]) -> Prepared:
+def packed(request: Request, choices: list[Choice]) -> Prepared:
     """What is the same in all choices, once. There is at least one choice."""
     firsts = choices[:: request.num_choices]
     head = msgspec.structs.replace(request, turns=(), prompts=(RawPrompt(),) * len(request.prompts))

@@ -139,7 +139,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
 
 
 class PreparedPrompt(msgspec.Struct, frozen=True, array_like=True):
-    """See `Prompt` and `Generation`; text only where the request asks for its echo."""
+    """See `Prompt` and `Choice`; text only where the request asks for its echo."""
 
     token_ids: list[int]
     text: str

@@ -9,7 +9,7 @@ import msgspec
 from cortex_core.conversation import Request
 
 from neuron.daemon.output.event_stream import EventStream
-from neuron.daemon.text.prompts import Generation, Prompt
+from neuron.daemon.text.prompts import Choice, Prompt
 from neuron.daemon.text.token_table import TokenTable
 from neuron.daemon.text_workers.messages import (
     Answer,
@@ -63,7 +63,7 @@ class ServedText:
 
     async def prepare(
         self, dialect: DialectRoute, body: bytes, *, max_model_len: int, principal: str | None
-    ) -> tuple[Request, list[Generation]]:
+    ) -> tuple[Request, list[Choice]]:
         """The request, without its messages, and its choices, prompt-major."""
         prepared = cast(Prepared, await self.pool.run(Prepare(dialect, max_model_len), body, principal=principal))
         request = _decode_request(prepared.request)
@@ -91,17 +91,17 @@ class ServedText:
         )
 
 
-def unpacked(prepared: Prepared, num_choices: int) -> list[Generation]:
+def unpacked(prepared: Prepared, num_choices: int) -> list[Choice]:
     """The choices that were packed; those of one prompt share it."""
     replace = msgspec.structs.replace
-    generations: list[Generation] = []
+    choices: list[Choice] = []
     for part in prepared.prompts:
         prompt = Prompt(part.token_ids, part.text, part.is_chat, part.reasoning)
         for _ in range(num_choices):
-            seed = prepared.seeds[len(generations)]
-            generations.append(
-                Generation(
-                    choice=len(generations),
+            seed = prepared.seeds[len(choices)]
+            choices.append(
+                Choice(
+                    choice=len(choices),
                     prompt=prompt,
                     sampling=replace(prepared.sampling, seed=seed),
                     max_tokens=part.max_tokens,
@@ -110,4 +110,4 @@ def unpacked(prepared: Prepared, num_choices: int) -> list[Generation]:
                     prompt_logprobs=prepared.prompt_logprobs,
                 )
             )
-    return generations
+    return choices

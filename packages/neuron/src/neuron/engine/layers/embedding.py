@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from neuron.checkpoint.sharding import shard_vocabulary, vocabulary_sizes
 from neuron.engine.layers.gemm import Product, default_product
-from neuron.engine.layers.weight_slices import Placement
+from neuron.engine.layers.weight_slices import WeightSlice
 from neuron.engine.parallel.group import ParallelGroup
 
 
@@ -25,10 +25,10 @@ class VocabularyWeight(nn.Module):
         self.shard, rows = shard_vocabulary(vocab_size, group)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
 
-    def placements(self, part: str | None) -> list[Placement]:
+    def weight_slices(self, part: str | None) -> list[WeightSlice]:
         columns = slice(0, self.hidden_size)
         return [
-            Placement(
+            WeightSlice(
                 "weight",
                 (self.vocab_size, self.hidden_size),
                 (self.shard.slice, columns),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neuron.checkpoint.sharding import Shard, shard_evenly, shard_heads, whole
 from neuron.engine.layers.gemm import Product, default_product
-from neuron.engine.layers.weight_slices import Placement
+from neuron.engine.layers.weight_slices import WeightSlice
 from neuron.engine.parallel.group import ParallelGroup
 
 
@@ -36,7 +36,7 @@ class WeightFormat(Protocol):
         """Register the parameters of `layer` (its local in_features and out_features)."""
         ...
 
-    def placements(self, layer: LinearLayer, part: OutputPart, row: int) -> list[Placement]:
+    def weight_slices(self, layer: LinearLayer, part: OutputPart, row: int) -> list[WeightSlice]:
         """Checkpoint tensors of one part, whose local rows begin at `row` of the merged matrix."""
         ...
 
@@ -61,11 +61,11 @@ class UnquantizedWeight:
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if bias else None
 
-    def placements(self, layer: LinearLayer, part: OutputPart, row: int) -> list[Placement]:
+    def weight_slices(self, layer: LinearLayer, part: OutputPart, row: int) -> list[WeightSlice]:
         rows, columns = part.rows, layer.in_shard
         target = slice(row, row + rows.length)
-        placements = [
-            Placement(
+        weight_slices = [
+            WeightSlice(
                 "weight",
                 (rows.total, columns.total),
                 (rows.slice, columns.slice),
@@ -74,8 +74,8 @@ class UnquantizedWeight:
             )
         ]
         if layer.bias is not None:
-            placements.append(Placement("bias", (rows.total,), (rows.slice,), "bias", (target,)))
-        return placements
+            weight_slices.append(WeightSlice("bias", (rows.total,), (rows.slice,), "bias", (target,)))
+        return weight_slices
 
     def finish(self, layer: LinearLayer) -> None:
         layer.product = default_product(layer.weight)
@@ -115,11 +115,11 @@ class LinearLayer(nn.Module):
         self.weight_format: WeightFormat = weight_format or UnquantizedWeight()
         self.weight_format.create(self, bias=bias)
 
-    def placements(self, part: str | None) -> list[Placement]:
+    def weight_slices(self, part: str | None) -> list[WeightSlice]:
         row = 0
         for candidate in self.parts:
             if candidate.name == part:
-                return self.weight_format.placements(self, candidate, row)
+                return self.weight_format.weight_slices(self, candidate, row)
             row += candidate.rows.length
         raise ValueError(f"this layer has the parts {[candidate.name for candidate in self.parts]}, not {part!r}")
 
@@ -226,13 +226,13 @@ class RowParallelLinear(LinearLayer):
             weight_format=weight_format,
         )
 
-    def placements(self, part: str | None) -> list[Placement]:
-        placements = super().placements(part)
+    def weight_slices(self, part: str | None) -> list[WeightSlice]:
+        weight_slices = super().weight_slices(part)
         if self._has_bias and self.bias is None:
             # Known to this layer, but not read by this rank: an empty slice.
             total = self.parts[0].rows.total
-            placements.append(Placement("bias", (total,), (slice(0, 0),), "bias", (slice(0, 0),)))
-        return placements
+            weight_slices.append(WeightSlice("bias", (total,), (slice(0, 0),), "bias", (slice(0, 0),)))
+        return weight_slices
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group.all_reduce(self.weight_format.apply(self, x))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron.engine.layers.kernel_dispatch import fused_kernel
-from neuron.engine.layers.weight_slices import Placement
+from neuron.engine.layers.weight_slices import WeightSlice
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -102,9 +102,9 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps), x
         return add_rms_norm(x, residual, self.weight, self.eps)
 
-    def placements(self, part: str | None) -> list[Placement]:
+    def weight_slices(self, part: str | None) -> list[WeightSlice]:
         everything = (slice(0, self.weight.shape[0]),)
-        return [Placement("weight", tuple(self.weight.shape), everything, "weight", everything)]
+        return [WeightSlice("weight", tuple(self.weight.shape), everything, "weight", everything)]
 
 
 class QKNorm(nn.Module):
@@ -142,8 +142,8 @@ class QKNorm(nn.Module):
             return _divide_by_length(qk, self.eps).mul_(self._prescaled_joint)
         return rms_norm(qk, self.joint, self.eps)
 
-    def placements(self, part: str | None) -> list[Placement]:
+    def weight_slices(self, part: str | None) -> list[WeightSlice]:
         if part not in ("q", "k"):
             raise ValueError(f"QKNorm has the parts q and k, not {part!r}")
         size = self.q.shape[0]
-        return [Placement("weight", (size,), (slice(0, size),), part, (slice(0, size),))]
+        return [WeightSlice("weight", (size,), (slice(0, size),), part, (slice(0, size),))]

@@ -9,7 +9,7 @@ Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class WeightSlice:
     """One checkpoint tensor, seen from the layer that holds (a part of) it.
 
     suffix: last component of the checkpoint's name (`weight`, `bias`). checkpoint_shape: its full shape, which the
@@ -28,7 +28,7 @@ class Placement:
 class Loadable(Protocol):
     """A layer with parameters."""
 
-    def placements(self, part: str | None) -> list[Placement]:
+    def weight_slices(self, part: str | None) -> list[WeightSlice]:
         """The checkpoint tensors of one checkpoint module. `part` names the slice of a fused layer, else None."""
         ...
 

@@ -1,4 +1,4 @@
-"""Levers that make an engine fail in a chosen way at a chosen place, so that recovery can be tested for real.
+"""Faults that make an engine fail in a chosen way at a chosen place, so that recovery can be tested for real.
 
 They come in `EngineConfig.debug` as `{"levers": [{"lever": "kill", "step": 12, "epochs": [0]}, …]}` and reach a daemon
 only where it was started with `--debug-levers`. Without any, the model that runs is the model that was loaded.
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 LoadPhase = Literal["starting", "weights", "kv_cache", "warm_up"]
 
 
-class _Lever(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="lever"):
+class _Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="lever"):
     """rank: whom it concerns. epochs: in which lives of the group it acts, 0 being the first; None is all of them."""
 
     rank: int = 0
     epochs: tuple[int, ...] | None = None
 
 
-class _StepLever(_Lever, frozen=True, kw_only=True):
+class _StepFault(_Fault, frozen=True, kw_only=True):
     """Acts in one forward pass since loading, counted from 1, or in every one that computes a given token id."""
 
     step: int | None = None
@@ -48,19 +48,19 @@ class _StepLever(_Lever, frozen=True, kw_only=True):
         return number == self.step
 
 
-class Kill(_StepLever, frozen=True, kw_only=True, tag="kill"):
+class Kill(_StepFault, frozen=True, kw_only=True, tag="kill"):
     """SIGKILL to the own process before the pass."""
 
 
-class Hang(_StepLever, frozen=True, kw_only=True, tag="hang"):
+class Hang(_StepFault, frozen=True, kw_only=True, tag="hang"):
     """Wait for ever before the pass, as a collective does whose peer is stuck."""
 
 
-class DeviceFault(_StepLever, frozen=True, kw_only=True, tag="device_fault"):
+class DeviceFault(_StepFault, frozen=True, kw_only=True, tag="device_fault"):
     """A sticky CUDA error: of a kernel that reads where nothing is, or on a CPU an error that says so."""
 
 
-class OutOfMemory(_StepLever, frozen=True, kw_only=True, tag="out_of_memory"):
+class OutOfMemory(_StepFault, frozen=True, kw_only=True, tag="out_of_memory"):
     """This pass and `times - 1` following ones raise the allocator's error."""
 
     times: int = 1
@@ -68,10 +68,10 @@ class OutOfMemory(_StepLever, frozen=True, kw_only=True, tag="out_of_memory"):
     def acts_in(self, number: int, token_ids: Tensor) -> bool:
         if self.step is not None and self.token is None:
             return self.step <= number < self.step + self.times
-        return _StepLever.acts_in(self, number, token_ids)
+        return _StepFault.acts_in(self, number, token_ids)
 
 
-class Poison(_StepLever, frozen=True, kw_only=True, tag="poison"):
+class Poison(_StepFault, frozen=True, kw_only=True, tag="poison"):
     """The logits of one row become NaN or infinite: row `row` of a step, or the rows whose chunk has the token."""
 
     row: int = 0
@@ -91,24 +91,24 @@ class Poison(_StepLever, frozen=True, kw_only=True, tag="poison"):
         return rows
 
 
-class SlowDisk(_Lever, frozen=True, kw_only=True, tag="slow_disk"):
+class SlowDisk(_Fault, frozen=True, kw_only=True, tag="slow_disk"):
     """Each megabyte of weights takes so much longer to read."""
 
     seconds_per_mb: float
 
 
-class FailLoad(_Lever, frozen=True, kw_only=True, tag="fail_load"):
+class FailLoad(_Fault, frozen=True, kw_only=True, tag="fail_load"):
     """The load ends, or stops for ever, where `phase` begins. The n-th load of a group is that of epoch n - 1."""
 
     how: Literal["refuse", "kill", "hang"] = "refuse"
     phase: LoadPhase = "weights"
 
 
-Lever = Kill | Hang | DeviceFault | OutOfMemory | Poison | SlowDisk | FailLoad
+Fault = Kill | Hang | DeviceFault | OutOfMemory | Poison | SlowDisk | FailLoad
 
 
 class _Debug(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    levers: tuple[Lever, ...] = ()
+    levers: tuple[Fault, ...] = ()
 
 
 class Model(Protocol):
@@ -119,7 +119,7 @@ class Model(Protocol):
     def compute_logits(self, hidden: Tensor) -> Tensor: ...
 
 
-class Levers:
+class Faults:
     """Those of one rank in one epoch. Raises `ModelError` (`internal`) for a `debug` that is not understood."""
 
     def __init__(self, debug: dict[str, Any], *, rank: int, epoch: int) -> None:
@@ -127,26 +127,26 @@ class Levers:
             given = msgspec.convert(debug, _Debug).levers
         except msgspec.ValidationError as exc:
             raise ModelError("internal", f"debug levers: {exc}") from exc
-        self._levers: list[Lever] = [
-            lever for lever in given if lever.rank == rank and (lever.epochs is None or epoch in lever.epochs)
+        self._faults: list[Fault] = [
+            fault for fault in given if fault.rank == rank and (fault.epochs is None or epoch in fault.epochs)
         ]
-        self._models: list[_LeveredModel] = []
-        for lever in self._levers:
-            logger.warning("debug lever: %s", lever)
+        self._models: list[_FaultyModel] = []
+        for fault in self._faults:
+            logger.warning("debug lever: %s", fault)
 
     def enter(self, phase: LoadPhase) -> None:
         """Where `phase` of loading begins. Raises `ModelError`."""
-        for lever in self._levers:
-            if isinstance(lever, FailLoad) and lever.phase == phase:
-                if lever.how == "kill":
+        for fault in self._faults:
+            if isinstance(fault, FailLoad) and fault.phase == phase:
+                if fault.how == "kill":
                     _die()
-                if lever.how == "hang":
+                if fault.how == "hang":
                     _hang()
                 raise ModelError("internal", f"a debug lever fails this load at {phase}")
 
     def slowed(self, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """A progress callback (bytes done, bytes in all) of reading weights, held up as a slow disk would."""
-        delays = [lever.seconds_per_mb for lever in self._levers if isinstance(lever, SlowDisk)]
+        delays = [fault.seconds_per_mb for fault in self._faults if isinstance(fault, SlowDisk)]
         if not delays:
             return progress
         seen = 0
@@ -160,13 +160,13 @@ class Levers:
         return held_up
 
     def around(self, model: Model) -> Model:
-        """The model with the levers that act in steps, once `arm` has been called; without any, the model itself."""
-        levers = [lever for lever in self._levers if isinstance(lever, _StepLever)]
-        if not levers:
+        """The model with the faults that act in steps, once `arm` has been called; without any, the model itself."""
+        faults = [fault for fault in self._faults if isinstance(fault, _StepFault)]
+        if not faults:
             return model
-        levered = _LeveredModel(model, levers)
-        self._models.append(levered)
-        return levered
+        faulty = _FaultyModel(model, faults)
+        self._models.append(faulty)
+        return faulty
 
     def arm(self) -> None:
         """Loading is over: passes count from here."""
@@ -174,10 +174,10 @@ class Levers:
             model.is_armed = True
 
 
-class _LeveredModel:
-    def __init__(self, model: Model, levers: Sequence[_StepLever]) -> None:
+class _FaultyModel:
+    def __init__(self, model: Model, faults: Sequence[_StepFault]) -> None:
         self._model = model
-        self._levers = levers
+        self._faults = faults
         self._number = 0
         self._poison: list[tuple[list[int], float]] = []
         self.is_armed = False
@@ -186,9 +186,9 @@ class _LeveredModel:
         if self.is_armed:
             self._number += 1
             self._poison = []
-            for lever in self._levers:
-                if lever.acts_in(self._number, ctx.batch.token_ids):
-                    self._pull(lever, ctx.batch)
+            for fault in self._faults:
+                if fault.acts_in(self._number, ctx.batch.token_ids):
+                    self._inject(fault, ctx.batch)
         return self._model.forward(ctx)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -198,18 +198,18 @@ class _LeveredModel:
         self._poison = []  # what follows in the same step are logits of prompts
         return logits
 
-    def _pull(self, lever: _StepLever, batch: StepBatch) -> None:
-        logger.warning("debug lever pulled in pass %d: %s", self._number, lever)
-        if isinstance(lever, Kill):
+    def _inject(self, fault: _StepFault, batch: StepBatch) -> None:
+        logger.warning("debug lever pulled in pass %d: %s", self._number, fault)
+        if isinstance(fault, Kill):
             _die()
-        elif isinstance(lever, Hang):
+        elif isinstance(fault, Hang):
             _hang()
-        elif isinstance(lever, DeviceFault):
+        elif isinstance(fault, DeviceFault):
             _break_device(batch.token_ids)
-        elif isinstance(lever, OutOfMemory):
+        elif isinstance(fault, OutOfMemory):
             raise torch.OutOfMemoryError("out of memory, says a debug lever")
-        elif isinstance(lever, Poison):
-            self._poison.append((lever.rows(batch), math.nan if lever.value == "nan" else math.inf))
+        elif isinstance(fault, Poison):
+            self._poison.append((fault.rows(batch), math.nan if fault.value == "nan" else math.inf))
 
 
 def _die() -> NoReturn:

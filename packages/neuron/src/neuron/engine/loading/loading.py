@@ -28,7 +28,7 @@ from neuron.engine import kernels
 from neuron.engine.attention.attention import make_attention_backend
 from neuron.engine.errors import EngineError, ModelError, describe, is_device_fault, is_out_of_memory
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
-from neuron.engine.loading.fault_injection import Levers, LoadPhase
+from neuron.engine.loading.fault_injection import Faults, LoadPhase
 from neuron.engine.loading.kernel_selection import settle_compute
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.models.registry import build_model
@@ -44,11 +44,11 @@ from neuron.engine.step.step_memory import StepMemory
 from neuron.engine.step.warm_up import every_variant
 from neuron.engine.weights.loader import WeightsRead, load_dummy_weights, load_weights
 from neuron.host_memory import available_host_bytes, num_physical_cores
-from neuron.protocol import CacheGroup, EngineConfig, Loaded, LoadProgress
+from neuron.protocol import CacheGroup, EngineConfig, EngineProgress, Loaded
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[LoadProgress], None]
+Progress = Callable[[EngineProgress], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Without a figure in the configuration, a CPU engine's cache holds this many full-length sequences …
@@ -71,7 +71,7 @@ def load_engine(config: EngineConfig, *, progress: Progress = lambda progress: N
     """
     started = time.perf_counter()
     with _typed_errors():
-        report = _Reporter(progress, Levers(config.debug, rank=0, epoch=config.epoch))
+        report = _Reporter(progress, Faults(config.debug, rank=0, epoch=config.epoch))
         report.phase("starting")
         device = _open_device(config, 0)
         if config.tensor_parallel_size == 1:
@@ -97,7 +97,7 @@ def load_follower(
     `load_engine` does.
     """
     with _typed_errors():
-        report = _Reporter(progress, Levers(config.debug, rank=rank, epoch=config.epoch))
+        report = _Reporter(progress, Faults(config.debug, rank=rank, epoch=config.epoch))
         report.phase("starting")
         device = _open_device(config, rank)
         group = _join(config, rank, device)
@@ -176,22 +176,22 @@ def _typed_errors() -> Iterator[None]:
 
 
 class _Reporter:
-    """Passes on progress, but not more often than anybody can see; with debug levers, not always."""
+    """Passes on progress, but not more often than anybody can see; with faults, not always."""
 
-    def __init__(self, progress: Progress, levers: Levers) -> None:
+    def __init__(self, progress: Progress, faults: Faults) -> None:
         self._progress = progress
-        self.levers = levers
+        self.faults = faults
         self._last = 0.0
 
     def phase(self, name: LoadPhase) -> None:
-        self._progress(LoadProgress(name, 0, 0))
-        self.levers.enter(name)
+        self._progress(EngineProgress(name, 0, 0))
+        self.faults.enter(name)
 
     def weights(self, done: int, total: int) -> None:
         now = time.monotonic()
         if done >= total or now - self._last >= _PROGRESS_INTERVAL_S:
             self._last = now
-            self._progress(LoadProgress("weights", done, total))
+            self._progress(EngineProgress("weights", done, total))
 
 
 @dataclass(slots=True)
@@ -223,7 +223,7 @@ def _load_rank(
         load_dummy_weights(model, seed=0)
     else:
         read = load_weights(
-            model, path, opened=config.weight_descriptors, progress=report.levers.slowed(report.weights)
+            model, path, opened=config.weight_descriptors, progress=report.faults.slowed(report.weights)
         )
 
     report.phase("kv_cache")
@@ -233,7 +233,7 @@ def _load_rank(
     if config.max_model_len is not None:
         max_model_len = min(max_model_len, config.max_model_len)
     max_running = min(config.max_running, config.max_step_tokens)
-    memory = None if link is None else StepMemory(model.local, dtype=dtype, device=device, num_ranks=group.world_size)
+    memory = None if link is None else StepMemory(model.local, dtype=dtype, device=device, world_size=group.world_size)
 
     attention = make_attention_backend(device, deterministic=config.deterministic)
     overlaps = config.overlap if config.overlap is not None else device.type == "cuda"
@@ -244,7 +244,7 @@ def _load_rank(
 
     def build_runner(num_pages: int, *, is_last: bool = True) -> ModelRunner:
         return ModelRunner(
-            report.levers.around(model),
+            report.faults.around(model),
             PagedKV(layout, num_pages, device),
             attention,
             vocab_size=shape.vocab_size,
@@ -287,7 +287,7 @@ def _load_rank(
         every_variant(
             runner, max_step_tokens=config.max_step_tokens, max_running=max_running, max_model_len=max_model_len
         )
-    report.levers.arm()
+    report.faults.arm()
     if device.type == "cuda":
         runner.compiles.arm()
     if link is not None:

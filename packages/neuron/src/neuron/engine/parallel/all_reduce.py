@@ -1,7 +1,7 @@
-"""The sum over ranks as a ladder: for each size of message the way that is fastest on these devices.
+"""All-reduce over the ranks: for each size of message the algorithm that is fastest on these devices.
 
 A decode step sums a few kilobytes twice a layer, where a library's collective spends its time on protocol; a prefill
-step sums megabytes, where it is at its best. Between devices that reach each other's memory, the rungs below it are
+step sums megabytes, where it is at its best. Between devices that reach each other's memory, the other algorithms are
 those of torch's symmetric memory (`torch.distributed._symmetric_memory`):
 
 - `one_shot`: every rank reads all others' buffers and sums them in rank order. One exchange, each byte read n times.
@@ -11,8 +11,8 @@ those of torch's symmetric memory (`torch.distributed._symmetric_memory`):
 - `gathered`: gather from all, and add up in rank order. Never the fastest, but its result does not depend on the size
   of the message, and it runs everywhere.
 
-All but gloo can be captured in CUDA graphs. Which rung takes which size is measured when the ranks meet, and is decided
-from the slowest rank's times, so that all decide the same.
+All but gloo can be captured in CUDA graphs. Which algorithm takes which size is measured when the ranks meet, and is
+decided from the slowest rank's times, so that all decide the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # Sizes that are measured, in bytes. A message goes the way of the next larger one.
 SIZES = (16 * 2**10, 64 * 2**10, 256 * 2**10, 2**20, 4 * 2**20, 16 * 2**20)
 _BUFFER_BYTES = SIZES[-1]
-# A rung must be faster than the library by this much to replace it: measurements differ by a few percent.
+# An algorithm must be faster than the library by this much to replace it: measurements differ by a few percent.
 _WORTH_IT = 0.95
 _REPEATS = 10
 _ROUNDS = 3
@@ -43,7 +43,7 @@ _SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
 _MAX_SYMMETRIC_RANKS = 8
 
 
-class Rung(Protocol):
+class Algorithm(Protocol):
     """One way to sum a contiguous tensor over ranks, in place."""
 
     name: str
@@ -97,7 +97,7 @@ class Gathered:
 
 
 class Symmetric:
-    """A rung of symmetric memory: copy into this rank's buffer, which the others see, and reduce there.
+    """An algorithm of symmetric memory: copy into this rank's buffer, which the others see, and reduce there.
 
     The kernels begin and end with a barrier between the ranks' streams, so one buffer serves every call of a stream.
     buffer: [bytes] uint8, symmetric. reduce(buffer part in x's dtype, x) leaves the sum in x.
@@ -124,13 +124,13 @@ class Symmetric:
         self._reduce(mine, flat)
 
 
-def symmetric_rungs(
+def symmetric_algorithms(
     buffer: Tensor, group_name: str, *, world_size: int, has_multicast: bool, ops: Any = None
 ) -> list[Symmetric]:
-    """The rungs over a buffer that has met its peers. ops: `torch.ops.symm_mem`, of which those that exist are used."""
+    """The algorithms over a buffer that has met its peers. ops: `torch.ops.symm_mem`; those that exist are used."""
     ops = torch.ops.symm_mem if ops is None else ops
     shared = _VECTOR_BYTES * world_size
-    rungs: list[Symmetric] = []
+    algorithms: list[Symmetric] = []
 
     def in_place(operation: Any) -> Callable[[Tensor, Tensor], None]:
         def reduce(mine: Tensor, x: Tensor) -> None:
@@ -140,7 +140,7 @@ def symmetric_rungs(
         return reduce
 
     if hasattr(ops, "one_shot_all_reduce_out"):
-        rungs.append(
+        algorithms.append(
             Symmetric(
                 "one_shot",
                 buffer,
@@ -149,28 +149,28 @@ def symmetric_rungs(
             )
         )
     if hasattr(ops, "two_shot_all_reduce_"):
-        rungs.append(Symmetric("two_shot", buffer, in_place(ops.two_shot_all_reduce_), unit_bytes=shared))
+        algorithms.append(Symmetric("two_shot", buffer, in_place(ops.two_shot_all_reduce_), unit_bytes=shared))
     if has_multicast and hasattr(ops, "multimem_all_reduce_"):
-        rungs.append(Symmetric("multimem", buffer, in_place(ops.multimem_all_reduce_), unit_bytes=shared))
-    return rungs
+        algorithms.append(Symmetric("multimem", buffer, in_place(ops.multimem_all_reduce_), unit_bytes=shared))
+    return algorithms
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which rung takes which size: names by measured size, ascending. Empty: always the library."""
+    """Which algorithm takes which size: names by measured size, ascending. Empty: always the library."""
 
     by_size: Mapping[int, str] = field(default_factory=dict)
 
     def name_for(self, num_bytes: int) -> str:
-        """The rung of a message: that of the next measured size, and the library beyond the largest."""
+        """The algorithm of a message: that of the next measured size, and the library beyond the largest."""
         sizes = list(self.by_size)
         index = bisect_left(sizes, num_bytes)
         return self.by_size[sizes[index]] if index < len(sizes) else Library.name
 
 
 def choose(times: Mapping[str, Mapping[int, float]]) -> Choice:
-    """The fastest rung for each size. times: seconds by rung and size, those of the slowest rank; the library's must
-    be there, and it keeps what nobody does clearly faster."""
+    """The fastest algorithm for each size. times: seconds by algorithm and size, those of the slowest rank; the
+    library's must be there, and it keeps what nobody does clearly faster."""
     by_size = {}
     for size, usual in sorted(times[Library.name].items()):
         others = {name: found[size] for name, found in times.items() if name != Library.name and size in found}
@@ -180,72 +180,74 @@ def choose(times: Mapping[str, Mapping[int, float]]) -> Choice:
 
 
 class AllReduce:
-    """The ladder as a group uses it. rungs: the library always among them."""
+    """The all-reduce as a group uses it. algorithms: the library always among them."""
 
-    def __init__(self, rungs: Sequence[Rung], choice: Choice | None = None) -> None:
-        self._rungs = {rung.name: rung for rung in rungs}
+    def __init__(self, algorithms: Sequence[Algorithm], choice: Choice | None = None) -> None:
+        self._algorithms = {algorithm.name: algorithm for algorithm in algorithms}
         self.choice = choice or Choice()
-        self._decided: dict[tuple[int, torch.dtype, bool], Rung] = {}
-        self._always: Rung | None = None
+        self._decided: dict[tuple[int, torch.dtype, bool], Algorithm] = {}
+        self._always: Algorithm | None = None
 
-    def rung_for(self, x: Tensor) -> Rung:
+    def algorithm_for(self, x: Tensor) -> Algorithm:
         """The way a tensor takes, decided once for each size: by what is equal on all ranks alone, so they agree."""
         if self._always is not None:
             return self._always
         key = (x.nbytes, x.dtype, _is_aligned(x))
-        rung = self._decided.get(key)
-        if rung is None:
-            rung = self._rungs[self.choice.name_for(x.nbytes)]
-            if not rung.takes(x):
-                rung = self._rungs[Library.name]
-            self._decided[key] = rung
-        return rung
+        algorithm = self._decided.get(key)
+        if algorithm is None:
+            algorithm = self._algorithms[self.choice.name_for(x.nbytes)]
+            if not algorithm.takes(x):
+                algorithm = self._algorithms[Library.name]
+            self._decided[key] = algorithm
+        return algorithm
 
     def __call__(self, x: Tensor) -> None:
         """x, contiguous, becomes the sum over ranks."""
-        self.rung_for(x)(x)
+        self.algorithm_for(x)(x)
 
-    def fix(self, rung: Rung) -> None:
+    def fix(self, algorithm: Algorithm) -> None:
         """From now on every sum goes this way, whatever its size. On all ranks or none."""
-        self._always = rung
+        self._always = algorithm
 
 
 def build_all_reduce(
     device: torch.device, *, rank: int, world_size: int, use_symmetric_memory: bool = True
 ) -> AllReduce:
-    """The ladder of torch.distributed's default group on these devices; every rank calls this at the same place."""
+    """The all-reduce of torch.distributed's default group on these devices; every rank calls this at the same place."""
     library = Library()
     symmetric: list[Symmetric] = []
     if device.type == "cuda" and use_symmetric_memory and world_size <= _MAX_SYMMETRIC_RANKS:
         opened = _open_symmetric(device, world_size)
-        symmetric = [rung for rung in opened if _agree(_is_right(rung, device, rank, world_size), device)]
+        symmetric = [
+            algorithm for algorithm in opened if _agree(_is_right(algorithm, device, rank, world_size), device)
+        ]
     if not symmetric:
         return AllReduce([library])
-    rungs: list[Rung] = [library, *symmetric]
-    times = slowest_times({rung.name: measure(rung, device) for rung in rungs}, device)
+    algorithms: list[Algorithm] = [library, *symmetric]
+    times = slowest_times({algorithm.name: measure(algorithm, device) for algorithm in algorithms}, device)
     choice = choose(times)
     torch.cuda.empty_cache()  # what measuring took is about to be counted as free
     for size, name in choice.by_size.items():
         found = " ".join(f"{other}={times[other][size] * 1e6:.1f}" for other in times if size in times[other])
-        logger.info("all-reduce bytes=%d rung=%s microseconds %s", size, name, found)
-    return AllReduce(rungs, choice)
+        logger.info("all-reduce bytes=%d algorithm=%s microseconds %s", size, name, found)
+    return AllReduce(algorithms, choice)
 
 
-def measure(rung: Rung, device: torch.device) -> dict[int, float]:
+def measure(algorithm: Algorithm, device: torch.device) -> dict[int, float]:
     """Seconds of one sum on a CUDA device by size, as in a decode step: inside of a CUDA graph."""
     found = {}
     for size in SIZES:
         x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-        if not rung.takes(x):
+        if not algorithm.takes(x):
             continue
         for _ in range(2):
-            rung(x)
+            algorithm(x)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads (the backend's own) may look at their events meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(_REPEATS):
-                rung(x)
+                algorithm(x)
         graph.replay()
         seconds = []
         for _ in range(_ROUNDS):
@@ -263,7 +265,7 @@ def measure(rung: Rung, device: torch.device) -> dict[int, float]:
 def slowest_times(times: Mapping[str, Mapping[int, float]], device: torch.device) -> dict[str, dict[int, float]]:
     """The largest of all ranks' times: equal on every rank, and so is what is chosen by it.
 
-    Every rank has the same rungs and sizes, which follow from agreed facts.
+    Every rank has the same algorithms and sizes, which follow from agreed facts.
     """
     keys = [(name, size) for name in sorted(times) for size in sorted(times[name])]
     agreed = torch.tensor([times[name][size] for name, size in keys], dtype=torch.float64, device=device)
@@ -287,7 +289,7 @@ def _agree(is_so: bool, device: torch.device) -> bool:
 
 
 def _open_symmetric(device: torch.device, world_size: int) -> list[Symmetric]:
-    """The rungs of symmetric memory that these devices allow; none where they cannot see each other's memory."""
+    """The algorithms of symmetric memory that these devices allow; none where they cannot see each other's memory."""
     if not _agree(_reaches_peers(device, world_size), device):
         return []
     try:
@@ -311,7 +313,7 @@ def _open_symmetric(device: torch.device, world_size: int) -> list[Symmetric]:
         logger.warning("symmetric memory is not used: %s", problem or "another rank has none")
         return []
     has_multicast = _agree(has_multicast, device)
-    return symmetric_rungs(buffer, name, world_size=world_size, has_multicast=has_multicast)
+    return symmetric_algorithms(buffer, name, world_size=world_size, has_multicast=has_multicast)
 
 
 def _reaches_peers(device: torch.device, world_size: int) -> bool:
@@ -325,7 +327,7 @@ def _reaches_peers(device: torch.device, world_size: int) -> bool:
     )
 
 
-def _is_right(rung: Rung, device: torch.device, rank: int, world_size: int) -> bool:
+def _is_right(algorithm: Algorithm, device: torch.device, rank: int, world_size: int) -> bool:
     """Sums of known values, small and large; also makes what is made on first use.
 
     Both are always asked for: a rank whose first sum is wrong must not leave the others waiting in the second.
@@ -333,9 +335,9 @@ def _is_right(rung: Rung, device: torch.device, rank: int, world_size: int) -> b
     is_right = True
     for numel in (64 * world_size, SIZES[2] // 2):
         x = torch.full((numel,), float(rank + 1), dtype=torch.bfloat16, device=device)
-        if rung.takes(x):
-            rung(x)
+        if algorithm.takes(x):
+            algorithm(x)
             is_right &= bool((x == float(sum(range(1, world_size + 1)))).all())
     if not is_right:
-        logger.warning("all-reduce rung %s gives wrong sums and is not used", rung.name)
+        logger.warning("all-reduce algorithm %s gives wrong sums and is not used", algorithm.name)
     return is_right

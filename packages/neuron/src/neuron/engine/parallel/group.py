@@ -57,9 +57,9 @@ class ParallelGroup:
             self._sum(x)
         return x
 
-    def use(self, ladder: AllReduce) -> None:
-        """Sum by this ladder from now on. On all ranks or none."""
-        self._sum = ladder
+    def use(self, all_reduce: AllReduce) -> None:
+        """Sum in this way from now on. On all ranks or none."""
+        self._sum = all_reduce
 
     def sum_in_order(self) -> None:
         """From now on add up in rank order, whatever the size of the message: no sum depends on what else is in it."""

@@ -44,7 +44,7 @@ class Sampled:
     error: EngineError | None = None
 
 
-class Draw(Protocol):
+class PendingSamples(Protocol):
     """The outcome of sampling a step, perhaps still on the device.
 
     tokens: [R] int64 on the device, a valid token id in every row (also in one that failed), as inputs of a next step.
@@ -58,7 +58,7 @@ class Draw(Protocol):
         ...
 
 
-class HostDraw:
+class HostSamples:
     """Sampled on the host."""
 
     def __init__(self, sampled: list[Sampled]) -> None:
@@ -93,7 +93,7 @@ class Sampler:
             torch.cuda.current_stream(self._device).synchronize()
         return draw.read()
 
-    def draw(self, logits: Tensor, rows: SamplingRows, *, are_kept: bool = True) -> Draw:
+    def draw(self, logits: Tensor, rows: SamplingRows, *, are_kept: bool = True) -> PendingSamples:
         """The same of what was collected before. Where the sampling kernel runs, nothing here waits for the device.
 
         are_kept: the memory of the logits is nobody else's until the draw is read.
@@ -104,19 +104,21 @@ class Sampler:
             raw = logits[self._rows(rows.wanted)] if rows.wanted else None
             penalties, masks = kernel_penalties(rows, self._device), kernel_masks(rows, self._device)
             chosen = kernel(logits, *kernel_parameters(rows, self._device), penalties=penalties, masks=masks)
-            return KernelDraw(chosen.tokens, report_of(chosen), rows, logits=logits if are_kept else None, raw=raw)
+            return PendingKernelSamples(
+                chosen.tokens, report_of(chosen), rows, logits=logits if are_kept else None, raw=raw
+            )
         if rows.is_plain:
-            return HostDraw(
+            return HostSamples(
                 [
                     Sampled(best) if best >= 0 else Sampled(best, None, _not_finite(logits[row]))
                     for row, best in enumerate(self._best_if_finite(logits))
                 ]
             )
         if self._row_by_row and rows.num_rows > 1 and self._device.type == "cpu":
-            return HostDraw(
+            return HostSamples(
                 [self.draw(logits[row : row + 1], rows.alone(row)).read()[0] for row in range(rows.num_rows)]
             )
-        return HostDraw(self._sample_mixed(logits, rows))
+        return HostSamples(self._sample_mixed(logits, rows))
 
     def _sample_mixed(self, logits: Tensor, rows: SamplingRows) -> list[Sampled]:
         finite = self._is_finite(logits)
@@ -380,7 +382,7 @@ def report_of(chosen: SampledRows) -> Tensor:
     return torch.where(chosen.finite, chosen.tokens, -1 - chosen.tokens)
 
 
-class KernelDraw:
+class PendingKernelSamples:
     """Sampled by the kernel: what the host needs is on its way to it.
 
     tokens: [R] int64; report: see `report_of`. rows: may be fewer than R, which a CUDA graph pads. logits: [R, V], None

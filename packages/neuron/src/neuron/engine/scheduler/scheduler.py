@@ -58,7 +58,7 @@ class StepPlan:
     num_tokens: int
     is_chained: bool = False
 
-    def settled(self) -> StepPlan:
+    def remaining(self) -> StepPlan:
         """What is left to do of this step when no other is under way: what still runs and has come so far."""
         chunks = [
             Chunk(chunk.sequence, chunk.start, chunk.num_tokens, chunk.num_sampled)
@@ -87,7 +87,7 @@ class Scheduler:
     """Owns the queue, the running sequences and their pages.
 
     `schedule` makes a plan and `computed` books one chunk of it; between the two, sequences may be finished. Where
-    another plan is to be made in between, `launched` and `landed` enclose the time when the device has the step.
+    another plan is to be made in between, `launched` and `step_done` enclose the time when the device has the step.
     max_step_tokens: token budget of a step. max_running: sequences that hold pages at a time; at most the budget,
     because each of them is due one decode token per step. max_prefill_tokens: the part of the budget that prefill may
     use; the engine lowers it when a step runs out of memory.
@@ -178,14 +178,14 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = Status.FINISHED
 
-    def set_back(self, sequence: Sequence) -> None:
+    def defer(self, sequence: Sequence) -> None:
         """Take its pages from a running sequence and let others pass it, until its status is WAITING again.
 
         It must not be in a step that is under way."""
         self._preempt(sequence)
-        sequence.status = Status.SET_BACK
+        sequence.status = Status.DEFERRED
 
-    def distrust(self, sequence: Sequence) -> None:
+    def quarantine(self, sequence: Sequence) -> None:
         """Nothing this sequence computed may be used again: no prefix is found in the pages it still has, and they
         are zeroed before another sequence gets them."""
         self._cache.forget(sequence.pages)
@@ -240,16 +240,16 @@ class Scheduler:
             sequence.carry_row = row + chunk.num_sampled - 1
             row += chunk.num_sampled
 
-    def landed(self, plan: StepPlan) -> None:
+    def step_done(self, plan: StepPlan) -> None:
         """The results of a launched step are here: to be called before they are booked, and `release` after that."""
         self._num_launched -= 1
         for chunk in plan.chunks:
             chunk.sequence.num_in_flight -= 1
             chunk.sequence.num_pending -= chunk.num_sampled
 
-    def recall(self, plan: StepPlan) -> None:
+    def roll_back(self, plan: StepPlan) -> None:
         """A launched step is over and its results count for nothing: as if it had not been launched."""
-        self.landed(plan)
+        self.step_done(plan)
         for chunk in plan.chunks:
             chunk.sequence.num_scheduled = chunk.sequence.num_computed
 

@@ -18,7 +18,7 @@ class Status(Enum):
     """Stations of a sequence in the scheduler."""
 
     COMPILING = auto()  # its grammar is being compiled; others may pass it in the queue
-    SET_BACK = auto()  # there was no memory for its step; others may pass it in the queue
+    DEFERRED = auto()  # there was no memory for its step; others may pass it in the queue
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
@@ -47,12 +47,12 @@ class Sequence:
         "max_tokens",
         "num_cached",
         "num_computed",
+        "num_deferrals",
         "num_in_flight",
         "num_pending",
         "num_pending_until",
         "num_prompt",
         "num_scheduled",
-        "num_set_backs",
         "page_hashes",
         "pages",
         "prompt_logprobs",
@@ -83,7 +83,7 @@ class Sequence:
         self.max_tokens = request.max_tokens
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.status = Status.WAITING
-        self.num_set_backs = 0
+        self.num_deferrals = 0
         self.grammar: GrammarState | None = None
         self.bias: TokenBias | None = None
         self.wants_prompt_logprobs = request.prompt_logprobs

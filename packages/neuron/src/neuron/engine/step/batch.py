@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuron.engine.attention.interface import StepBatch
-from neuron.engine.device_stream import ImmediateStream, Stream, Ticket
+from neuron.engine.device_stream import Fence, ImmediateStream, Stream
 from neuron.engine.parallel.messages import PackedBatch
 from neuron.engine.scheduler.scheduler import StepPlan
 
@@ -40,7 +40,7 @@ class _HostBuffers:
     tensor32: Tensor
     array64: npt.NDArray[np.int64]
     array32: npt.NDArray[np.int32]
-    copied: Ticket | None = None
+    copied: Fence | None = None
     table_rows: list[tuple[array[int], int] | None] | None = None
     table_width: int = 0
 

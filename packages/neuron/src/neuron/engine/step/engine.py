@@ -33,7 +33,7 @@ from neuron.protocol import (
 
 # A sequence whose smallest step finds no memory is tried again after these pauses, in seconds, and fails after the
 # last: what took the memory may be another process that is about to give it back.
-_SET_BACK_S = (1.0, 2.0, 4.0)
+_DEFER_S = (1.0, 2.0, 4.0)
 # After an out-of-memory error prefill chunks are halved; after this many good steps they may be twice as long again.
 _STEPS_BEFORE_LONGER_CHUNKS = 256
 
@@ -97,7 +97,7 @@ class Engine:
         )
         self._compiler = GrammarCompiler(tokenizer_json, vocab_size)
         self._compiled: deque[tuple[Sequence, GrammarState | RequestError]] = deque()
-        self._set_back: list[tuple[float, Sequence]] = []
+        self._deferred: list[tuple[float, Sequence]] = []
         self._num_arrivals = 0
         self._num_steps = 0
         self._good_steps = 0
@@ -173,10 +173,10 @@ class Engine:
 
     def _take_set_back(self, now: float) -> None:
         """Let those queue again whose pause is over."""
-        for due, sequence in self._set_back:
-            if due <= now and sequence.status is Status.SET_BACK:
+        for due, sequence in self._deferred:
+            if due <= now and sequence.status is Status.DEFERRED:
                 sequence.status = Status.WAITING
-        self._set_back = [entry for entry in self._set_back if entry[1].status is Status.SET_BACK]
+        self._deferred = [entry for entry in self._deferred if entry[1].status is Status.DEFERRED]
 
     # ------------------------------------------------------------------ stepping
 
@@ -188,7 +188,7 @@ class Engine:
             return True
         if not self._pipeline.is_empty:
             return True
-        return bool(self._set_back) and min(due for due, _ in self._set_back) <= time.monotonic()
+        return bool(self._deferred) and min(due for due, _ in self._deferred) <= time.monotonic()
 
     @property
     def is_idle(self) -> bool:
@@ -202,7 +202,7 @@ class Engine:
         failure ends the sequences it concerns.
         """
         self._take_compiled()
-        if self._set_back:
+        if self._deferred:
             self._take_set_back(time.monotonic())
         pipeline = self._pipeline
         self._clean_pages()
@@ -291,7 +291,7 @@ class Engine:
         if sequence.status is not Status.RUNNING:
             # It ended, or was cancelled, while the device had this step.
             if error is not None and error.kind == "nan_logits":
-                self._scheduler.distrust(sequence)
+                self._scheduler.quarantine(sequence)
             return
         if error is not None:
             self._book_error(sequence, error)
@@ -324,13 +324,13 @@ class Engine:
 
     def _book_error(self, sequence: Sequence, error: EngineError) -> None:
         """A sequence whose step found no memory comes again after a pause, a few times; any other error ends it."""
-        if isinstance(error, ShortOfMemory) and sequence.num_set_backs < len(_SET_BACK_S):
-            self._set_back.append((time.monotonic() + _SET_BACK_S[sequence.num_set_backs], sequence))
-            sequence.num_set_backs += 1
-            self._scheduler.set_back(sequence)
+        if isinstance(error, ShortOfMemory) and sequence.num_deferrals < len(_DEFER_S):
+            self._deferred.append((time.monotonic() + _DEFER_S[sequence.num_deferrals], sequence))
+            sequence.num_deferrals += 1
+            self._scheduler.defer(sequence)
             return
         if error.kind == "nan_logits":
-            self._scheduler.distrust(sequence)
+            self._scheduler.quarantine(sequence)
         self._fail(sequence, error)
 
     def _append(

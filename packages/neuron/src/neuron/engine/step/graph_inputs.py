@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuron.engine.device_stream import Stream, Ticket
+from neuron.engine.device_stream import Fence, Stream
 from neuron.engine.sampling.sampler import fill_parameters
 from neuron.engine.sampling.sampling_rows import SamplingRows
 
@@ -26,7 +26,7 @@ class GraphInputs:
         # Two rows of int64 (top_k, key), then three of float32 (temperature, top_p, min_p).
         size = 2 * width + (3 * width + 1) // 2
         self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
-        self._copied: list[Ticket | None] = [None, None]
+        self._copied: list[Fence | None] = [None, None]
         self._block = torch.zeros(size, dtype=torch.int64, device=device)
         self.report = torch.zeros(max_rows, dtype=torch.int64, device=device)
         # Rows that the block holds the parameters of plain greedy sampling for; most steps of most servers are such.

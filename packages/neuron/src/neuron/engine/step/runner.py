@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 from neuron.engine.attention.interface import StepBatch, StepContext
-from neuron.engine.device_stream import Stream, Ticket, stream_of, to_device
+from neuron.engine.device_stream import Fence, Stream, stream_of, to_device
 from neuron.engine.errors import DeviceError, describe, is_device_fault
 from neuron.engine.layers.kernel_dispatch import fused_kernel
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.parallel.messages import GraphKey, PackedBatch
-from neuron.engine.sampling.sampler import DeviceLogprobs, Draw, KernelDraw, Sampled, Sampler, report_of
+from neuron.engine.sampling.sampler import (
+    DeviceLogprobs,
+    PendingKernelSamples,
+    PendingSamples,
+    Sampled,
+    Sampler,
+    report_of,
+)
 from neuron.engine.sampling.sampling_rows import SamplingRows, depends_on_last_token, wants_only_a_token
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
@@ -60,21 +67,21 @@ class ChunkResult:
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightStep:
     """A step that the device has.
 
     sequences, positions: of the rows that are sampled, and where in its sequence's output each token comes, None if at
     the end of what the host has. is_sampled: sampling is submitted too; else that waits for tokens of the step before.
-    graph: the CUDA graph that runs it; rows: how it is to sample. ticket: when all is done. started: clock of launch.
+    graph: the CUDA graph that runs it; rows: how it is to sample. fence: when all is done. started: clock of launch.
     """
 
     plan: StepPlan
     sequences: list[Sequence]
     positions: list[int] | None
-    ticket: Ticket = field(init=False)
+    fence: Fence = field(init=False)
     is_sampled: bool = False
     logits: Tensor | None = None
-    draw: Draw | None = None
+    samples: PendingSamples | None = None
     graph: GraphKey | None = None
     rows: SamplingRows | None = None
     prompt_logprobs: list[tuple[int, DeviceLogprobs]] = field(default_factory=list)
@@ -163,7 +170,7 @@ class ModelRunner:
         """
         return self.collect(self.launch(plan))
 
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Hand a step to the device. Its results are for `collect`; a step that was not collected may be below it.
 
         It is sampled too, unless that depends on tokens which the host does not have yet: then `sample` is called when
@@ -186,24 +193,24 @@ class ModelRunner:
         if leader is not None:
             rows = [(part.first_row, part.num_rows) for part in slices]
             leader.launch(plan.step, self._builder.pack(batch), rows, self.max_tokens_now, graph=key)
-        flight = Flight(plan, sequences, positions, graph=key)
+        in_flight = InFlightStep(plan, sequences, positions, graph=key)
 
         def compute() -> None:
             with torch.inference_mode():
                 if key is not None:
-                    self._replay(flight, key)
+                    self._replay(in_flight, key)
                     return
                 hidden = self._forward(batch, is_chained=plan.is_chained)
                 if sequences:
-                    flight.logits = self._sampling_logits(hidden, batch)
+                    in_flight.logits = self._sampling_logits(hidden, batch)
                 for part in slices:
-                    flight.prompt_logprobs.append((part.chunk, self._prompt_logprobs(hidden, plan, part)))
+                    in_flight.prompt_logprobs.append((part.chunk, self._prompt_logprobs(hidden, plan, part)))
 
         try:
             if key is not None and key.ends_with == "tokens":
                 rows_of = SamplingRows.of(sequences, self.vocab_size, positions)
                 self._graph_inputs.stage(rows_of, key.num_rows)
-                flight.rows = rows_of
+                in_flight.rows = rows_of
             self._stream.submit(compute)
         except Exception as exc:
             if leader is None:
@@ -212,58 +219,58 @@ class ModelRunner:
         if leader is not None and key is None:  # a replay shows nothing of what a step that is not recorded takes
             leader.completed(batch.num_tokens, len(sequences))
         if not sequences or (key is not None and key.ends_with == "tokens"):
-            flight.is_sampled = True
-            flight.ticket = self._stream.record()
+            in_flight.is_sampled = True
+            in_flight.fence = self._stream.record()
         elif waits:
-            flight.ticket = self._stream.record()
+            in_flight.fence = self._stream.record()
         else:
-            self.sample(flight)
-        return flight
+            self.sample(in_flight)
+        return in_flight
 
-    def sample(self, flight: Flight) -> None:
+    def sample(self, in_flight: InFlightStep) -> None:
         """Sample a launched step, from what the host knows now.
 
         What fails here concerns this rank alone, and may be tried again: the others get tokens in any case.
         """
-        flight.is_sampled = True
+        in_flight.is_sampled = True
         try:
-            rows = SamplingRows.of(flight.sequences, self.vocab_size, flight.positions)
+            rows = SamplingRows.of(in_flight.sequences, self.vocab_size, in_flight.positions)
 
             def draw() -> None:
-                logits, flight.logits = flight.logits, None
+                logits, in_flight.logits = in_flight.logits, None
                 assert logits is not None
                 with torch.inference_mode():
-                    flight.draw = self._sampler.draw(logits, rows, are_kept=flight.graph is None)
+                    in_flight.samples = self._sampler.draw(logits, rows, are_kept=in_flight.graph is None)
                     if self.overlaps:
-                        self._carried[: rows.num_rows].copy_(flight.draw.tokens)
+                        self._carried[: rows.num_rows].copy_(in_flight.samples.tokens)
 
             self._stream.submit(draw)
         finally:
-            self._share_tokens(flight.num_shared)
-        flight.ticket = self._stream.record()
+            self._share_tokens(in_flight.num_shared)
+        in_flight.fence = self._stream.record()
 
-    def collect(self, flight: Flight) -> list[ChunkResult]:
+    def collect(self, in_flight: InFlightStep) -> list[ChunkResult]:
         """Wait for a launched step; one result per chunk. Raises what the device reports of it, and as `execute`."""
-        flight.ticket.wait()
-        sampled = [] if flight.draw is None else flight.draw.read()
+        in_flight.fence.wait()
+        sampled = [] if in_flight.samples is None else in_flight.samples.read()
         results: list[ChunkResult] = []
         row = 0
-        for chunk in flight.plan.chunks:
+        for chunk in in_flight.plan.chunks:
             results.append(ChunkResult(chunk, sampled[row : row + chunk.num_sampled]))
             row += chunk.num_sampled
-        for index, logprobs in flight.prompt_logprobs:
+        for index, logprobs in in_flight.prompt_logprobs:
             known = results[index].prompt_logprobs or []
             results[index].prompt_logprobs = known + logprobs.read()
         return results
 
-    def abandon(self, flight: Flight) -> None:
+    def abandon(self, in_flight: InFlightStep) -> None:
         """Wait until the device is done with a launched step whose results nobody wants, whatever they are."""
-        if not flight.is_sampled:
-            flight.is_sampled = True
-            self._share_tokens(flight.num_shared)
-            flight.ticket = self._stream.record()
+        if not in_flight.is_sampled:
+            in_flight.is_sampled = True
+            self._share_tokens(in_flight.num_shared)
+            in_flight.fence = self._stream.record()
         try:
-            flight.ticket.wait()
+            in_flight.fence.wait()
         except Exception as exc:
             if is_device_fault(exc):
                 raise
@@ -288,17 +295,19 @@ class ModelRunner:
         is_whole = all(wants_only_a_token(sequence) for sequence in sequences)
         return graphs.find(plan.num_decodes, longest, "tokens" if is_whole else "logits")
 
-    def _replay(self, flight: Flight, key: GraphKey) -> None:
+    def _replay(self, in_flight: InFlightStep, key: GraphKey) -> None:
         assert self.graphs is not None
         self.graphs.replay(key)
-        number = len(flight.sequences)
+        number = len(in_flight.sequences)
         if key.ends_with == "tokens":
-            assert flight.rows is not None
+            assert in_flight.rows is not None
             report = self._graph_inputs.report[:number]
-            flight.draw = KernelDraw(self._carried[:number], report, flight.rows, logits=None, raw=None)
+            in_flight.samples = PendingKernelSamples(
+                self._carried[:number], report, in_flight.rows, logits=None, raw=None
+            )
         else:
             assert self._graph_logits is not None
-            flight.logits = self._graph_logits[:number]
+            in_flight.logits = self._graph_logits[:number]
 
     def _warm_up_graph_step(self, key: GraphKey) -> None:
         """One run of a step that sees nothing and writes to page 0."""

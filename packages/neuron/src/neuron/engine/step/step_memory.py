@@ -20,12 +20,12 @@ _HOST_FLOOR_BYTES = 64 * 2**20
 class StepMemory:
     """What a step takes on one rank: an upper estimate (`checkpoint.layout`), against what is free."""
 
-    def __init__(self, rank: RankSizes, *, dtype: torch.dtype, device: torch.device, num_ranks: int) -> None:
+    def __init__(self, rank: RankSizes, *, dtype: torch.dtype, device: torch.device, world_size: int) -> None:
         self.bytes_per_token = activation_bytes_per_token(rank, dtype.itemsize)
         self.bytes_per_row = logit_bytes_per_row(rank, dtype.itemsize)
         self._device = device
         # Ranks on the CPU ask at the same time and take from the same memory.
-        self._num_sharers = num_ranks if device.type == "cpu" else 1
+        self._num_sharers = world_size if device.type == "cpu" else 1
 
     def max_tokens(self, num_tokens: int, num_rows: int) -> int:
         """The largest step of at most `num_tokens` tokens that fits now, with the logits of `num_rows` rows."""

@@ -11,7 +11,7 @@ step's forward pass is launched and its sampling waits until they are booked, wh
 With depth 0 a step is booked before the next is planned, and nothing of this matters. With depth 1 results are the
 same token for token: what a row of a step computes depends on its sequence alone, and what was computed for a sequence
 that has ended is thrown away. Whatever fails brings the pipeline to a halt first: what is under way is booked or
-recalled, and then the failed step is repeated in smaller parts with nothing else in flight.
+rolled back, and then the failed step is repeated in smaller parts with nothing else in flight.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from neuron.engine.errors import (
 )
 from neuron.engine.sampling.sampler import Sampled
 from neuron.engine.scheduler.scheduler import Chunk, Scheduler, StepInFlight, StepPlan
-from neuron.engine.step.runner import ChunkResult, Flight, ModelRunner
+from neuron.engine.step.runner import ChunkResult, InFlightStep, ModelRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +74,28 @@ class StepPipeline:
         self._page_size = page_size
         self._book = book
         self._on_shortage = on_shortage
-        self._flights: deque[Flight] = deque()
-        self._last_landed = 0.0
+        self._in_flight: deque[InFlightStep] = deque()
+        self._last_done = 0.0
         self.has_released = False  # pages of those that left came back since this was last set to False
 
     @property
     def is_empty(self) -> bool:
         """True if no step is under way."""
-        return not self._flights
+        return not self._in_flight
 
     def advance(self) -> bool:
         """Launch what the depth allows and book the oldest step. False if there was neither.
 
         Raises `DeviceError` when the device is lost; every other failure ends up in the results of its chunks.
         """
-        flights = self._flights
+        in_flight = self._in_flight
         while True:
             plan = self._plan()
             if plan is not None:
                 booked = self._launch(plan)
                 if booked:
                     return True
-            if flights and (plan is None or len(flights) > self._depth):
+            if in_flight and (plan is None or len(in_flight) > self._depth):
                 self._land()
                 return True
             if plan is None:
@@ -103,7 +103,7 @@ class StepPipeline:
 
     def drain(self) -> None:
         """Book everything that is under way."""
-        while self._flights:
+        while self._in_flight:
             self._land()
 
     def _plan(self) -> StepPlan | None:
@@ -121,12 +121,12 @@ class StepPipeline:
             self._book(plan, self._attempt(plan), time.perf_counter() - started)
             return True
         try:
-            flight = self._runner.launch(plan)
+            in_flight = self._runner.launch(plan)
         except Exception as exc:
             failure = _failure(exc)
         else:
-            flight.started = started
-            self._flights.append(flight)
+            in_flight.started = started
+            self._in_flight.append(in_flight)
             self._scheduler.launched(plan)
             return False
         # Outside of the handler: the traceback kept the failed step's tensors alive.
@@ -136,50 +136,50 @@ class StepPipeline:
 
     def _land(self) -> None:
         """Book the oldest step; then the one on top of it can be sampled where that waited for this step's tokens."""
-        flight = self._flights.popleft()
-        plan = flight.plan
+        in_flight = self._in_flight.popleft()
+        plan = in_flight.plan
         failure = None
         try:
-            results = self._runner.collect(flight)
+            results = self._runner.collect(in_flight)
         except Exception as exc:
             failure = _failure(exc)
         if failure is not None:
-            self._recall(flight)
+            self._roll_back(in_flight)
             self._repeat(plan, failure)
             return
         now = time.perf_counter()
-        seconds, self._last_landed = now - max(flight.started, self._last_landed), now
-        self._scheduler.landed(plan)
+        seconds, self._last_done = now - max(in_flight.started, self._last_done), now
+        self._scheduler.step_done(plan)
         self._book(plan, results, seconds)
         self._release()
-        if self._flights and not self._flights[-1].is_sampled:
-            self._sample(self._flights[-1])
+        if self._in_flight and not self._in_flight[-1].is_sampled:
+            self._sample(self._in_flight[-1])
 
-    def _sample(self, flight: Flight) -> None:
+    def _sample(self, in_flight: InFlightStep) -> None:
         try:
-            self._runner.sample(flight)
+            self._runner.sample(in_flight)
             return
         except Exception as exc:
             failure = _failure(exc)
-        self._flights.remove(flight)
-        self._recall(flight)
-        self._repeat(flight.plan, failure)
+        self._in_flight.remove(in_flight)
+        self._roll_back(in_flight)
+        self._repeat(in_flight.plan, failure)
 
-    def _recall(self, failed: Flight) -> None:
+    def _roll_back(self, failed: InFlightStep) -> None:
         """Forget a step and those on top of it, which have its tokens as inputs; the device is done with them then."""
-        recalled = [failed, *self._flights]
-        self._flights.clear()
-        for flight in reversed(recalled):
-            self._runner.abandon(flight)
-            self._scheduler.recall(flight.plan)
+        rolled_back = [failed, *self._in_flight]
+        self._in_flight.clear()
+        for in_flight in reversed(rolled_back):
+            self._runner.abandon(in_flight)
+            self._scheduler.roll_back(in_flight.plan)
 
     def _repeat(self, plan: StepPlan, failure: _Failure) -> None:
         """What is left to do of a failed step, with nothing else under way."""
-        plan = plan.settled()
+        plan = plan.remaining()
         started = time.perf_counter()
         results = self._retry(plan, failure) if plan.chunks else []
-        self._last_landed = time.perf_counter()
-        self._book(plan, results, self._last_landed - started)
+        self._last_done = time.perf_counter()
+        self._book(plan, results, self._last_done - started)
         self._release()
 
     def _release(self) -> None:

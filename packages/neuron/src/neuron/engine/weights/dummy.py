@@ -20,12 +20,12 @@ def load_dummy_weights(model: CausalLM, seed: int = 0) -> None:
     generator = torch.Generator(device=model.device).manual_seed(seed)
     with torch.inference_mode(False), torch.no_grad():
         for _, module, part in model.checkpoint_modules():
-            for placement in module.placements(part):
+            for weight_slice in module.weight_slices(part):
                 if isinstance(module, RMSNorm | QKNorm):
-                    materialise(model, module, placement.parameter)[placement.target].fill_(1.0)
+                    materialise(model, module, weight_slice.parameter)[weight_slice.target].fill_(1.0)
                     continue
-                drawn = torch.empty(placement.checkpoint_shape, dtype=model.dtype, device=model.device)
-                part_drawn = drawn.normal_(0.0, _STANDARD_DEVIATION, generator=generator)[placement.source]
+                drawn = torch.empty(weight_slice.checkpoint_shape, dtype=model.dtype, device=model.device)
+                part_drawn = drawn.normal_(0.0, _STANDARD_DEVIATION, generator=generator)[weight_slice.source]
                 if part_drawn.numel():
-                    materialise(model, module, placement.parameter)[placement.target] = part_drawn
+                    materialise(model, module, weight_slice.parameter)[weight_slice.target] = part_drawn
     finish(model)

@@ -14,7 +14,7 @@ import torch
 
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.tensor_names import canonical_name, is_unread
-from neuron.engine.layers.weight_slices import Loadable, Placement, Slices
+from neuron.engine.layers.weight_slices import Loadable, Slices, WeightSlice
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.engine.weights.materialise import finish, materialise
@@ -35,11 +35,11 @@ class _Read:
 
     info: TensorInfo
     module: Loadable
-    placement: Placement
+    weight_slice: WeightSlice
 
     @property
     def num_bytes(self) -> int:
-        return _num_elements(self.placement.source) * bytes_per_element(self.info.dtype)
+        return _num_elements(self.weight_slice.source) * bytes_per_element(self.info.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def load_weights(
         on_bytes(0)
         with torch.inference_mode(False), torch.no_grad():
             for each in reads:
-                materialise(model, each.module, each.placement.parameter)
+                materialise(model, each.module, each.weight_slice.parameter)
             transfer = transfer or make_transfer(model.device)  # its stream waits for what has zeroed them
             pieces = [piece for read in reads for piece in _pieces(model, reader, read, transfer.block_bytes)]
             transfer_pieces(pieces, transfer, num_threads=num_threads, on_bytes=on_bytes)
@@ -106,8 +106,8 @@ def load_weights(
 
 def _pieces(model: CausalLM, reader: CheckpointReader, read: _Read, block_bytes: int) -> Iterator[Piece]:
     """A slice as runs of whole rows of it, each as many as a block holds."""
-    info, source = read.info, read.placement.source
-    target = materialise(model, read.module, read.placement.parameter)[read.placement.target]
+    info, source = read.info, read.weight_slice.source
+    target = materialise(model, read.module, read.weight_slice.parameter)[read.weight_slice.target]
     num_rows = target.shape[0] if target.dim() else 1
     rows_at_once = max(1, block_bytes // (read.num_bytes // num_rows))
     for row in range(0, num_rows, rows_at_once):
@@ -132,16 +132,16 @@ def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
     missing: list[str] = []
     misshapen: list[str] = []
     for prefix, module, part in model.checkpoint_modules():
-        for placement in module.placements(part):
-            name = f"{prefix}.{placement.suffix}"
+        for weight_slice in module.weight_slices(part):
+            name = f"{prefix}.{weight_slice.suffix}"
             info = available.pop(name, None)
             if info is None:
                 missing.append(name)
-            elif info.shape != placement.checkpoint_shape:
-                misshapen.append(f"{name} {list(info.shape)} (expected {list(placement.checkpoint_shape)})")
-            elif _num_elements(placement.source):
+            elif info.shape != weight_slice.checkpoint_shape:
+                misshapen.append(f"{name} {list(info.shape)} (expected {list(weight_slice.checkpoint_shape)})")
+            elif _num_elements(weight_slice.source):
                 reader.dtype_of(info)
-                reads.append(_Read(info, module, placement))
+                reads.append(_Read(info, module, weight_slice))
     if model.lm_head.is_tied:
         available.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice
     unexpected = sorted(name for name in available if not is_unread(name))
@@ -163,7 +163,7 @@ def _verify_coverage(model: CausalLM, reads: list[_Read]) -> None:
     owners = {id(module): name for name, module in model.named_modules()}
     targets: dict[tuple[int, str], list[Slices]] = {}
     for read in reads:
-        targets.setdefault((id(read.module), read.placement.parameter), []).append(read.placement.target)
+        targets.setdefault((id(read.module), read.weight_slice.parameter), []).append(read.weight_slice.target)
     for path, parameter in model.named_parameters():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)

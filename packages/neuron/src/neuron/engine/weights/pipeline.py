@@ -139,9 +139,9 @@ def make_transfer(device: torch.device) -> Transfer:
     return CudaTransfer(device) if device.type == "cuda" else HostTransfer()
 
 
-def num_reader_threads(num_ranks: int) -> int:
+def num_reader_threads(world_size: int) -> int:
     """Threads that read at once: as many as copying out of the page cache needs to keep a bus busy, shared by ranks."""
-    return max(_MIN_THREADS, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // num_ranks))
+    return max(_MIN_THREADS, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // world_size))
 
 
 def transfer_pieces(

@@ -14,10 +14,10 @@ from neuron.protocol import (
     Cancel,
     EngineConfig,
     EngineFault,
+    EngineProgress,
     Generate,
     Loaded,
     LoadFailed,
-    LoadProgress,
     encode_frame,
 )
 
@@ -47,14 +47,16 @@ def _name_native_thread(name: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
-def load(config: EngineConfig, progress: Callable[[LoadProgress], None]) -> tuple[Engine, Loaded]:
+def load(config: EngineConfig, progress: Callable[[EngineProgress], None]) -> tuple[Engine, Loaded]:
     """Import torch and build the engine; called on the device thread, and nowhere else."""
     from neuron.engine.loading.loading import load_engine
 
     return load_engine(config, progress=progress)
 
 
-def load_follower(config: EngineConfig, rank: int, progress: Callable[[LoadProgress], None], inbox: Inbox) -> Follower:
+def load_follower(
+    config: EngineConfig, rank: int, progress: Callable[[EngineProgress], None], inbox: Inbox
+) -> Follower:
     """The same for another rank than 0; whatever waits for rank 0 ends when the inbox is closed."""
     from neuron.engine.loading import loading
 
@@ -122,7 +124,7 @@ class DeviceThread(threading.Thread):
                 engine.close()
         return EXIT_OK
 
-    def _report(self, progress: LoadProgress) -> None:
+    def _report(self, progress: EngineProgress) -> None:
         self._outbox.send(encode_frame(progress))
 
     def _step_until_closed(self, engine: Engine) -> None:
