@@ -90,6 +90,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
                     key_refresh_s=st.integers(1, 5).map(float),
                     reservation_ttl_s=st.integers(1, 90).map(float),
                     min_bytes_per_token=st.integers(1, 4).map(float),
+                    share_prefixes=st.booleans(),
                     keys=KEYS,
                 )
             ),
@@ -197,6 +198,9 @@ LOOSER: dict[str, Step] = {
     "admin_from_loopback": lambda value, _: (
         None if value.config.entitlements.admin_from_loopback else changed(value, admin_from_loopback=True)
     ),
+    "share_prefixes": lambda value, _: (
+        None if value.config.entitlements.share_prefixes else changed(value, share_prefixes=True)
+    ),
     "store": lambda value, _: None if value.config.entitlements.store == "memory" else changed(value, store="memory"),
     "key_refresh_s": lambda value, n: changed(value, key_refresh_s=value.config.entitlements.key_refresh_s + 1 + n),
     "reservation_ttl_s": lambda value, _: changed(
@@ -282,6 +286,7 @@ def lower(limit: int | None) -> int:
 TIGHTER: dict[str, Step] = {
     "require_auth": lambda value, _: changed(value, require_auth=True),
     "admin_from_loopback": lambda value, _: changed(value, admin_from_loopback=False),
+    "share_prefixes": lambda value, _: changed(value, share_prefixes=False),
     "a store": lambda value, _: (
         changed(value, store="sqlite:/x") if value.config.entitlements.store == "memory" else None
     ),

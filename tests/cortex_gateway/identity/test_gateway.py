@@ -541,3 +541,55 @@ async def test_no_secret_appears_in_logs_metrics_or_answers(
     assert "legacy" in everything and '"key":"ci"' in everything and 'key="ci"' in everything
     for secret in (SECRET, plain, wrong, hash_text(SECRET), hash_text(plain)):
         assert secret not in everything
+
+
+# ---------------------------------------------------------------------------------------------- cached prompts
+
+
+def salt_of(neuron: FakeNeuron) -> str | None:
+    return neuron.requests[-1][1].get("x-cortex-cache-salt")
+
+
+TWO_ACCOUNTS = [
+    key("sk-one-one", "one"),
+    key("sk-two-two", "two"),
+    key("sk-other-other", "other") | {"account_id": "b"},
+]
+
+
+async def test_H10_each_account_has_prefixes_of_its_own_and_its_keys_share_them(
+    neuron: FakeNeuron, start: Start
+) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron, entitlements={"keys": TWO_ACCOUNTS})
+    salts = []
+    for secret in ("sk-one-one", "sk-two-two", "sk-other-other"):
+        assert (await ask(client, bearer(secret) | {"x-cortex-cache-salt": "chosen by a client"}))[0] == 200
+        salts.append(salt_of(neuron))
+    assert salts[0] == salts[1] != salts[2] and None not in salts
+    assert "acme" not in str(salts[0]), "a digest: it goes into what other hosts keep"
+    assert (await ask(client, {"x-cortex-cache-salt": str(salts[0])}))[0] == 200
+    assert salt_of(neuron) is None
+
+
+async def test_H10_accounts_may_share_their_prefixes(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron, entitlements={"keys": TWO_ACCOUNTS, "share_prefixes": True})
+    assert (await ask(client, bearer("sk-one-one")))[0] == 200
+    assert salt_of(neuron) is None
+
+
+async def test_H10_an_account_is_not_led_where_another_ones_prompt_is_known(
+    neuron: FakeNeuron, second: FakeNeuron, start: Start
+) -> None:
+    for each in (neuron, second):
+        each.have(MODEL)
+    client = await start(neuron, second, entitlements={"keys": TWO_ACCOUNTS})
+    prompt = [{"role": "user", "content": "secret " * 2000}]
+
+    async def route(secret: str) -> str:
+        return (await ask(client, bearer(secret), messages=prompt))[2]["x-cortex-route"]
+
+    assert [await route("sk-one-one") for _ in range(2)] == ["loaded", "prefix"]
+    assert [await route("sk-other-other") for _ in range(2)] == ["loaded", "prefix"]
+    assert await route("sk-two-two") == "prefix"

@@ -19,6 +19,7 @@ class Request(msgspec.Struct, frozen=True):
 
     text: bytes = b""
     key: str | None = None
+    cache_salt: str = ""
 
     def session(self) -> str | None:
         return self.key
@@ -32,6 +33,15 @@ def small(**limits: int) -> Affinity:
 
 
 # ---------------------------------------------------------------------------------------------- memory
+
+
+def test_H10_what_one_salt_knows_another_does_not() -> None:
+    memory = small()
+    memory.record("m", Request(b"abcdefgh", "s", "one"), "alpha")
+    assert memory.shares("m", Request(b"abcdefgh", "s", "one")).by_node == {"alpha": 1.0}
+    assert memory.shares("m", Request(b"abcdefgh", None, "one")).by_node == {"alpha": 1.0}
+    for salt in ("", "two"):
+        assert not memory.shares("m", Request(b"abcdefgh", "s", salt)).by_node
 
 
 def test_a_share_is_how_much_of_the_prompt_a_node_has_seen_in_one_piece_from_the_start() -> None:

@@ -106,6 +106,8 @@ class EntitlementsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
     store: `memory` (keys of this file; limits, no budgets), `sqlite:PATH`, or `postgresql://…` for several
     gateways. min_bytes_per_token: what a budget reserves for a prompt, see `cortex_gateway.identity.estimate`.
+    share_prefixes: whether accounts share what prefix caches hold; else nobody can tell by the time or the
+    `cached_tokens` of an answer what another account has asked.
     """
 
     require_auth: bool = False
@@ -114,6 +116,7 @@ class EntitlementsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     key_refresh_s: Annotated[float, msgspec.Meta(gt=0)] = 2.0
     reservation_ttl_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     min_bytes_per_token: Annotated[float, msgspec.Meta(ge=1)] = 1.0
+    share_prefixes: bool = False
     keys: tuple[KeyEntry, ...] = ()
 
 

@@ -107,6 +107,7 @@ SETTINGS: Mapping[str, IsWeaker] = {
     "entitlements.key_refresh_s": more,
     "entitlements.reservation_ttl_s": less,
     "entitlements.min_bytes_per_token": more,
+    "entitlements.share_prefixes": switched_on,
     "prompt_filters": never,
     "telemetry": never,
     "capture.exchanges": more,

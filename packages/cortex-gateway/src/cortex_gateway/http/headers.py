@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
 
-from cortex_core.hop import HOP_HEADER, RESOLVED_MODEL_HEADER
+from cortex_core.hop import CACHE_SALT_HEADER, HOP_HEADER, RESOLVED_MODEL_HEADER
 from multidict import CIMultiDict
 
 from cortex_gateway.http.asgi import RawHeaders
@@ -70,6 +70,7 @@ def request_headers(
     model: str,
     principal: Iterable[tuple[str, str]] = (),
     secrets: Mapping[str, str] = MappingProxyType({}),
+    cache_salt: str = "",
 ) -> CIMultiDict[str]:
     """The headers a neuron gets: those of the client's that are listed, and ours.
 
@@ -81,6 +82,8 @@ def request_headers(
         forwarded.add(*pair)
     forwarded.add("x-request-id", request_id)
     forwarded.add(HOP_HEADER, "1")
+    if cache_salt:
+        forwarded.add(CACHE_SALT_HEADER, cache_salt)
     forwarded.update(secrets)
     if model.isprintable():
         forwarded.add(RESOLVED_MODEL_HEADER, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import re
 from datetime import UTC, datetime
 
@@ -39,6 +40,7 @@ class Principal:
         "_pattern",
         "account_id",
         "budgets",
+        "cache_salt",
         "expires_ms",
         "is_admin",
         "key_id",
@@ -63,6 +65,8 @@ class Principal:
             if "*" in entry.models
             else re.compile("|".join(fnmatch.translate(pattern) for pattern in entry.models) or r"(?!)")
         )
+        # Of which the account is not to be read, since it goes into logs and page hashes of other hosts.
+        self.cache_salt = hashlib.blake2b(entry.account.encode(), digest_size=16, person=b"cortex-account").hexdigest()
         # What neurons of every generation read, for fair shares between accounts.
         self.upstream_headers = (("x-helexa-account-id", self.account_id), ("x-helexa-key-id", self.key_id))
 

@@ -25,7 +25,11 @@ Kind = Literal["session", "prefix"]
 
 
 class Hints(Protocol):
-    """What a request says of itself, computed when asked."""
+    """What a request says of itself, computed when asked. cache_salt: those with different ones know nothing of each
+    other."""
+
+    @property
+    def cache_salt(self) -> str: ...
 
     def session(self) -> str | None:
         """The key of its conversation, if it names one."""
@@ -55,7 +59,7 @@ class Affinity:
         block_bytes: int = BLOCK_BYTES,
         max_blocks: int = MAX_BLOCKS,
     ) -> None:
-        self._sessions: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, str, str], str] = OrderedDict()
         self._prefixes: OrderedDict[int, tuple[str, ...]] = OrderedDict()
         self._max_sessions = max_sessions
         self._max_prefixes = max_prefixes
@@ -69,10 +73,10 @@ class Affinity:
         """Where a request is known. A known session is known whole; its prompt is then not looked at."""
         session = hints.session()
         if session is not None:
-            node = self._sessions.get((model, session))
+            node = self._sessions.get((model, hints.cache_salt, session))
             if node is not None:
                 return Shares({node: 1.0}, "session")
-        chain = self._chain(model, hints.prompt())
+        chain = self._chain(model, hints)
         matched: dict[str, int] = {}
         alive: set[str] | None = None
         for number, block in enumerate(chain, 1):
@@ -88,13 +92,14 @@ class Affinity:
         """The request was sent to `node`. known: what `shares` said of it, so that nothing is computed twice."""
         session = hints.session()
         if session is not None:
-            self._sessions[(model, session)] = node
-            self._sessions.move_to_end((model, session))
+            key = (model, hints.cache_salt, session)
+            self._sessions[key] = node
+            self._sessions.move_to_end(key)
             while len(self._sessions) > self._max_sessions:
                 self._sessions.popitem(last=False)
             if known.kind == "session":
                 return
-        for block in self._chain(model, hints.prompt()):
+        for block in self._chain(model, hints):
             nodes = self._prefixes.get(block, ())
             if not nodes or nodes[0] != node:
                 self._prefixes[block] = (node, *(other for other in nodes if other != node))[:MAX_NODES]
@@ -102,12 +107,12 @@ class Affinity:
         while len(self._prefixes) > self._max_prefixes:
             self._prefixes.popitem(last=False)
 
-    def _chain(self, model: str, prompt: bytes) -> list[int]:
+    def _chain(self, model: str, hints: Hints) -> list[int]:
         """One hash per whole block, each over all before it. Python's hash is keyed per process: a hint needs no more,
         and no client can aim at a collision."""
-        size = self._block_bytes
+        prompt, size = hints.prompt(), self._block_bytes
         chain: list[int] = []
-        link = hash(model)
+        link = hash((model, hints.cache_salt))
         for start in range(0, min(len(prompt) // size, self._max_blocks) * size, size):
             link = hash((link, prompt[start : start + size]))
             chain.append(link)

@@ -55,6 +55,8 @@ class RequestHints:
 
     __slots__ = ("_body", "_headers", "_prompt", "_session", "_session_known")
 
+    cache_salt = ""
+
     def __init__(self, headers: RawHeaders, body: bytes) -> None:
         self._headers = headers
         self._body = body

@@ -177,6 +177,8 @@ class Relay:
     async def _authenticate(self, request: RequestState) -> None:
         principal = request.principal = await self._identity.authenticate(request.headers)
         if principal is not None:
+            if not self._current.config.entitlements.share_prefixes:
+                request.cache_salt = principal.cache_salt
             request.limit_headers = partial(limit_headers, principal, request.surface.dialect, self._identity.clock)
 
     async def _read(self, request: RequestState) -> None:
@@ -421,6 +423,7 @@ class Relay:
             model=lease.neuron_model,
             principal=principal,
             secrets=neuron.secret_headers,
+            cache_salt=request.cache_salt,
         )
         stream = request.stream
         if stream is not None and stream.head is not None:

@@ -58,6 +58,8 @@ class RequestState:
     it; num_moves: how often it did. has_been_refused: the node could not be reached or would not, and another is to be
     asked.
 
+    cache_salt: requests with different ones share no cached prefix, and none is routed by what the other has asked.
+
     stream: what has been relayed of a stream, over all the neurons that wrote it; None before the first byte.
     translation: how a server that is no neuron is asked, where one is. trace: its spans, where telemetry is on;
     trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
@@ -70,6 +72,7 @@ class RequestState:
         "_hints",
         "avoid",
         "body",
+        "cache_salt",
         "capture",
         "charged",
         "client",
@@ -138,6 +141,7 @@ class RequestState:
         self.resolved: str | None = None
         self.principal: Principal | None = None
         self.grant: Grant | None = None
+        self.cache_salt = ""
         self.limit_headers: Callable[[], RawHeaders] = no_headers
         self.sent_at: float | None = None
         self.generated: int | None = None
