@@ -94,8 +94,8 @@ def test_O13_secrets_of_a_fleet_are_looked_at_in_either_file(tmp_path: Path, mon
         done = CliRunner().invoke(config, ["check", "--secrets", "--json", str(path)])
         faults = json.loads(done.output)["faults"]
         assert len(faults) == 2 and all(f"{path}: {key}: " in fault for fault in faults)
-    monkeypatch.setenv("FLEET", "open-sesame")
-    (tmp_path / "next").write_text("open-barley\n", encoding="utf-8")
+    monkeypatch.setenv("FLEET", "knock-sesame")
+    (tmp_path / "next").write_text("knock-barley\n", encoding="utf-8")
     done = CliRunner().invoke(config, ["check", "--secrets", str(gateway), str(neuron)])
     assert done.exit_code == 0, done.output
-    assert "open-" not in done.output
+    assert "knock-" not in done.output

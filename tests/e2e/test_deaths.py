@@ -38,7 +38,9 @@ def daemon_of(neuron: Daemon) -> int:
 
 def engine_of(neuron: Daemon) -> int:
     (engine,) = [
-        pid for pid in children(daemon_of(neuron)) if b"neuron.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid
+        for pid in children(daemon_of(neuron))
+        if b"neuron.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     return engine
 

@@ -87,8 +87,12 @@ def see_one_trace(fleet: FleetOfNeurons, spans: list[Span]) -> None:
         "cortex.request_id",
     ):
         assert server.attributes[name] == neuron.attributes[name]
-    lines = [line for daemon in (fleet.gateway, *fleet.neurons) for line in daemon.output if TRACE in line]
-    assert len(lines) == 2
+    # Lines come through pipes, and may come after the spans.
+    eventually(lambda: told_of_it(fleet) == 2, within_s=20, what="each daemon has a line of it")
+
+
+def told_of_it(fleet: FleetOfNeurons) -> int:
+    return sum(TRACE in line for daemon in (fleet.gateway, *fleet.neurons) for line in list(daemon.output))
 
 
 @pytest.mark.full

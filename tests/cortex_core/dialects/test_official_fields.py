@@ -53,6 +53,7 @@ OTHER_VALUES: dict[ModuleType, dict[str, dict[str, Any]]] = {
         "enable_thinking": {"enable_thinking": True},
         "frequency_penalty": {"frequency_penalty": 1},
         "guided_json": {"guided_json": {}},
+        "cache_salt": {"cache_salt": "a"},
         "ignore_eos": {"ignore_eos": True},
         "logit_bias": {"logit_bias": {"1": 1}},
         "logprobs": {"logprobs": True},
@@ -82,6 +83,7 @@ OTHER_VALUES: dict[ModuleType, dict[str, dict[str, Any]]] = {
     openai_completions: {
         "echo": {"echo": True},
         "frequency_penalty": {"frequency_penalty": 1},
+        "cache_salt": {"cache_salt": "a"},
         "ignore_eos": {"ignore_eos": True},
         "logit_bias": {"logit_bias": {"1": 1}},
         "logprobs": {"logprobs": 1},
@@ -105,6 +107,7 @@ OTHER_VALUES: dict[ModuleType, dict[str, dict[str, Any]]] = {
         "chat_template_kwargs": {"chat_template_kwargs": {"a": 1}},
         "enable_thinking": {"enable_thinking": True},
         "frequency_penalty": {"frequency_penalty": 1},
+        "cache_salt": {"cache_salt": "a"},
         "ignore_eos": {"ignore_eos": True},
         "include": {"include": ["message.output_text.logprobs"]},
         "input": {"input": "other"},

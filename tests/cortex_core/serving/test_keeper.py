@@ -89,6 +89,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         command = [sys.executable, str(DAEMON), str(LIMIT_S), *arguments]
         if quick:
             command = [sys.executable, "-c", QUICK, str(QUICK_S), "fake", "2", *command]
+        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # not as under nohup
         log = tmp_path / f"log{len(started)}"
         with log.open("w") as output:
             process = subprocess.Popen(

@@ -217,8 +217,8 @@ async def test_O2_a_client_that_reads_nothing_of_its_answers_is_cut_off() -> Non
 
 IMPORTED = """
 import asyncio, http.client, sys
-from neuron.config import NeuronConfig
-from neuron.server import Daemon
+from neuron.daemon.common.config import NeuronConfig
+from neuron.daemon.server import Daemon
 
 def ask(url):
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)

@@ -97,7 +97,7 @@ def _officially(request: Request) -> Request:
         for turn in request.turns
     )
     reasoning = msgspec.structs.replace(reasoning, mode="default")
-    return msgspec.structs.replace(request, turns=turns, reasoning=reasoning)
+    return msgspec.structs.replace(request, turns=turns, reasoning=reasoning, cache_salt="")
 
 
 def write_count_request(request: Request, *, model: str | None = None) -> bytes:
@@ -227,6 +227,7 @@ def _sampling_fields(request: Request) -> dict[str, Any]:
         "max_tokens": request.limits.max_tokens,
         "stop": list(request.limits.stop) or None,
         "ignore_eos": request.limits.ignore_eos or None,
+        "cache_salt": request.cache_salt or None,
         "n": None if request.num_choices == 1 else request.num_choices,
     }
     if request.logprobs is not None:
