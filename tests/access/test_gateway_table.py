@@ -197,7 +197,7 @@ class House:
         """What nobody may change who is not let in."""
         neuron, gateway = self.neuron, self.started.gateway
         orders = [call for call in neuron.calls if call.startswith("POST ")]
-        captures = gateway.relay._captures
+        captures = gateway.captures
         is_kept = captures.find(self.captured) is not None
         return orders, len(neuron.requests), dict(neuron.models), captures.override, is_kept
 

@@ -21,12 +21,13 @@ from cortex_core.serving.http_connections import serve_http
 from cortex_core.serving.listener import prepare
 from prometheus_client import disable_created_metrics
 
-from cortex_gateway.app import Gateway, MetricsApp
+from cortex_gateway.app import Gateway
 from cortex_gateway.http.asgi import ASGIApp
 from cortex_gateway.http.http1 import gateway_connection
 from cortex_gateway.identity.store import StoreError
 from cortex_gateway.observability.logs import configure_logging
 from cortex_gateway.routes.access import exposures
+from cortex_gateway.routes.metrics import MetricsApp
 
 log = logging.getLogger(__name__)
 

@@ -76,7 +76,7 @@ class Loads:
         self._neurons = neurons
         self._poller = poller
         self._metrics = metrics
-        self._situation = state
+        self._state = state
         self._clock = clock
         self._loads: dict[Key, asyncio.Task[None]] = {}
         self._unloads: dict[Key, asyncio.Task[None]] = {}
@@ -183,7 +183,7 @@ class Loads:
             failure, may_wait = await self._failure(model, node, error)
             if may_wait:
                 raise RoomLost from error
-            raise load_failed(model, node, error, failure, self._situation()) from error
+            raise load_failed(model, node, error, failure, self._state()) from error
         finally:
             if not _is_left():
                 loaded = outcome == "loaded"
@@ -208,7 +208,7 @@ class Loads:
                 snapshot = self._fleet.snapshot.nodes.get(node)
                 if not error.lacks_memory or snapshot is None or round_ == MAX_EVICTION_ROUNDS:
                     raise
-                state = self._situation()
+                state = self._state()
                 free_mb = free_by_device(snapshot, state, incoming=model)
                 victim = next_victim(snapshot, model, _failure(model, node, error, free_mb), state)
                 if victim is None:
@@ -245,7 +245,7 @@ class Loads:
         it is in use, or new, or on its way."""
         if error.lacks_memory:
             await self._poller.refresh(node)
-        state = self._situation()
+        state = self._state()
         snapshot = state.snapshot.nodes.get(node)
         if snapshot is None:
             return _failure(model, node, error, {}), False

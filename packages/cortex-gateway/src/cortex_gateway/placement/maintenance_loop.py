@@ -26,7 +26,7 @@ class MaintenanceLoop:
     ) -> None:
         self._fleet = fleet
         self._loads = loads
-        self._situation = state
+        self._state = state
         self._interval_s = interval_s
         self._task: asyncio.Task[None] | None = None
 
@@ -41,7 +41,7 @@ class MaintenanceLoop:
 
     def do_chores(self) -> list[asyncio.Task[None]]:
         """Start what is due; the operations belong to `Loads`."""
-        state = self._situation()
+        state = self._state()
         started = []
         for chore in plan_maintenance(state):
             match chore:

@@ -8,21 +8,22 @@ import math
 from collections.abc import Callable, Container, Mapping
 from types import TracebackType
 
-from cortex_core.errors import ApiError
+from cortex_core.errors import ApiError, invalid
 from cortex_core.fleet import LoadProgress
 
 from cortex_gateway.configuration.current import Current
 from cortex_gateway.fleet.activity import Answer
 from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.fleet.poller import Poller
+from cortex_gateway.fleet.snapshot import NodeSnapshot
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.observability.metrics import Metrics
 from cortex_gateway.placement.affinity import UNKNOWN, Affinity, Hints, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, Load, Refuse, RouteReason
 from cortex_gateway.placement.explanation import Wait, explain, in_figures
-from cortex_gateway.placement.loads import Loads, RoomLost, Withdrawn, joined
+from cortex_gateway.placement.loads import LoadImpossible, Loads, RoomLost, Withdrawn, joined
 from cortex_gateway.placement.queue import WaitingQueue
-from cortex_gateway.placement.router import NOWHERE, decide, failure_on, has_other
+from cortex_gateway.placement.router import NOWHERE, decide, decide_by_hand, failure_on, has_other
 from cortex_gateway.placement.state import PlacementState, Standing
 
 log = logging.getLogger(__name__)
@@ -321,6 +322,56 @@ class Placement:
                         on_wait(decision, route)
                     self._tell(model, decision)
                     await self._join(decision.node, model, decision.until)
+
+    async def load(self, model: str, node: str | None = None) -> str:
+        """Load the model because an operator asks, on `node` or where it is best; returns the node once it is there.
+
+        Raises `ApiError`: the refusal, the failure of the load, or that the node is none where models can be loaded.
+        """
+        while True:
+            named = None if node is None else self.managed(node)
+            decision = decide_by_hand(model, self.state(by_hand=True), named)
+            match decision:
+                case Forward():
+                    return decision.node
+                case Refuse():
+                    raise refused(decision, model)
+                case Load():
+                    load = self.loads.start(decision.node, model, decision.spec, decision.victims, reason="admin")
+                case Hold():
+                    running = self.loads.running(decision.node, model)
+                    if running is None:
+                        with self._poller.watching(decision.node):
+                            await self.change(decision.until)
+                        continue
+                    load = running
+            try:
+                await joined(load)
+                return decision.node
+            except Withdrawn:
+                continue
+            except RoomLost:
+                await self.pause(decision.node, model)
+            except LoadImpossible as error:
+                raise ApiError(
+                    "invalid_request", error.message, code=error.code, param="model", status=error.neuron_status
+                ) from error
+
+    def managed(self, name: str) -> NodeSnapshot:
+        """Raises `ApiError` for a node that is unknown, and for a server that is no neuron."""
+        node = self._fleet.snapshot.nodes.get(name)
+        if node is None:
+            known = ", ".join(self._fleet.snapshot.nodes) or "none"
+            raise ApiError(
+                "not_found", f"No node is called `{name}`; known: {known}.", code="node_not_found", param="node"
+            )
+        if not node.can_load:
+            raise invalid(
+                f"`{name}` is a server of kind {node.kind}: no model can be loaded, unloaded or pinned there.",
+                param="node",
+                code="node_not_managed",
+            )
+        return node
 
     async def _join(self, node: str, model: str, until: float | None) -> None:
         """Wait for the load under way there, or for any change, or until the clock shows `until`."""

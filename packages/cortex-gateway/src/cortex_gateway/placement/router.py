@@ -1,8 +1,8 @@
 """Where a request for a model goes: a state in, a decision out. Pure, and deterministic in ties.
 
-The order of preference: a node that has the model loaded and can serve it; else wait for one that is loading or
-recovering it (a second copy is never started); else a cold load on the best feasible node, making room if that is
-needed; else a refusal that says whether trying again makes sense.
+The order of preference (its steps are numbered in docs/explanation/placement.md): a node that has the model loaded and
+can serve it; else wait for one that is loading or recovering it (a second copy is never started); else a cold load on
+the best feasible node, making room if that is needed; else a refusal that says whether trying again makes sense.
 
 Models that displace each other take turns. Whose oldest request has waited longest comes first; the requests of one
 model go together; a model that was just loaded stays for a while; and after the configured patience a model that is
@@ -98,6 +98,34 @@ def decide(model: str, state: PlacementState, shares: Shares = UNKNOWN, avoid: C
     if profile is None:
         return _outside_catalogue(model, state)
     return _cold_load(profile, routable, state)
+
+
+def decide_by_hand(model: str, state: PlacementState, node: NodeSnapshot | None = None) -> Decision:
+    """What comes of a load that an operator asks for: on `node` if one is named, else where it is best. No catalogue
+    entry is needed."""
+    if node is None:
+        decision = decide(model, state)
+        if not isinstance(decision, Refuse) or decision.code != "model_not_found":
+            return decision
+        node = _roomiest(state)
+        if node is None:
+            return decision
+    if node.status(model) == "loaded":
+        return Forward(node=node.name)
+    profile = state.catalogue.profile(model)
+    if profile is not None and node.discovery is not None:
+        return _load(profile, node, plan_room(profile, node, state))
+    known = node.unloaded.get(model)
+    return Load(node=node.name, spec=ModelSpec(model_id=model) if known is None else spec_of(known))
+
+
+def _roomiest(state: PlacementState) -> NodeSnapshot | None:
+    nodes = (node for node in state.snapshot.nodes.values() if node.is_routable and node.can_load)
+    return min((node for node in nodes if not node.is_draining), key=_free_first, default=None)
+
+
+def _free_first(node: NodeSnapshot) -> tuple[int, str]:
+    return -max((device.vram_free_mb for device in node.devices), default=node.memory_free_mb), node.name
 
 
 def _preferred(

@@ -8,12 +8,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import msgspec
-from cortex_core.catalogue import load_spec
 from cortex_core.config import ConfigError
 from cortex_core.dialects.errors import openai_error_body
 from cortex_core.dialects.json_body import decode_struct
 from cortex_core.errors import ApiError, invalid, model_not_found
-from cortex_core.fleet import LoadProgress, ModelSpec
+from cortex_core.fleet import LoadProgress
 from cortex_core.http_access import is_loopback, parse_authority
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -26,11 +25,8 @@ from cortex_gateway.fleet.snapshot import NodeSnapshot
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.identity.principal import Principal
 from cortex_gateway.observability.access_log import KEPT_LINES, AccessLog
-from cortex_gateway.placement.decision import Forward, Hold, Load, Refuse
-from cortex_gateway.placement.evictor import plan_room
-from cortex_gateway.placement.loads import LoadImpossible, Loads, RoomLost, Withdrawn, joined
-from cortex_gateway.placement.placement import Placement, refused
-from cortex_gateway.placement.router import spec_of
+from cortex_gateway.placement.loads import Withdrawn, joined
+from cortex_gateway.placement.placement import Placement
 
 
 class ModelRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +41,6 @@ class AdminRoutes:
         self,
         fleet: Fleet,
         poller: Poller,
-        loads: Loads,
         placement: Placement,
         access_log: AccessLog,
         *,
@@ -54,7 +49,6 @@ class AdminRoutes:
     ) -> None:
         self._fleet = fleet
         self._poller = poller
-        self._loads = loads
         self._placement = placement
         self._access_log = access_log
         self._current = current
@@ -67,7 +61,7 @@ class AdminRoutes:
         wanted = await read_request(request)
         model = self._placement.resolve(wanted.model)
         if wanted.node is not None:
-            self._managed(wanted.node)
+            self._placement.managed(wanted.node)
         if "text/event-stream" in request.headers.get("accept", ""):
             return StreamingResponse(
                 self._load_events(model, wanted.node, request.state.request_id),
@@ -77,20 +71,7 @@ class AdminRoutes:
         return json(await self._load(model, wanted.node))
 
     async def _load(self, model: str, node: str | None) -> dict[str, str]:
-        while True:
-            chosen, load = await self._start(model, node)
-            try:
-                if load is not None:
-                    await joined(load)
-                return {"model": model, "node": chosen, "status": "loaded"}
-            except Withdrawn:
-                continue
-            except RoomLost:
-                await self._placement.pause(chosen, model)
-            except LoadImpossible as error:
-                raise ApiError(
-                    "invalid_request", error.message, code=error.code, param="model", status=error.neuron_status
-                ) from error
+        return {"model": model, "node": await self._placement.load(model, node), "status": "loaded"}
 
     async def _load_events(self, model: str, node: str | None, request_id: str) -> AsyncIterator[bytes]:
         """`progress` whenever it moved, `waiting` with what else is waited for, then `done` or `error`. A client that
@@ -126,64 +107,6 @@ class AdminRoutes:
                 return snapshot.name, info.progress if info is not None else None
         return None, None
 
-    async def _start(self, model: str, node: str | None) -> tuple[str, asyncio.Task[None] | None]:
-        """Start or join a load: (node, the load's task or None if the model is there already)."""
-        if node is not None:
-            return node, self._start_on(self._managed(node), model)
-        while True:
-            decision = self._placement.decide(model, by_hand=True)
-            match decision:
-                case Forward():
-                    return decision.node, None
-                case Load():
-                    return decision.node, self._loads.start(
-                        decision.node, model, decision.spec, decision.victims, reason="admin"
-                    )
-                case Hold():
-                    running = self._loads.running(decision.node, model)
-                    if running is not None:
-                        return decision.node, running
-                    with self._poller.watching(decision.node):
-                        await self._placement.change(decision.until)
-                case Refuse(code="model_not_found"):
-                    # No catalogue entry is needed to load by hand.
-                    roomiest = self._roomiest()
-                    if roomiest is None:
-                        raise refused(decision, model)
-                    return roomiest.name, self._start_on(roomiest, model)
-                case Refuse():
-                    raise refused(decision, model)
-
-    def _roomiest(self) -> NodeSnapshot | None:
-        nodes = [
-            node
-            for node in self._fleet.snapshot.nodes.values()
-            if node.is_routable and node.can_load and not node.is_draining
-        ]
-        return min(nodes, key=lambda node: (-free_mb(node), node.name), default=None)
-
-    def _start_on(self, node: NodeSnapshot, model: str) -> asyncio.Task[None] | None:
-        """On a node the operator names: the catalogue's profile if there is one, else the neuron's defaults."""
-        if node.status(model) == "loaded":
-            return None
-        running = self._loads.running(node.name, model)
-        if running is not None:
-            return running
-        profile = self._current.catalogue.profile(model)
-        if profile is None or node.discovery is None:
-            known = node.unloaded.get(model)
-            return self._loads.start(
-                node.name,
-                model,
-                spec_of(known) if known is not None else ModelSpec(model_id=model),
-                reason="admin",
-            )
-        room = plan_room(profile, node, self._placement.state())
-        spec = load_spec(profile, node.discovery)
-        if room.devices is not None and len(room.devices) == profile.min_devices:
-            spec = msgspec.structs.replace(spec, devices=room.devices)
-        return self._loads.start(node.name, model, spec, room.victims, reason="admin")
-
     # ------------------------------------------------------------------------------------------ unload
 
     async def unload(self, request: Request) -> Response:
@@ -195,7 +118,9 @@ class AdminRoutes:
         if not having:
             raise model_not_found(wanted.model)
         try:
-            await asyncio.gather(*(joined(self._loads.unload(node, model, reason="admin")) for node in having))
+            await asyncio.gather(
+                *(joined(self._placement.loads.unload(node, model, reason="admin")) for node in having)
+            )
         except NeuronError as error:
             raise ApiError(
                 "conflict" if error.status is not None else "internal",
@@ -231,7 +156,7 @@ class AdminRoutes:
                 param="model",
             )
         try:
-            kept = await asyncio.gather(*(self._loads.pin(node, model, pinned=pinned) for node in having))
+            kept = await asyncio.gather(*(self._placement.loads.pin(node, model, pinned=pinned) for node in having))
         except NeuronError as error:
             raise ApiError(
                 "internal", f"{model} was not pinned: {error.message}", code="pin_failed", status=502
@@ -317,28 +242,8 @@ class AdminRoutes:
     def _managed_nodes(self, name: str | None) -> list[NodeSnapshot]:
         """The node asked for, or all on which models can be loaded and unloaded."""
         if name is not None:
-            return [self._managed(name)]
+            return [self._placement.managed(name)]
         return [node for node in self._fleet.snapshot.nodes.values() if node.can_load]
-
-    def _managed(self, name: str) -> NodeSnapshot:
-        """Raises `ApiError` for a node that is unknown, and for a server that is no neuron."""
-        node = self._known(name)
-        if not node.can_load:
-            raise invalid(
-                f"`{name}` is a server of kind {node.kind}: no model can be loaded, unloaded or pinned there.",
-                param="node",
-                code="node_not_managed",
-            )
-        return node
-
-    def _known(self, name: str) -> NodeSnapshot:
-        node = self._fleet.snapshot.nodes.get(name)
-        if node is None:
-            known = ", ".join(self._fleet.snapshot.nodes) or "none"
-            raise ApiError(
-                "not_found", f"No node is called `{name}`; known: {known}.", code="node_not_found", param="node"
-            )
-        return node
 
     # ------------------------------------------------------------------------------------------ configuration
 
@@ -423,10 +328,6 @@ def require_operator(request: Request, *, from_loopback: bool = True) -> None:
             "Without an admin key, admin routes answer only where they are asked for by a loopback name.",
             code="admin_forbidden",
         )
-
-
-def free_mb(node: NodeSnapshot) -> int:
-    return max((device.vram_free_mb for device in node.devices), default=node.memory_free_mb)
 
 
 def event(name: str, data: object) -> bytes:
