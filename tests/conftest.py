@@ -6,6 +6,12 @@ import os
 
 import pytest
 
+# Before torch is imported. Threads that spin while they wait take the processor from the daemons and engines that a
+# test waits for, and of two test processes each has one core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what is marked `full`, unless `CORTEX_FULL=1` asks for everything."""
