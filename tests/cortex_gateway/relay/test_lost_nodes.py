@@ -169,6 +169,40 @@ async def test_H5_a_node_that_answers_its_polls_keeps_its_long_unstreamed_answer
     assert not second.requests
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_U16_a_stream_without_a_ping_goes_elsewhere_once_it_has_begun(
+    neuron: FakeNeuron, second: FakeNeuron, start: Start, has_begun: bool
+) -> None:
+    """A neuron that answers its polls may still be reading a long body; one that has begun to answer pings."""
+    go_on = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        if has_begun:
+            await response.prepare(request)
+            await asyncio.Event().wait()
+        await go_on.wait()
+        await response.prepare(request)
+        await response.write(HEAD + b"data: 1\n\n" + tokens_comment([ChoiceTokens(0, [1])]) + OPENAI_END)
+        return response
+
+    neuron.have(MODEL)
+    neuron.answer = answer
+    client = await start(neuron, second, gateway={**IMPATIENT, "stream_silence_s": 0.3}, poll=POLLS)
+    stream = asyncio.ensure_future(streamed(client))
+    await under_way(1, neuron)
+    second.answer = going_on(second)
+    await client.started.gateway._poller.refresh("beta")
+    if not has_begun:
+        for _ in range(6):  # as many polls as there would be silences
+            neuron.polled.clear()
+            await asyncio.wait_for(neuron.polled.wait(), 5)
+        assert not second.requests
+        go_on.set()
+    assert OPENAI_END in (await stream)[1]
+    assert len(second.requests) == has_begun
+
+
 async def test_H5_a_request_that_a_deaf_node_never_read_goes_elsewhere_though_others_are_written(
     neuron: FakeNeuron, second: FakeNeuron, start: Start
 ) -> None:

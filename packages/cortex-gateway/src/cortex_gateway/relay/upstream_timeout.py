@@ -89,8 +89,11 @@ class UpstreamTimeout:
             return last, always
         if request.has_answered:
             return last, never
-        if request.is_stream and request.translation is None:
-            return last, self._has_other  # neurons ping, also while a request waits there
+        if request.is_stream and request.has_begun and request.translation is None:
+            return (
+                last,
+                self._has_other,
+            )  # it pings; before, it may be reading a long body
         return max(last, self._neuron.answered_at), self._has_other
 
 
