@@ -19,6 +19,10 @@ format:
 test *paths:
     uv run pytest -n 2 {{ paths }}
 
+# The quick tests: no process, less than a second each.
+unit *paths:
+    uv run pytest -n 2 -m unit {{ paths }}
+
 # The slow variants too.
 test-full:
     CORTEX_FULL=1 uv run pytest -n 2

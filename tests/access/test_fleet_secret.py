@@ -26,7 +26,7 @@ from tests.access.raw import Answer, ask
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.fake_openai import FakeOpenAI
 from tests.cortex_gateway.fake_openai import listening as openai_listening
-from tests.neuron.daemon.api.conftest import RunningNeuron, make_checkpoint, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, make_checkpoint, run_neuron
 
 OLD, NEW, WRONG = "the-first-secret-of-the-fleet", "the-second-secret-of-the-fleet", "somebody-elses-secret"
 

@@ -18,7 +18,7 @@ from cortex_core.fleet import ModelSpec
 from neuron.daemon.api.app import NeuronApp
 
 from tests.access.raw import WEBSOCKET, Answer, Headers, ask
-from tests.neuron.daemon.api.conftest import RunningNeuron, make_checkpoint, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, make_checkpoint, run_neuron
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -30,7 +30,7 @@ from tests.access.proxy import PUBLIC_NAME, proxy_for
 from tests.access.raw import ask
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start
-from tests.neuron.daemon.api.conftest import make_checkpoint, run_neuron
+from tests.neuron.daemon.api.harness import make_checkpoint, run_neuron
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 LINE = re.compile(r"put into \[(\w+)\]: (\w+ = \[.*\])$")

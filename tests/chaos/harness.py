@@ -357,3 +357,23 @@ def _describe_fds(pid: int) -> list[str]:
         except OSError:
             continue
     return sorted(found)
+
+
+class Undisturbed:
+    """The answers that requests get when nothing happens to their engine."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Answer] = {}
+
+    async def answers(self, neuron: Neuron, requests: Iterable[dict[str, Any]], **spec: Any) -> list[Answer]:
+        """Each asked once in a module; loads the model for that, and unloads it."""
+        wanted = {json.dumps([request, spec], sort_keys=True): request for request in requests}
+        missing = {key: request for key, request in wanted.items() if key not in self._known}
+        if missing:
+            await neuron.load(**spec)
+            answers = await asyncio.gather(*map(neuron.ask, missing.values()))
+            for key, answer in zip(missing, answers, strict=True):
+                assert answer.status == 200 and answer.error is None and answer.text, answer
+                self._known[key] = answer
+            await neuron.unload()
+        return [self._known[key] for key in wanted]

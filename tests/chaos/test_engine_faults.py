@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.conftest import Undisturbed
-from tests.chaos.harness import CHAT, CONFIG, MESSAGES, MODEL, PATHS, Neuron, eventually, running
+from tests.chaos.harness import CHAT, CONFIG, MESSAGES, MODEL, PATHS, Neuron, Undisturbed, eventually, running
 from tests.chaos.streams import GREEDY, SEEDED, SHORT, Streams, ask_for, assert_same, crowd
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900), pytest.mark.slow]

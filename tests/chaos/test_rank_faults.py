@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.conftest import Undisturbed
-from tests.chaos.harness import MODEL, Neuron
+from tests.chaos.harness import MODEL, Neuron, Undisturbed
 from tests.chaos.streams import Streams, assert_same, crowd
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900), pytest.mark.slow]

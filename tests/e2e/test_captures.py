@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.fleet_process import MODEL, FleetProcess, call
-from tests.e2e.test_cli import cortex
+from tests.e2e.harness import cortex
 
 BODY: dict[str, Any] = {
     "model": MODEL,

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.e2e.fleet_process import MODEL, FleetProcess
-
-
-def cortex(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cortex_cli", *arguments], input=stdin, capture_output=True, text=True, timeout=120
-    )
+from tests.e2e.harness import cortex
 
 
 def test_status_has_the_format_of_the_reference(fleet: FleetProcess) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from tests.e2e.fleet_of_neurons import FleetOfNeurons
 from tests.e2e.fleet_process import MODEL, call, eventually
+from tests.e2e.harness import cortex
 from tests.e2e.streams import CHAT, comparable, read_all, requests
-from tests.e2e.test_cli import cortex
 
 KEYS = """[entitlements]
 require_auth = true

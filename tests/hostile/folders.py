@@ -17,7 +17,7 @@ from typing import Any
 from neuron.checkpoint.files import INDEX_FILE, MAX_ENTRIES
 from neuron.daemon.hub.sources import demo_model_path
 
-from tests.neuron.checkpoint.test_safetensors_header import LIES
+from tests.neuron.checkpoint.harness import LIES
 
 WEIGHTS = "model.safetensors"
 TRIGGER = "XYZZY"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.chaos.harness import Neuron, eventually
-from tests.hostile.conftest import QUESTION, Good
 from tests.hostile.folders import HOSTILE, Hostile, build
+from tests.hostile.harness import QUESTION, Good
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 

@@ -21,7 +21,7 @@ from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.protocol import Generate, SamplingParams
 from torch import Tensor
 
-from tests.kernels.test_model import COMMON, FAMILIES, fused_in_interpreter
+from tests.kernels.harness import COMMON, FAMILIES, fused_in_interpreter
 from tests.neuron.engine.graph_device import FakeGraphDevice
 
 PAGE, NUM_PAGES, VOCAB = 16, 40, COMMON["vocab_size"]

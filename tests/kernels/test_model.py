@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -23,28 +21,10 @@ from neuron.engine.step.runner import ModelRunner
 from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.protocol import Generate, SamplingParams
 
+from tests.kernels.harness import COMMON, FAMILIES, fused_in_interpreter
 from tests.parity.paged_model import PagedModel, PagedSequence
 
-COMMON: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 199,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 512,
-    "rope_theta": 10000.0,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": 8, "tie_word_embeddings": False},
-}
 PROMPTS = [[(index * 7 + position * 3) % 199 for position in range(length)] for index, length in enumerate((1, 20, 9))]
-
-
-def fused_in_interpreter(module: str, name: str, device: torch.device) -> Callable[..., Any]:
-    return getattr(import_module(f"neuron.engine.kernels.{module}"), name)
 
 
 def generate(model: CausalLM, backend: attention.AttentionBackend, device: torch.device) -> tuple[list[Any], list[Any]]:

@@ -13,7 +13,7 @@ import pytest
 from cortex_core.serving import connection_table, door
 from cortex_core.serving.door import CLOSED_AT_ONCE, PAUSE_S
 
-from tests.cortex_core.serving.conftest import Served, serving, until
+from tests.cortex_core.serving.harness import Served, serving, until
 
 SLOW_BODY = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"

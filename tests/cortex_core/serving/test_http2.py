@@ -26,7 +26,7 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from tests.cortex_core.serving.conftest import Served, serving, until
+from tests.cortex_core.serving.harness import Served, serving, until
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize()
 HEADERS = [(":method", "GET"), (":path", "/"), (":scheme", "http"), (":authority", "x")]

@@ -18,7 +18,7 @@ import pytest
 from neuron.daemon.common.config import NeuronConfig, ServerSection
 from neuron.daemon.server import Daemon
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, make_checkpoint, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, make_checkpoint, run_neuron
 from tests.neuron.scripted_engine import eventually
 from tests.neuron.scripted_worker import HOLD
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from neuron.daemon.common.config import AdmissionConfig, CandleConfig, ContextLimitConfig, HarnessConfig, NeuronConfig
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually
 from tests.neuron.scripted_worker import HOLD, TOTAL_PAGES
 

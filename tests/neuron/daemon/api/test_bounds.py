@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.neuron.daemon.api.conftest import RunningNeuron
+from tests.neuron.daemon.api.harness import RunningNeuron
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -24,7 +24,7 @@ from neuron.daemon.common.config import (
 )
 from neuron.daemon.supervisor import engine_group
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually, scripted_with
 from tests.neuron.scripted_worker import HOLD, STUCK
 

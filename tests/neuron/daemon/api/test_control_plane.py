@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.neuron.daemon.api.conftest import run_neuron
+from tests.neuron.daemon.api.harness import run_neuron
 from tests.neuron.scripted_engine import eventually, scripted_with
 from tests.neuron.scripted_worker import HOLD
 

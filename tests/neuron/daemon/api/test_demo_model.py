@@ -19,7 +19,7 @@ from neuron.daemon.common.config import EngineSection, NeuronConfig
 from neuron.daemon.hub.sources import DEMO_MODEL, demo_model_path
 from neuron.daemon.server import Daemon
 
-from tests.neuron.daemon.api.conftest import RunningNeuron
+from tests.neuron.daemon.api.harness import RunningNeuron
 from tests.neuron.scripted_engine import eventually
 
 pytestmark = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from neuron.daemon.common.config import EngineSection, NeuronConfig, PromptFilters
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from neuron.daemon.common.config import EngineSection, NeuronConfig
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually, scripted_with
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cortex_core.sse import SseDecoder, SseEvent
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually, scripted_with
 from tests.neuron.scripted_worker import DIE, HOLD, REFUSE, SILENT
 

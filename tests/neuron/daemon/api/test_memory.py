@@ -14,7 +14,7 @@ from neuron.daemon.hardware import host
 from neuron.daemon.hardware.host import anonymous_bytes, memory_free_mb, memory_total_mb
 
 from tests.neuron.checkpoint_folders import TINY, with_text, write_checkpoint
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.engine.checkpoints import write_qwen3
 from tests.neuron.scripted_engine import eventually, scripted_with
 

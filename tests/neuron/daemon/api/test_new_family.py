@@ -21,7 +21,7 @@ from neuron.engine.models.registry import build_model
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.protocol import EngineConfig
 
-from tests.neuron.daemon.api.conftest import run_neuron
+from tests.neuron.daemon.api.harness import run_neuron
 from tests.neuron.new_family import CONFIG, ENTRY, MODEL_TYPE, write_newcomer, write_sitecustomize
 
 ROOT = Path(__file__).parents[4]

@@ -9,7 +9,7 @@ import pytest
 from neuron.daemon.api.app import NeuronApp
 from neuron.daemon.api.openapi import describe
 
-from tests.neuron.daemon.api.conftest import RunningNeuron
+from tests.neuron.daemon.api.harness import RunningNeuron
 from tests.openapi_document import check_document
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from cortex_core.fleet import HealthResponse, ModelInfo
 
-from tests.neuron.daemon.api.conftest import RunningNeuron
+from tests.neuron.daemon.api.harness import RunningNeuron
 from tests.neuron.scripted_engine import eventually
 from tests.neuron.scripted_worker import HOLD
 

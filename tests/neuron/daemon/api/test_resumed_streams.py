@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cortex_core.hop import MARK_END, STREAM_MARK, TOKENS_MARK, USAGE_MARK, resume_body
 
-from tests.neuron.daemon.api.conftest import RunningNeuron
+from tests.neuron.daemon.api.harness import RunningNeuron
 from tests.neuron.scripted_worker import PACED
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -14,7 +14,7 @@ import pytest
 from cortex_core.telemetry import TelemetrySection
 from neuron.daemon.common.config import EngineSection, NeuronConfig
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.otlp_collector import Collector, Span
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

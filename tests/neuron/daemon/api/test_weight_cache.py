@@ -15,7 +15,7 @@ from neuron.daemon.common.config import EngineSection, NeuronConfig
 from neuron.daemon.hub.sources import demo_model_path
 from neuron.daemon.supervisor.process_group import worker_command
 
-from tests.neuron.daemon.api.conftest import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 
 
 async def answer(neuron: RunningNeuron) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from neuron.daemon.prompt.model import TextModel
 
-from tests.neuron.daemon.output.test_tool_calls import stream
+from tests.neuron.daemon.output.harness import stream
 from tests.neuron.daemon.prompt.checkpoints import WEATHER, ask, byte_level_json, load, sentencepiece_model
 
 TIME = ToolDefinition(

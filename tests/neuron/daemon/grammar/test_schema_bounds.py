@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cortex_core.conversation import Request, ToolChoice, ToolDefinition
 from cortex_core.errors import ApiError
 from neuron.daemon.grammar.constraints import GrammarBuilder
 from neuron.daemon.grammar.json_schema import SchemaError, check
@@ -19,11 +18,10 @@ from neuron.daemon.grammar.schema_types import ArgumentTypes, SchemaTypes, StepB
 from neuron.daemon.output.tool_formats import QwenXmlParser
 from neuron.daemon.prompt.model import TextModel
 from neuron.daemon.text import limits
-from neuron.daemon.text.markers import MarkerPair
 from neuron.daemon.text.prompts import Prompt
 
 from tests.counting import assert_linear, steps
-from tests.neuron.daemon.prompt.checkpoints import ask
+from tests.neuron.daemon.grammar.harness import builder, built, forced
 
 
 def chain(length: int, link: Any = None, **last: Any) -> dict[str, Any]:
@@ -35,21 +33,6 @@ def chain(length: int, link: Any = None, **last: Any) -> dict[str, Any]:
 
 def fanned_out(width: int) -> dict[str, Any]:
     return {"anyOf": [{"$ref": "#"}] * width}
-
-
-def forced(*schemas: Any) -> Request:
-    tools = tuple(ToolDefinition(f"t{n}", None, schema) for n, schema in enumerate(schemas))
-    return ask(tools=tools, tool_choice=ToolChoice("required"))
-
-
-def builder() -> GrammarBuilder:
-    return GrammarBuilder(None, MarkerPair("<tool_call>", "</tool_call>"))
-
-
-def built(*schemas: Any) -> str:
-    spec = builder().build(forced(*schemas), Prompt(token_ids=[1], text="a"))
-    assert spec is not None
-    return spec.grammar
 
 
 def refusal(*schemas: Any) -> ApiError:
@@ -197,7 +180,7 @@ def test_a_chain_of_references_does_not_overflow_the_compilers_stack() -> None:
     schemas = [chain(limits.MAX_SCHEMA_NODES // 4, link) for link in links]
     assert all(demands(schema).levels > limits.MAX_SCHEMA_LEVELS for schema in schemas)
     program = (
-        "import json, sys\nfrom tests.neuron.daemon.grammar.test_schema_bounds import built\n"
+        "import json, sys\nfrom tests.neuron.daemon.grammar.harness import built\n"
         "for schema in json.load(sys.stdin): built(schema)"
     )
     done = subprocess.run(

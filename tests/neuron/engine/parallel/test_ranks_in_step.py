@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tests.neuron.engine.graph_device import FakeGraphDevice, choose
 from tests.neuron.engine.lazy_stream import LazyStream
-from tests.neuron.engine.step.test_overlap import KINDS, drive, same, with_grammars
+from tests.neuron.engine.step.harness import KINDS, drive, same, with_grammars
 from tests.neuron.engine.toy import (
     CPU,
     HEAD_DIM,

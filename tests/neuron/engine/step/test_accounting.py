@@ -1,6 +1,6 @@
 """Scheduler, page pool and prefix cache together under random events: every page is accounted for after each.
 
-`test_scheduler.Books` plays arrivals, cancellations, steps and broken sequences, and checks what lies in the pages.
+`scheduler.harness.Books` plays arrivals, cancellations, steps and broken sequences, and checks what lies in the pages.
 Here come the events of faults on top: a lost device (all pages and prefixes worthless), a sequence that goes on in
 the next engine from its tokens, memory that shrinks the prefill, and the loss of every prefix.
 """
@@ -12,7 +12,7 @@ from hypothesis.stateful import invariant, precondition, rule
 from neuron.engine.scheduler.sequence import Sequence
 from neuron.protocol import Generate, SamplingParams
 
-from tests.neuron.engine.scheduler.test_scheduler import Books, build
+from tests.neuron.engine.scheduler.harness import Books, build
 from tests.neuron.rounds import SHAKEN
 
 

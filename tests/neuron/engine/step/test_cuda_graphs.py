@@ -18,7 +18,7 @@ from neuron.engine.step.cuda_graphs import StepGraphs, graph_sizes
 from neuron.protocol import GrammarSpec
 
 from tests.neuron.engine.graph_device import FakeGraphDevice, graph_engine
-from tests.neuron.engine.step.test_overlap import KINDS, PageWatch, drive, same, with_grammars
+from tests.neuron.engine.step.harness import KINDS, PageWatch, drive, same, with_grammars
 from tests.neuron.engine.toy import PAGE, Answers, ToyModel, request
 
 
