@@ -188,6 +188,23 @@ def test_every_test_that_is_named_to_contributors_exists(page: str) -> None:
     assert named and not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_slow_tests_that_are_named_exist() -> None:
+    for name in (ROOT / "tests" / "slow_tests.txt").read_text().split():
+        path, _, test = name.partition("::")
+        text = (ROOT / path).read_text()
+        assert re.search(rf"\b{test.rpartition('::')[2]}\b", text), name
+
+
+def test_nothing_is_imported_from_a_conftest_or_a_test_module() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in (ROOT / "tests").rglob("*.py")
+        if "cortex_gateway" not in path.parts and path.parent.name != "access"
+        for line in re.findall(r"^from tests[\w.]*\.(?:conftest|test_\w+) import .*", path.read_text(), re.M)
+    ]
+    assert not found
+
+
 def test_every_finding_is_listed_and_says_which_version() -> None:
     listed = (ROOT / "findings" / "README.md").read_text()
     for path in sorted((ROOT / "findings").glob("*.sh")):
