@@ -75,6 +75,8 @@ class Facts(msgspec.Struct, frozen=True, tag=True):
 
 
 class Renamed(msgspec.Struct, frozen=True, tag=True):
+    """A body of so many bytes follows, with the new name in it."""
+
     num_bytes: int
 
 

@@ -56,6 +56,8 @@ class PollRefused(msgspec.Struct, frozen=True):
 
 
 class OperationStarted(msgspec.Struct, frozen=True):
+    """A load or an unload that this gateway has begun. at: seconds of its clock."""
+
     node: str
     model: str
     kind: OperationKind
@@ -95,6 +97,8 @@ class DefragDue(msgspec.Struct, frozen=True):
 
 
 class DefragDone(msgspec.Struct, frozen=True):
+    """A node has been swapped into order and takes loads again."""
+
     node: str
 
 

@@ -24,6 +24,8 @@ FLUSH_S = 5.0
 
 
 class Bookkeeper:
+    """Reservations of one gateway. ttl_s: how long one stays in the store without being renewed."""
+
     def __init__(self, store: Store, *, ttl_s: float) -> None:
         self._store = store
         self.ttl_s = ttl_s

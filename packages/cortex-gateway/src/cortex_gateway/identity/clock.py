@@ -25,6 +25,8 @@ class Clock(Protocol):
 
 
 class SystemClock:
+    """The clocks of this host."""
+
     def __init__(self) -> None:
         self.boot = _boot()
 

@@ -113,6 +113,8 @@ MAX_JUMPS = 4
 
 
 class PostgresStore:
+    """A `Store` in the database that `url` names."""
+
     _look = LOOK.format(wall=WALL)
 
     def __init__(self, url: str, clock: Clock = SYSTEM_CLOCK) -> None:

@@ -100,6 +100,8 @@ USAGE = "SELECT key_id, budget, slot, amount FROM booked"
 
 
 class SqliteStore:
+    """A `Store` in the file at `path`, on a thread of its own."""
+
     def __init__(self, path: Path | str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._path = Path(path)
         self._clock = clock

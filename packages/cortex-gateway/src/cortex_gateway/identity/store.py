@@ -70,11 +70,15 @@ class Settlement(NamedTuple):
 
 
 class Refused(NamedTuple):
+    """A reservation that a budget has no room for, and what it lacks."""
+
     budget: str
     shortfall: Shortfall
 
 
 class BookedUse(NamedTuple):
+    """Use of a key's budget in one slot of time."""
+
     key_id: str
     budget: str
     slot: int

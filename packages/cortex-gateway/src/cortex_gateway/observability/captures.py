@@ -69,6 +69,8 @@ class CapturedRequest(msgspec.Struct, frozen=True):
 
 
 class CapturedAnswer(msgspec.Struct, frozen=True):
+    """An answer as it was sent. is_cut: more came than is kept; status: None where none was sent."""
+
     status: int | None
     headers: list[tuple[str, str]]
     pieces: list[Piece]

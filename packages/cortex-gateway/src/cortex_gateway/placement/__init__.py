@@ -1,1 +1,1 @@
-"""Where a request goes. `router` and `evictor` decide and do no I/O; `loads` and `placement` carry it out."""
+"""Placement of requests. `router` and `evictor` decide and do no I/O; `loads` and `placement` carry it out."""

@@ -1,4 +1,4 @@
-"""Which node knows a conversation: sessions by their key, prompts by their beginning. Bounded, and only ever a hint.
+"""Affinity of conversations to nodes: sessions by their key, prompts by their beginning. Bounded, and only ever a hint.
 
 A neuron keeps the KV cache of recent prompts, so the same conversation is answered sooner where its last turn was.
 A request that names its session is remembered by that; any other by a chain of hashes over its prompt, one per

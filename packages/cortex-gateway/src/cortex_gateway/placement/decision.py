@@ -1,4 +1,4 @@
-"""What can be decided for a request, as values."""
+"""Decisions on a request, as values."""
 
 from __future__ import annotations
 

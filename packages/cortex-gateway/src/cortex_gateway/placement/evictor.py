@@ -1,4 +1,4 @@
-"""Which models make room for another one on a node. Pure.
+"""Eviction: the models that make room for another one on a node. Pure.
 
 A model with work in flight is never a victim, nor one that a request waits for, one that an operator pinned, one
 that has only just been loaded, or one of a higher residency class than the incoming model. Among the rest, `lru`

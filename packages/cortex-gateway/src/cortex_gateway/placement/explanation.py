@@ -1,4 +1,4 @@
-"""What a request waits for, and why none can be served: in words and in figures. Pure.
+"""Explanations of a wait, and of a refusal, in words and in figures. Pure.
 
 Nobody waits without a reason, and whoever asks is told it: in the comments that keep a stream alive, in the error of a
 request that has waited long enough, in the log, and on `/admin/fleet`.

@@ -1,4 +1,4 @@
-"""What a gateway does of its own accord: unload what nobody uses, recycle what has been swapped around too often. Pure.
+"""Maintenance of its own accord: unload what nobody uses, recycle what has been swapped around too often. Pure.
 
 An unload frees all memory of a model at once, but what stays on a device beside many that came and went may lie in
 the way: after `defrag_after_cycles` evictions on a node, each of its models is unloaded and loaded again when idle.
@@ -17,6 +17,8 @@ from cortex_gateway.placement.state import PlacementState
 
 
 class UnloadIdle(msgspec.Struct, frozen=True):
+    """A model that nobody has used for `idle_s` goes."""
+
     node: str
     model: str
     idle_s: float
@@ -37,6 +39,8 @@ class BeginDefrag(msgspec.Struct, frozen=True):
 
 
 class EndDefrag(msgspec.Struct, frozen=True):
+    """A node that is in order again takes loads."""
+
     node: str
 
 

@@ -1,4 +1,4 @@
-"""Who waits for which model, and since when. The queue is per model: when a model comes, all who wait for it go."""
+"""Queues of waiting requests, one per model: when a model comes, all who wait for it go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several nodes that serve a model gets a request. Pure.
+"""Choice among several nodes that serve a model. Pure.
 
 score = matched share of the prompt − β × relative load − what suspicion costs. Without a match that is: the least
 loaded. Ties go to the node used longest ago, then by name, so that the same picture always gives the same answer.

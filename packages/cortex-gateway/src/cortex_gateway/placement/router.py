@@ -1,4 +1,4 @@
-"""Where a request for a model goes: a state in, a decision out. Pure, and deterministic in ties.
+"""Routing of a request for a model: a state in, a decision out. Pure, and deterministic in ties.
 
 The order of preference (its steps are numbered in docs/explanation/placement.md): a node that has the model loaded and
 can serve it; else wait for one that is loading or recovering it (a second copy is never started); else a cold load on

@@ -1,4 +1,4 @@
-"""What a request says of its conversation, read only where there are several nodes to choose between.
+"""Hints of a request at its conversation, read only where there are several nodes to choose between.
 
 Known clients name their session: Claude Code and opencode in headers, Codex and Zed in headers or `prompt_cache_key`,
 Claude Code also inside `metadata.user_id`. Everybody else is recognised by the beginning of the prompt.

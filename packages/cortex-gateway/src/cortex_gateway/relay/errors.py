@@ -1,4 +1,4 @@
-"""What a client reads when a neuron, or the gateway, cannot finish. Details go to the log, not to clients (G8)."""
+"""Errors as clients read them when a neuron, or the gateway, cannot finish. Details go to the log (G8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the spans of an inference request say, where traces are on: only then is there an `request.trace`."""
+"""Attributes of an inference request's spans, where traces are on: only then is there a `request.trace`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the gateway answers to: one module per surface."""
+"""Routes of the gateway but inference: the door, models, health, admin, captures, metrics and the OpenAPI document."""

@@ -37,6 +37,8 @@ class ModelRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdminRoutes:
+    """The routes under `/admin` that change or show the fleet."""
+
     def __init__(
         self,
         fleet: Fleet,

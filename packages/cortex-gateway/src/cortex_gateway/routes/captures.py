@@ -22,6 +22,8 @@ class CaptureSwitch(msgspec.Struct, frozen=True):
 
 
 class CaptureRoutes:
+    """The routes under `/admin/captures`."""
+
     def __init__(self, captures: Captures, current: Current) -> None:
         self._captures = captures
         self._current = current

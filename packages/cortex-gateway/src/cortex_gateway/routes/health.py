@@ -15,6 +15,8 @@ from cortex_gateway.fleet.state import Fleet
 
 
 class NodeCount(msgspec.Struct, frozen=True):
+    """Nodes that answer their polls, and all of them."""
+
     healthy: int
     total: int
 
@@ -93,6 +95,8 @@ def fleet_health(snapshot: FleetSnapshot, *, is_draining: bool, is_config_refuse
 
 
 class HealthRoutes:
+    """`/health`, `GET /`, `HEAD /` and `HEAD /api/hello`."""
+
     def __init__(self, fleet: Fleet, is_draining: Callable[[], bool], reloader: Reloader | None) -> None:
         self._fleet = fleet
         self._is_draining = is_draining
