@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = f"{item.path.relative_to(ROOT)}::{item.nodeid.split('::', 1)[-1].partition('[')[0]}"
         if is_quick(item.path) and name not in slow and not any(item.iter_markers("slow")):
             item.add_marker(pytest.mark.unit)
+    # What starts processes comes first: of two test processes neither is left alone with it at the end.
+    items.sort(key=lambda item: is_quick(item.path))
 
 
 @cache
