@@ -41,7 +41,7 @@ KNOWN = {
     ("daemon/text_workers/host.py", "_fork"): "shared memory without a file",
     ("daemon/hardware/host.py", "*"): "/proc and /sys",
     ("daemon/hardware/nvml.py", "*"): "/proc and the driver",
-    ("engine/host_memory.py", "*"): "/proc and /sys",
+    ("host_memory.py", "*"): "/proc and /sys",
     ("engine/weights/materialise.py", "*"): "/sys",
     ("daemon/server.py", "*"): "locks of the runtime folder",
 }

@@ -118,7 +118,8 @@ class Poller:
                 polling.coming = None
                 return await self._poll(neuron)
         finally:
-            polling.coming = None
+            if polling.coming is asyncio.current_task():  # cancelled while it waited; another one's is not ours to drop
+                polling.coming = None
 
     async def has_ended(self, node: str, generation: int) -> bool:
         """Whether that process is gone: nothing listens there, or another one does. However many ask, one looks.

@@ -90,10 +90,7 @@ class UpstreamTimeout:
         if request.has_answered:
             return last, never
         if request.is_stream and request.has_begun and request.translation is None:
-            return (
-                last,
-                self._has_other,
-            )  # it pings; before, it may be reading a long body
+            return last, self._has_other  # it pings; before, it may be reading a long body
         return max(last, self._neuron.answered_at), self._has_other
 
 

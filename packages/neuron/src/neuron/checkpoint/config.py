@@ -58,7 +58,6 @@ def read_config(config: Mapping[str, Any], family: Family | None = None) -> Mode
     check_values(config)
     family = family or family_of(config)
     refuse_quantised(config)
-    check_values(config, is_complete=True)
     values = language_model(config)
     activation = values.get("hidden_act") or values.get("hidden_activation") or "silu"
     if activation not in ("silu", "swish"):

@@ -66,8 +66,8 @@ def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **nested} if isinstance(nested, Mapping) else config
 
 
-def check_values(config: Mapping[str, Any], *, is_complete: bool = False) -> None:
-    """Refuse what is there and cannot be; is_complete: also what is missing and has no default.
+def check_values(config: Mapping[str, Any]) -> None:
+    """Refuse what is there and cannot be.
 
     config: a `config.json`, whose values may be nested under `text_config`. Raises `CheckpointError`, which names the
     key, its value and what it may be.
@@ -75,10 +75,7 @@ def check_values(config: Mapping[str, Any], *, is_complete: bool = False) -> Non
     values = language_model(config)
     for key, (least, most) in INTEGERS.items():
         value = values.get(key)
-        if value is None:
-            if is_complete and key in _REQUIRED:
-                raise CheckpointError(f"{FILE}: {key} is missing", file=FILE)
-        elif not _is_integer(value) or not least <= value <= most:
+        if value is not None and (not _is_integer(value) or not least <= value <= most):
             raise _wrong(key, value, "a positive integer" if least else "an integer", f" ({least} to {most})")
     for key, limits in NUMBERS.items():
         _check_number(values, key, limits)
@@ -106,6 +103,8 @@ def count(values: Mapping[str, Any], key: str, default: int | None = None) -> in
     """A whole number, or its default. Raises `CheckpointError` where there is neither, or one below 1."""
     value = values.get(key)
     value = default if value is None else value
+    if value is None:
+        raise CheckpointError(f"{FILE}: {key} is missing", file=FILE)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _wrong(key, value, "a positive integer")
     return value
