@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,3 +73,14 @@ def test_version_names_package_and_torch() -> None:
     output = CliRunner().invoke(cli, ["--version"]).output
     assert output.startswith(f"neuron {metadata.version('helexa-neuron')} (")
     assert f"torch {metadata.version('torch')}" in output
+
+
+@pytest.mark.parametrize("module", ["neuron", "neuron.cli"])
+def test_the_command_line_is_found_under_its_old_name_too(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("neuron ")
+
+
+def test_an_engine_process_is_started_under_its_old_name_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "neuron.worker", "--help"], capture_output=True, text=True, check=True)
+    assert "--socket" in done.stdout
