@@ -28,7 +28,7 @@ class Mortal:
     """A neuron whose process ends where a word occurs in a request, with all that it has under way, and is back soon as
     another process. `gate`: other requests are answered once it is set."""
 
-    def __init__(self, neuron: FakeNeuron, *, is_old: bool = False, opens_streams: bool = False) -> None:
+    def __init__(self, neuron: FakeNeuron, *, is_old: bool = False, opens_streams: bytes = b"") -> None:
         self.neuron = neuron
         self.num_ends = 0
         self.before_end: Callable[[], None] = lambda: None
@@ -53,7 +53,7 @@ class Mortal:
             response: web.StreamResponse | None = None
             if self.opens_streams and b'"stream": true' in body:  # maybe behind what is to be gone on with
                 response = await FakeNeuron.begin_stream(request)
-                await response.write(HEAD + b": ping\n\n")
+                await response.write(HEAD + self.opens_streams)
             if b"poison" in body:
                 self.end()
                 return response or web.Response()
@@ -111,9 +111,21 @@ async def test_H2_two_ends_without_a_byte_blame_the_request(
     await nothing_is_held_against(client)
 
 
-async def test_H2_pings_are_no_answer(neuron: FakeNeuron, second: FakeNeuron, start: Start) -> None:
+PING = b": ping\n\n"
+OPENING = b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+KEPT_WAITING = {
+    "a ping": PING,
+    "an opening": OPENING + tokens_comment([]),
+    "an opening and pings": OPENING + tokens_comment([]) + PING + tokens_comment([]) + PING + tokens_comment([]),
+}
+
+
+@pytest.mark.parametrize("opening", KEPT_WAITING)
+async def test_H2_what_keeps_a_stream_waiting_is_no_answer(
+    neuron: FakeNeuron, second: FakeNeuron, start: Start, opening: str
+) -> None:
     """A stream that has begun, with nothing in it yet, would be taken elsewhere eight times."""
-    mortals = [Mortal(each, opens_streams=True) for each in (neuron, second)]
+    mortals = [Mortal(each, opens_streams=KEPT_WAITING[opening]) for each in (neuron, second)]
     client = await start(neuron, second, gateway={"stream_hold_s": 0.0, "ping_interval_s": 0.05})
     body = {"model": MODEL, **asked("poison", stream=True)}
     async with client.post("/v1/chat/completions", body) as response:

@@ -64,8 +64,8 @@ class RequestState:
     translation: how a server that is no neuron is asked, where one is. trace: its spans, where telemetry is on;
     trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
     where exchanges are captured. has_begun: a node has begun to answer. has_answered: the node of this attempt has sent
-    something of an answer, beyond pings. known_as, trial: where processes have ended under the same body before.
-    is_blamed: a neuron found that it ends its engine.
+    something of an answer, beyond what opens a stream and pings. known_as, trial: where processes have ended under the
+    same body before. is_blamed: a neuron found that it ends its engine.
     """
 
     __slots__ = (

@@ -54,6 +54,7 @@ class SseRelay:
         "_is_hop",
         "_is_marked",
         "_last",
+        "_num_rejoined",
         "_usage",
         "batches",
         "head",
@@ -71,12 +72,21 @@ class SseRelay:
         self._is_hop = is_hop
         self._is_first = is_hop
         self._is_marked = False
+        self._num_rejoined = 0
 
     def rejoin(self) -> None:
         """Another neuron goes on: what was held of the last one's is dropped, as its tokens are not in `batches`."""
         self._held = b""
         self._is_first = True
         self._is_marked = False
+        self._num_rejoined = len(self.batches)
+
+    def holds_answer(self, data: bytes) -> bool:
+        """A stream that is kept waiting is opened in its dialect's words, and pinged: where writes are marked, tokens
+        make an answer."""
+        if self._is_marked:
+            return bool(self.batches[self._num_rejoined :].strip(b"[],"))
+        return not data.startswith((b":", b"event: ping"))
 
     @property
     def is_resumable(self) -> bool:

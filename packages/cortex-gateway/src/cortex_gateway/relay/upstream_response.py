@@ -119,7 +119,7 @@ async def _events(request: RequestState, response: aiohttp.ClientResponse, strea
             request.last_byte_at = now()
             if not data:
                 continue
-            if not request.has_answered and not data.startswith((b":", b"event: ping")):
+            if not request.has_answered and stream.holds_answer(data):
                 request.answers(request.last_byte_at)
             await writer.write(data)
     except ForeignStream:

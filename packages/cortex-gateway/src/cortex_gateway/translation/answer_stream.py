@@ -58,6 +58,11 @@ class AnswerStream(Protocol):
 
     def feed(self, chunk: bytes) -> bytes: ...
 
+    def holds_answer(self, data: bytes) -> bool:
+        """Whether what the node of this attempt has written has something of the answer itself. data: what `feed` returned
+        last. Asked until it is true."""
+        ...
+
     def flush(self) -> bytes:
         """The end of the stream: what is still held."""
         ...

@@ -277,6 +277,9 @@ class TranslatedStream:
             raise UpstreamFault(self._fault)
         return data
 
+    def holds_answer(self, data: bytes) -> bool:
+        return bool(data)
+
     def rejoin(self) -> None:
         raise AssertionError("no other server can go on with a translated stream")
 
