@@ -38,7 +38,13 @@ CONFIG = 'host = "127.0.0.1"\nport = 0\n[engine]\nkv_cache_tokens = 65536\n'
 HEALTH_PER_S = 50.0
 AIM_MS = 1_000.0
 SET_OFF = ("template loops when asked", "tokenizer backtracks when asked")
-KINDS = ("daemon", "text", "inspections", "engines")
+PROGRAMS = {
+    b"neuron.daemon.text_workers": "text",
+    b"neuron.daemon.lifecycle.inspection": "inspections",
+    b"neuron.engine.worker": "engines",
+}
+KINDS = ("daemon", *PROGRAMS.values())
+"""The keeper of a daemon counts as daemon."""
 
 LOOK = """
 import http.client, json, sys, time
@@ -201,14 +207,11 @@ class Memory:
         return found
 
     def _kind_of(self, pid: int) -> str:
-        if pid == self._pid:
-            return "daemon"
         try:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return "daemon"
-        named = ((b"neuron.engine.worker", "engines"), (b"neuron.daemon.lifecycle.inspection", "inspections"))
-        return next((kind for word, kind in named if word in arguments), "text")
+        return next((kind for word, kind in PROGRAMS.items() if word in arguments), "daemon")
 
 
 def family_of(pid: int) -> list[int]:

@@ -59,8 +59,8 @@ class AnswerStream(Protocol):
     def feed(self, chunk: bytes) -> bytes: ...
 
     def holds_answer(self, data: bytes) -> bool:
-        """Whether what the node of this attempt has written has something of the answer itself. data: what `feed` returned
-        last. Asked until it is true."""
+        """Whether what the node of this attempt has written has something of the answer itself. data: what `feed`
+        returned last. Asked until it is true."""
         ...
 
     def flush(self) -> bytes:

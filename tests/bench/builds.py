@@ -1,0 +1,236 @@
+"""Two builds of this repository in turn: what the gateway and the engine cost, and how fast the engine is.
+
+    python tests/bench/builds.py gateway --base WORKTREE [--rounds 12] [--bar 1.03]
+    python tests/bench/builds.py engine --base WORKTREE [--rounds 12] [--model demo|moderate|qwen3-0.6b] [--threads 2]
+
+WORKTREE is a checkout of the build to compare with (`git worktree add WORKTREE 7d1037b`) that has an environment of its
+own (`uv sync --locked` in it). Each build measures itself with its own `gateway.py` or `engine.py`, so that a build
+whose modules have moved needs nothing from this one; here they only take turns. `gateway` starts fresh processes for
+each round: CPU per request, streamed chunk and prompt of 200 kB. `engine` keeps one worker process of each build:
+CPU and seconds of the same greedy work, given as `STREAMSxPROMPT+NEW` (streams at once, tokens of each prompt, tokens
+of each answer), the answers compared; at the end the CPU around the model in a step, and what the workers hold.
+
+A bar is met when the upper end of the 90 % interval of the paired ratios (here / base) is at most `--bar`. A round is
+marked where a side had less than nine tenths of its processors (other work on the machine): its wall time says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for a run as a script
+
+from tests.bench.paired import interval
+
+HERE = Path(__file__).parents[2]
+
+_GATEWAY = """
+import json, sys, tempfile
+from pathlib import Path
+import gateway
+options = gateway.parser(None).parse_args([])
+for line in sys.stdin:
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(gateway.one_round(json.loads(line), options, Path(scratch))), flush=True)
+"""
+
+_ENGINE = """
+import json, os, random, sys, tempfile, time, hashlib
+from pathlib import Path
+folder, threads, dtype = sys.argv[1:]
+import engine, msgspec
+make = engine.engine_config
+def config(path, threads):
+    made = make(path, threads)
+    return made if dtype == "default" else msgspec.structs.replace(made, dtype=dtype)
+engine.engine_config = config
+with tempfile.TemporaryDirectory() as scratch:
+    path = Path(folder)
+    worker = engine.Worker(path, int(threads), Path(scratch))
+    def held(key):
+        status = Path(f"/proc/{worker._process.pid}/status").read_text()
+        return int(status.partition(key + ":")[2].split()[0]) / 1024
+    for line in sys.stdin:
+        work = json.loads(line)
+        if work == "overhead":
+            said, sys.stdout = sys.stdout, open(os.devnull, "w")
+            table = engine.overhead(151936)
+            sys.stdout = said
+            print(json.dumps(table), flush=True)
+            continue
+        rng = random.Random(work["seed"])
+        prompts = [[rng.randrange(work["vocab"]) for _ in range(work["prompt"])] for _ in range(work["streams"])]
+        cpu, began = worker.cpu_seconds(), time.perf_counter()
+        answers = worker.run(prompts, work["new"])
+        wall, cpu = time.perf_counter() - began, worker.cpu_seconds() - cpu
+        print(json.dumps({"cpu": cpu, "wall": wall, "answers": answers, "rss": held("VmRSS"), "peak": held("VmHWM")}),
+              flush=True)
+    worker.close()
+"""
+
+
+class Work(NamedTuple):
+    streams: int
+    prompt: int
+    new: int
+
+    @classmethod
+    def parse(cls, text: str) -> Work:
+        streams, _, rest = text.partition("x")
+        prompt, _, new = rest.partition("+")
+        return cls(int(streams), int(prompt), int(new))
+
+    def __str__(self) -> str:
+        return f"{self.streams}x{self.prompt}+{self.new}"
+
+
+class Build:
+    """A build that measures itself, one line of JSON asked and one answered."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._asks: IO[str] = process.stdin
+        self._answers: IO[str] = process.stdout
+
+    def measure(self, what: Any) -> Any:
+        self._asks.write(json.dumps(what) + "\n")
+        self._asks.flush()
+        line = self._answers.readline()
+        if not line:
+            raise SystemExit("a build ended; its words are above")
+        return json.loads(line)
+
+
+@contextmanager
+def build(worktree: Path, code: str, *arguments: str) -> Iterator[Build]:
+    command = [str(worktree / ".venv/bin/python"), "-c", code, *arguments]
+    folder = worktree / "tests/bench"
+    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Build(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(60)
+
+
+def both(stack: ExitStack, base: Path, code: str, *arguments: str) -> dict[str, Build]:
+    trees = {"base": base.resolve(), "here": HERE}
+    return {name: stack.enter_context(build(tree, code, *arguments)) for name, tree in trees.items()}
+
+
+def in_turn(sides: dict[str, Build], what: Any, number: int) -> dict[str, Any]:
+    names = list(sides) if number % 2 else list(reversed(sides))
+    return {name: sides[name].measure(what) for name in names}
+
+
+def verdict(what: str, ratios: list[float], bar: float | None) -> bool:
+    low, high = interval(ratios)
+    said = "" if bar is None else f", bar {bar}: {'met' if high <= bar else 'MISSED'}"
+    print(f"{what}: {low:.3f} to {high:.3f} of the base{said}", flush=True)
+    return bar is None or high <= bar
+
+
+def gateway(options: argparse.Namespace) -> bool:
+    measured: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        sides = both(stack, options.base, _GATEWAY)
+        for number in range(1, options.rounds + 1):
+            found = in_turn(sides, "cortex", number)
+            words = []
+            for kind, base in found["base"].items():
+                measured.setdefault(kind, []).append(found["here"][kind] / base)
+                words.append(f"{kind} {base:.1f} -> {found['here'][kind]:.1f}")
+            print(f"{number:4}  us of CPU: {', '.join(words)}", flush=True)
+    verdicts = [verdict(f"CPU per {kind}", ratios, options.bar) for kind, ratios in measured.items()]
+    return all(verdicts)
+
+
+def engine(options: argparse.Namespace) -> bool:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from engine import checkpoint, read_hf_config
+
+    is_good = True
+    with ExitStack() as stack:
+        folder = checkpoint(options.model, Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint")
+        vocab = int(read_hf_config(folder)["vocab_size"])
+        arguments = (str(folder), str(options.threads), options.dtype)
+        sides = both(stack, options.base, _ENGINE, *arguments)
+        for work in options.work:
+            cpu: list[float] = []
+            wall: list[float] = []
+            equal = 0
+            for number in range(options.rounds + 1):
+                asked = {**work._asdict(), "vocab": vocab, "seed": number}
+                found = in_turn(sides, asked, number)
+                if not number:
+                    continue  # the first round warms up
+                base, here = found["base"], found["here"]
+                cpu.append(here["cpu"] / base["cpu"])
+                wall.append(here["wall"] / base["wall"])
+                equal += base["answers"] == here["answers"]
+                used = [each["cpu"] / each["wall"] for each in (base, here)]
+                note = "" if min(used) >= 0.9 * options.threads else "  (processors were wanting)"
+                print(
+                    f"{number:4}  {work}  CPU s {base['cpu']:.3f} -> {here['cpu']:.3f} ({cpu[-1]:.3f}), wall s "
+                    f"{base['wall']:.3f} -> {here['wall']:.3f} ({wall[-1]:.3f}), CPU/wall {used[0]:.2f} {used[1]:.2f}"
+                    f"{note}",
+                    flush=True,
+                )
+            is_good &= verdict(f"{work}: CPU", cpu, options.bar)
+            verdict(f"{work}: wall time", wall, None)
+            print(f"{work}: answers equal in {equal} of {options.rounds} rounds", flush=True)
+        held = {
+            name: side.measure({**options.work[0]._asdict(), "vocab": vocab, "seed": 0}) for name, side in sides.items()
+        }
+        for name, figures in held.items():
+            print(f"{name}: resident {figures['rss']:.0f} MiB, at most {figures['peak']:.0f} MiB")
+        around: dict[str, list[float]] = {}
+        for number in range(max(options.rounds // 3, 1)):
+            tables = in_turn(sides, "overhead", number)
+            for kind, base in tables["base"].items():
+                around.setdefault(kind, []).append(tables["here"][kind] / base)
+                print(
+                    f"      around 16 decodes, {kind}: {base:.3f} -> {tables['here'][kind]:.3f} ms",
+                    flush=True,
+                )
+        for kind, ratios in around.items():
+            verdict(f"around 16 decodes, {kind}", ratios, None)
+    return is_good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["gateway", "engine"])
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--bar", type=float, default=1.03)
+    parser.add_argument("--model", default="moderate", help="as engine.py's")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="default", help="of the engine; default: what each build chooses")
+    parser.add_argument(
+        "--work",
+        type=Work.parse,
+        nargs="*",
+        default=[Work(1, 128, 64), Work(16, 128, 64)],
+        metavar="STREAMSxPROMPT+NEW",
+    )
+    options = parser.parse_args()
+    print("$ python", *sys.argv)
+    load = os.getloadavg()[0]
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}, Python {platform.python_version()}")
+    return 0 if (gateway if options.what == "gateway" else engine)(options) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
