@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import msgspec
-from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, status_of
+from cortex_core.fleet import (
+    LOAD_FEATURES,
+    OLDEST_LOAD_FIELDS,
+    DiscoveryResponse,
+    HealthResponse,
+    ModelInfo,
+    ModelSpec,
+    needed_features,
+    status_of,
+)
 
 
 def test_an_old_peers_minimal_answers_are_read_with_defaults() -> None:
@@ -24,3 +33,11 @@ def test_a_load_request_names_the_harness_that_older_neurons_demand() -> None:
 def test_unknown_statuses_read_as_loaded() -> None:
     assert status_of("recovering") == "recovering"
     assert status_of("something-new") == "loaded"
+
+
+def test_what_the_oldest_neurons_read_needs_no_feature_and_all_else_has_one() -> None:
+    assert not needed_features(ModelSpec("a/b", quant="q6k", tensor_split=(1.0, 2.0), deterministic=True))
+    assert needed_features(ModelSpec("a/b", dtype="float32")) == {"load.dtype"}
+    named = {feature.removeprefix("load.") for feature in LOAD_FEATURES}
+    assert named.isdisjoint(OLDEST_LOAD_FIELDS)
+    assert named | OLDEST_LOAD_FIELDS == set(ModelSpec.__struct_fields__)

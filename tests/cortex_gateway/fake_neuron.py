@@ -70,6 +70,7 @@ class FakeNeuron:
         self.health_extra: dict[str, Any] = {}
         self.is_down = False
         self.is_old = False
+        self.features: list[str] = []
         self.models_hang = False
         self.num_loads = 0
         self.health_fails = False
@@ -128,6 +129,7 @@ class FakeNeuron:
         app.router.add_get("/discovery", self._discovery)
         app.router.add_get("/health", self._health)
         app.router.add_get("/models", self._models)
+        app.router.add_get("/version", self._version)
         app.router.add_post("/models/load", self._load)
         app.router.add_post("/models/unload", self._unload)
         if not self.is_old:
@@ -173,6 +175,9 @@ class FakeNeuron:
         if self.models_hang:
             await asyncio.Event().wait()
         return web.json_response(list(self.models.values()))
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"package_version": "0.1.0", "features": self.features})
 
     async def _load(self, request: web.Request) -> web.Response:
         spec = await request.json()

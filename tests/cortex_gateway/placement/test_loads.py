@@ -176,6 +176,40 @@ async def test_F20_already_loaded_counts_as_success(neuron: FakeNeuron, start: S
     assert await ask(client, MODEL) == 200
 
 
+async def test_a_field_that_an_older_neuron_would_ignore_goes_only_to_one_that_reads_it(
+    neuron: FakeNeuron, second: FakeNeuron, start: Start
+) -> None:
+    second.features = ["triton", "load.dtype"]
+    client = await start(neuron, second, catalogue=catalogue(ModelProfile(id=MODEL, dtype="float32")))
+    assert await ask(client, MODEL) == 200
+    assert not neuron.load_bodies and [body["dtype"] for body in second.load_bodies] == ["float32"]
+
+
+@pytest.mark.parametrize(("by_hand", "refused"), [(False, 503), (True, 422)])
+async def test_where_all_neurons_are_older_the_field_is_refused_by_name(
+    neuron: FakeNeuron, start: Start, by_hand: bool, refused: int
+) -> None:
+    client = await start(neuron, catalogue=catalogue(ModelProfile(id=MODEL, dtype="float32")))
+    if by_hand:
+        async with client.post("/admin/models/load", {"model": MODEL, "node": "alpha"}) as response:
+            status, document = response.status, await response.json()
+    else:
+        status, document = await client.chat()
+    assert (status, document["error"]["code"]) == (refused, "unsupported_load_field")
+    assert "alpha" in document["error"]["message"] and "`dtype`" in document["error"]["message"]
+    assert not neuron.load_bodies
+    neuron.features = ["load.dtype"]  # upgraded: another process, which is asked what it is
+    neuron.health_extra = {"uptime_secs": 0, "instance": "another"}
+    async with client.get("/admin/fleet?refresh=1") as response:
+        assert response.status == 200
+    if by_hand:  # what failed by hand is remembered, for a while
+        async with client.post("/admin/models/load", {"model": MODEL, "node": "alpha"}) as response:
+            assert response.status == 200
+    else:
+        assert (await client.chat())[0] == 200
+    assert [body["dtype"] for body in neuron.load_bodies] == ["float32"]
+
+
 async def test_all_who_wait_for_a_load_that_fails_are_told_why_and_it_is_not_repeated(
     neuron: FakeNeuron, start: Start
 ) -> None:

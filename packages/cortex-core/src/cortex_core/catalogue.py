@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 
 from cortex_core.config import ConfigError, parse_config, read_text
-from cortex_core.fleet import ContextLimit, DiscoveryResponse, ModelCost, ModelSpec
+from cortex_core.fleet import ContextLimit, DiscoveryResponse, Dtype, ModelCost, ModelSpec
 
 DEFAULT_RESIDENCY_PRIORITY = 100
 PINNED_RESIDENCY_PRIORITY = 1000
@@ -30,6 +30,7 @@ class ModelProfile(msgspec.Struct, frozen=True):
     id: str
     harness: str = "candle"
     quant: str | None = None
+    dtype: Dtype | None = None
     vram_mb: int | None = None
     min_devices: Annotated[int, msgspec.Meta(ge=1)] = 1
     min_device_vram_mb: int | None = None
@@ -124,6 +125,7 @@ def load_spec(profile: ModelProfile, discovery: DiscoveryResponse) -> ModelSpec:
         model_id=model_id,
         harness=profile.harness,
         quant=profile.quant,
+        dtype=profile.dtype,
         tensor_parallel=profile.min_devices if profile.min_devices > 1 else None,
         devices=devices,
     )

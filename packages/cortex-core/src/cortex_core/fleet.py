@@ -111,14 +111,18 @@ class HealthResponse(msgspec.Struct, frozen=True):
     instance: str = ""
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """`POST /models/load`: which model, and how. `harness` is kept for older peers, which demand it.
 
     tensor_parallel: devices that share the model. tensor_split: relative sizes of their parts, in their order, or
     `auto` for the ratio of their free memory; None is equal parts.
     max_model_len caps the context, kv_cache_mb the KV cache; None lets the neuron decide. deterministic: answers do not
-    depend on what else the model works on, at the price of speed; None is the neuron's configuration. debug: levers
-    that make the engine fail, for tests; refused by a neuron that was not started with `--debug-levers`.
+    depend on what else the model works on, at the price of speed; dtype: what the weights are loaded as (`auto`,
+    `float32`, `bfloat16`, `float16`); None is the neuron's configuration. debug: levers that make the engine fail, for
+    tests; refused by a neuron that was not started with `--debug-levers`.
     """
 
     model_id: str
@@ -131,6 +135,38 @@ class ModelSpec(msgspec.Struct, frozen=True):
     tensor_split: tuple[float, ...] | Literal["auto"] | None = None
     debug: dict[str, Any] | None = None
     deterministic: bool | None = None
+    dtype: Dtype | None = None
+
+
+OLDEST_LOAD_FIELDS = frozenset(
+    (
+        "model_id",
+        "harness",
+        "quant",
+        "tensor_parallel",
+        "devices",
+        "max_model_len",
+        "kv_cache_mb",
+        "tensor_split",
+        "debug",
+        "deterministic",
+    )
+)
+"""What a neuron reads of a `ModelSpec` that names no feature of its own. A new field is none of these."""
+
+LOAD_FEATURES = frozenset(f"load.{name}" for name in ModelSpec.__struct_fields__ if name not in OLDEST_LOAD_FIELDS)
+"""What this build names in `BuildInfo.features`. A peer ignores fields that it does not know: an order with a newer one
+would load something else than was asked for."""
+
+
+def needed_features(spec: ModelSpec) -> frozenset[str]:
+    """What a neuron must name in its `/version` before it is sent the order."""
+    defaults = dict(zip(ModelSpec.__struct_fields__[1:], ModelSpec.__struct_defaults__, strict=True))
+    return frozenset(
+        f"load.{name}"
+        for name, default in defaults.items()
+        if name not in OLDEST_LOAD_FIELDS and getattr(spec, name) != default
+    )
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):
@@ -225,7 +261,8 @@ class ModelLocation(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class BuildInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`GET /version`."""
+    """`GET /version`. features: extras that are installed, and the fields of a load order that older builds lack
+    (`load.dtype`)."""
 
     package_version: str
     git_sha: str = "unknown"

@@ -9,7 +9,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from cortex_core.fleet import BuildInfo
+from cortex_core.fleet import LOAD_FEATURES, BuildInfo
 
 _PACKAGE = "helexa-neuron"
 
@@ -27,7 +27,7 @@ def read_build_info() -> BuildInfo:
         git_dirty=is_dirty,
         python_version=platform.python_version(),
         torch_version=_version("torch"),
-        features=tuple(name for name in ("uvloop", "triton") if _version(name) is not None),
+        features=(*(name for name in ("uvloop", "triton") if _version(name) is not None), *sorted(LOAD_FEATURES)),
     )
 
 

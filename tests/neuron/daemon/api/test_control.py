@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
-from cortex_core.fleet import BuildInfo, DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec
+from cortex_core.fleet import LOAD_FEATURES, BuildInfo, DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec
 from neuron.daemon.common.config import (
     AdmissionConfig,
     CandleConfig,
@@ -55,6 +55,7 @@ async def test_G20_what_the_host_is_and_what_runs_there(neuron: RunningNeuron) -
     assert found.harnesses == ("candle",) and found.cpu_count >= 1 and found.memory_total_mb > 0
     build = msgspec.convert(await neuron.get("/version"), BuildInfo)
     assert build.package_version == "0.1.0" and build.torch_version
+    assert set(build.features) >= LOAD_FEATURES
 
 
 async def test_how_the_host_is(neuron: RunningNeuron) -> None:

@@ -10,7 +10,16 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 from cortex_core.dialects.limits import MAX_FOREIGN_ERROR_BYTES
-from cortex_core.fleet import DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec, PinRequest, UnloadRequest
+from cortex_core.fleet import (
+    BuildInfo,
+    DiscoveryResponse,
+    HealthResponse,
+    ModelInfo,
+    ModelSpec,
+    PinRequest,
+    UnloadRequest,
+    needed_features,
+)
 from cortex_core.http_access import HOST_NOT_ALLOWED, ORIGIN_NOT_ALLOWED, SECRET_MISSING, SECRET_WRONG
 from multidict import CIMultiDict
 from yarl import URL
@@ -127,6 +136,9 @@ class NeuronClient:
     async def discovery(self, timeout_s: float) -> DiscoveryResponse:
         return await self._get("/discovery", DiscoveryResponse, timeout_s)
 
+    async def features(self, timeout_s: float) -> frozenset[str]:
+        return frozenset((await self._get("/version", BuildInfo, timeout_s)).features)
+
     async def health(self, timeout_s: float) -> HealthResponse:
         return await self._get("/health", HealthResponse, timeout_s)
 
@@ -134,13 +146,23 @@ class NeuronClient:
         return await self._get("/models", tuple[ModelInfo, ...], timeout_s)
 
     async def load(self, spec: ModelSpec, timeout_s: float) -> None:
-        """Returns when the model serves; "already loaded" is success (F20). Raises `NeuronError`."""
+        """Returns when the model serves; "already loaded" is success (F20). Raises `NeuronError`, also where the build
+        that is there now would not read all of the order: it would load something else than was asked for."""
+        await self._check_features(spec, timeout_s)
         body = msgspec.json.encode({k: v for k, v in msgspec.to_builtins(spec).items() if v is not None})
         try:
             await self._call("POST", "/models/load", body, timeout_s)
         except NeuronError as error:
             if error.status is None or "already loaded" not in error.message:
                 raise
+
+    async def _check_features(self, spec: ModelSpec, timeout_s: float) -> None:
+        needed = needed_features(spec)
+        if not needed:
+            return
+        missing = needed - await self.features(timeout_s)
+        if missing:
+            raise NeuronError(too_old(self.name, missing), status=422, kind=UNSUPPORTED_LOAD_FIELD)
 
     async def unload(self, model: str, timeout_s: float) -> None:
         """Returns when the memory is free again; a model that is not there is success. Raises `NeuronError`."""
@@ -199,6 +221,15 @@ class NeuronClient:
             answer = self.without_secrets(answer)
             raise refusal(response.status, answer, retry_after=response.headers.get("retry-after"))
         return answer
+
+
+UNSUPPORTED_LOAD_FIELD = "unsupported_load_field"
+
+
+def too_old(node: str, features: frozenset[str]) -> str:
+    """Why a load is not asked of a node; features: what it lacks."""
+    fields = ", ".join(sorted(f"`{name.removeprefix('load.')}`" for name in features))
+    return f"The neuron of {node} is too old to read {fields} of a load: upgrade it, or load without."
 
 
 def refusal(status: int, body: bytes, *, retry_after: str | None = None) -> NeuronError:

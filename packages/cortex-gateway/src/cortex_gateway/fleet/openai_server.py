@@ -79,6 +79,9 @@ class OpenAIServer(NeuronClient):
         self.extensions = extensions
         self.forward_headers = frozenset(name.lower().encode("ascii") for name in forward_headers)
 
+    async def features(self, timeout_s: float) -> frozenset[str]:
+        return frozenset()
+
     async def discovery(self, timeout_s: float) -> DiscoveryResponse:
         """Nothing is known of its hardware, and nothing is asked."""
         return DiscoveryResponse(hostname=self.name, harnesses=("openai",))

@@ -13,7 +13,7 @@ from cortex_core.fleet import DiscoveryResponse, HealthResponse
 from cortex_gateway.configuration.current import Current
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.state import Fleet
-from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused
+from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused, is_another
 
 log = logging.getLogger(__name__)
 
@@ -248,9 +248,9 @@ class Poller:
                 )
             )
             return False
-        discovery = node.discovery
-        if discovery is None or (health is not None and health.uptime_secs < node.uptime_secs):
-            discovery = await self._discovery(neuron)
+        discovery, features = node.discovery, None
+        if discovery is None or (health is not None and is_another(node, health)):
+            discovery, features = await asyncio.gather(self._discovery(neuron), self._features(neuron))
         neuron.answered_at = started_at
         if not self._is_configured(neuron):
             return False  # Taken out meanwhile: what it says is about no node any more.
@@ -265,6 +265,7 @@ class Poller:
                 loads=loads,
                 health=health,
                 discovery=discovery,
+                features=features,
             )
         )
         present = frozenset(by_id)
@@ -293,4 +294,11 @@ class Poller:
             return await neuron.discovery(self._current.config.poll.timeout_s)
         except NeuronError as error:
             log.warning("discovery of node %s: %s", neuron.name, error.message)
+            return None
+
+    async def _features(self, neuron: NeuronClient) -> frozenset[str] | None:
+        try:
+            return await neuron.features(self._current.config.poll.timeout_s)
+        except NeuronError as error:
+            log.debug("version of node %s: %s", neuron.name, error.message)
             return None

@@ -11,7 +11,9 @@ from cortex_core.fleet import (
     DiscoveryResponse,
     ModelInfo,
     ModelLoad,
+    ModelSpec,
     ModelStatus,
+    needed_features,
     status_of,
 )
 from cortex_core.gateway_config import NeuronKind
@@ -86,6 +88,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     refusal: the code of the error with which it refuses this gateway.
     generation counts the processes that were seen here one after the other, by their `instance` or, where they say
     none, by their uptime; is_gone: the last one has ended, for nothing listens there.
+    features: those of its build; a field of a load order that none of them names is not sent there.
     polled_at and operated_at are monotonic seconds: the start of the last answered poll, and the end of the last
     load or unload. A poll that began before an operation ended describes the past and is not applied.
     """
@@ -106,6 +109,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     generation: int = 0
     is_gone: bool = False
     is_draining: bool = False
+    features: frozenset[str] = frozenset()
     discovery: DiscoveryResponse | None = None
     activation: Activation = Activation()
     operations: dict[str, Operation] = {}
@@ -127,6 +131,10 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     def can_load(self) -> bool:
         """Whether models can be loaded and unloaded there; other servers have what they have."""
         return self.kind == "neuron"
+
+    def reads(self, spec: ModelSpec) -> bool:
+        """Whether its build knows all that the order asks for: it would ignore the rest."""
+        return needed_features(spec) <= self.features
 
     def status(self, model: str) -> ModelStatus | None:
         """Where the model stands here: own operations, then the neuron's list, then its activation queue."""

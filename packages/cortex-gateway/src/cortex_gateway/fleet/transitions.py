@@ -34,6 +34,7 @@ class Polled(msgspec.Struct, frozen=True):
     loads: dict[str, ModelLoad] = {}
     health: HealthResponse | None = None
     discovery: DiscoveryResponse | None = None
+    features: frozenset[str] | None = None
 
 
 class PollMissed(msgspec.Struct, frozen=True):
@@ -177,6 +178,8 @@ def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
     )
     if event.discovery is not None:
         after = msgspec.structs.replace(after, discovery=event.discovery)
+    if event.features is not None:
+        after = msgspec.structs.replace(after, features=event.features)
     if event.health is not None:
         health = event.health
         after = msgspec.structs.replace(
@@ -186,7 +189,7 @@ def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
             memory_free_mb=health.memory_free_mb,
             uptime_secs=health.uptime_secs,
             instance=health.instance,
-            generation=node.generation + _is_another(node, health),
+            generation=node.generation + is_another(node, health),
             is_gone=False,
             is_draining=health.draining,
             activation=health.activation,
@@ -231,7 +234,7 @@ def _pinned(node: NodeSnapshot, event: Pinned) -> NodeSnapshot:
     return msgspec.structs.replace(node, pins=pins, models=models)
 
 
-def _is_another(node: NodeSnapshot, health: HealthResponse) -> bool:
+def is_another(node: NodeSnapshot, health: HealthResponse) -> bool:
     """Whether another process answers than the last time."""
     if node.is_gone:
         return True

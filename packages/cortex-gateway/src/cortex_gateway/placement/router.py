@@ -16,8 +16,9 @@ from collections.abc import Container
 
 import msgspec
 from cortex_core.catalogue import ModelProfile, is_feasible, load_spec
-from cortex_core.fleet import ModelInfo, ModelSpec
+from cortex_core.fleet import ModelInfo, ModelSpec, needed_features
 
+from cortex_gateway.fleet.neuron import UNSUPPORTED_LOAD_FIELD, too_old
 from cortex_gateway.fleet.snapshot import FleetSnapshot, LoadFailure, NodeSnapshot
 from cortex_gateway.placement.affinity import UNKNOWN, Shares
 from cortex_gateway.placement.decision import Decision, Forward, Hold, HoldReason, Load, Refuse
@@ -243,6 +244,7 @@ class _Candidates(msgspec.Struct):
     unloading: NodeSnapshot | None = None
     unservable: NodeSnapshot | None = None
     too_small: NodeSnapshot | None = None
+    too_old: NodeSnapshot | None = None
     failed: list[tuple[NodeSnapshot, LoadFailure]] = []
 
 
@@ -258,6 +260,9 @@ def _candidates(profile: ModelProfile, routable: list[NodeSnapshot], state: Plac
                 found.too_small = node
             continue
         if not is_feasible(profile, node.name, node.discovery):
+            continue
+        if not node.reads(load_spec(profile, node.discovery)):
+            found.too_old = found.too_old or node
             continue
         status = node.status(profile.id)
         failure = failure_on(node, profile.id, state)
@@ -281,6 +286,8 @@ def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], state: Place
             return _unservable(profile.id, found.unservable)
         if found.failed:
             return _after_failures(profile.id, found.failed, state)
+        if found.too_old is not None and found.too_old.discovery is not None:
+            return _too_old(profile.id, found.too_old, load_spec(profile, found.too_old.discovery))
         return _nowhere(profile, state.snapshot, found.too_small)
     ranked = sorted(found.rooms, key=lambda candidate: _rank(profile, candidate[0], candidate[1], state))
     if state.waiting:
@@ -297,6 +304,15 @@ def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], state: Place
         return Hold(node=node.name, reason="busy")  # the next poll has other figures
     # Nothing of ours would make room. The neuron says so: the figures here are estimates, its preflight is not.
     return _load(profile, node, room)
+
+
+def _too_old(model: str, node: NodeSnapshot, spec: ModelSpec) -> Refuse:
+    return Refuse(
+        kind="overloaded",
+        message=f"`{model}`: {too_old(node.name, needed_features(spec) - node.features)}",
+        code=UNSUPPORTED_LOAD_FIELD,
+        retry_after=RETRY_FAILED_S,
+    )
 
 
 def _wait_for_room(profile: ModelProfile, node: NodeSnapshot, room: Room, state: PlacementState) -> Decision:

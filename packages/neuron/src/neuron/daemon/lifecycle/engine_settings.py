@@ -34,7 +34,7 @@ def engine_config(
         tensor_parallel_size=world_size_of(spec),
         shares=choose_shares(spec, chosen, free_mb()),
         collective_timeout_s=engine.collective_timeout_s,
-        dtype=engine.dtype,
+        dtype=spec.dtype or engine.dtype,
         max_model_len=spec.max_model_len or engine.max_model_len,
         kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,
         kv_cache_tokens=engine.kv_cache_tokens,
