@@ -45,9 +45,9 @@ class LargeBodies:
 
     async def turn(self, payload: Payload) -> None:
         """Before something is looked for in all of a body on the loop: until the next time that something is awaited,
-        no other one is."""
+        few others are."""
         if not payload.is_quick and not payload.is_large:
-            await self._turns.next()
+            await self._turns.next(payload.num_bytes)
 
     async def read(self, payload: Payload, sender: Sender) -> None:
         """Of a large one, set `payload.facts`; of any other, wait for its turn."""

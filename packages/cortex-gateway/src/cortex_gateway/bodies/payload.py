@@ -23,7 +23,7 @@ MAX_INLINE_BYTES = 2**20
 """Up to here a body is read on the loop: a decoder skips a megabyte in 1 to 6 ms, whatever is in it."""
 
 MAX_QUICK_BYTES = 64 * 1024
-"""Up to here that is done at any time, above it for one body in each round of the loop."""
+"""Up to here that is done at any time, above it for few bodies in each round of the loop (`loop_turns`)."""
 
 MAX_INLINE_CONTAINERS = 4_096
 MAX_INLINE_COMMAS = 65_536
