@@ -9,7 +9,7 @@ import pytest
 import torch
 from neuron.engine.attention.attention import make_attention_backend
 from neuron.engine.attention.determinism import make_deterministic
-from neuron.engine.layers.gemm import FixedRowsProduct
+from neuron.engine.gemm.gemm import FixedRowsProduct
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.models.registry import build_model
 from neuron.engine.weights.dummy import load_dummy_weights
@@ -128,7 +128,7 @@ def test_a_block_is_made_smaller_where_a_rows_place_matters(monkeypatch: pytest.
             result[-1] *= 1 + 2**-23
         return result
 
-    monkeypatch.setattr("neuron.engine.layers.gemm.F.linear", uneven)
+    monkeypatch.setattr("neuron.engine.gemm.gemm.F.linear", uneven)
     assert FixedRowsProduct.for_weight(weight).num_rows == 8
 
 

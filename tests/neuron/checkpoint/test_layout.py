@@ -14,11 +14,13 @@ from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.folder import weight_paths
 from neuron.checkpoint.layout import (
     Footprint,
+    StoredTensor,
     cache_groups,
     dtype_of,
     footprints,
     rank_sizes,
     stored_tensors,
+    summarised,
     tensors_of_size,
 )
 from neuron.checkpoint.sharding import ranks_of
@@ -177,3 +179,19 @@ def test_each_layer_has_pages_of_its_groups_shape() -> None:
     ]
     held = sum(cache.layer(index).numel() * 4 for index in range(3))
     assert held == cache.num_bytes == 3 * 4 * layout.bytes_per_token
+
+
+def test_experts_and_codes_are_counted_in_bytes_of_their_own(checkpoints: Path) -> None:
+    """A rank has its share of experts, whatever the KV heads; codes keep the bits that they are stored in."""
+    model = as_bf16(read_config(hf_config(checkpoints / "llama-mha")))
+    tensors = [
+        StoredTensor("model.layers.0.mlp.experts.3.up_proj.weight", 1000, is_matrix=True),
+        StoredTensor("model.layers.0.mlp.down_proj.codes", 4000, is_matrix=True, bits=4),
+        StoredTensor("model.layers.0.mlp.down_proj.scales", 100, is_matrix=True, bits=8),
+        StoredTensor("model.norm.weight", 10, is_matrix=False),
+    ]
+    config = EngineConfig(model_id="m", path="", devices=(0, 1), tensor_parallel_size=2)
+    for given in (tensors, summarised(tensors, model)):
+        for found in footprints(config, model, given):
+            assert found.experts == 500 * 2
+            assert found.weights == 500 * 2 + 1000 + 50 + 10 * 2

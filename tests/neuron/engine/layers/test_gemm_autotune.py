@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from neuron.engine.gemm.gemm import BySize, LibraryProduct, Product
 from neuron.engine.kernels import KernelUnsupported
 from neuron.engine.layers import gemm_autotune
-from neuron.engine.layers.gemm import BySize, LibraryProduct, Product
 from neuron.engine.layers.gemm_autotune import BUCKETS, agree, apply_choices, fastest, measure_choices, roles_of
 from neuron.engine.models.registry import build_model
 from neuron.engine.parallel.group import ParallelGroup

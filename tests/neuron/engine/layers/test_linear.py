@@ -16,8 +16,8 @@ from neuron.engine.layers.linear import (
     RowParallelLinear,
     UnquantizedWeight,
 )
-from neuron.engine.layers.weight_slices import Loadable
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.weight_slices import Loadable
 from torch import Tensor
 
 SINGLE = ParallelGroup.single()

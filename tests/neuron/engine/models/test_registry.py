@@ -6,13 +6,13 @@ import pytest
 import torch
 from neuron.checkpoint.errors import NotSupported, UnsupportedSharding
 from neuron.checkpoint.families import FAMILIES, family_of
-from neuron.engine.layers.weight_slices import Loadable
 from neuron.engine.models.llama import LlamaForCausalLM
 from neuron.engine.models.mistral import MistralForCausalLM
 from neuron.engine.models.qwen2 import Qwen2ForCausalLM
 from neuron.engine.models.qwen3 import Qwen3ForCausalLM
 from neuron.engine.models.registry import build_model, class_of
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.weight_slices import Loadable
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {

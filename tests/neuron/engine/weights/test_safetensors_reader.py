@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from neuron.checkpoint.errors import CheckpointError
-from neuron.engine.layers.weight_slices import Slices
+from neuron.engine.weight_slices import Slices
 from neuron.engine.weights.pipeline import HostTransfer, Piece, transfer_pieces
 from neuron.engine.weights.safetensors_reader import CheckpointReader, bytes_per_element
 from neuron.engine.weights.slices import runs_of

@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 
 from neuron.checkpoint.config import DTYPES, ModelConfig
-from neuron.checkpoint.safetensors_header import TensorHeader
+from neuron.checkpoint.safetensors_header import BITS, CONVERTED, TensorHeader
 from neuron.checkpoint.sharding import Rank, ranks_of, shard_columns, shard_heads
-from neuron.checkpoint.tensor_names import KEYS_AND_VALUES, is_unread
+from neuron.checkpoint.tensor_names import Role, is_unread, role_of
 from neuron.checkpoint.weight_files import headers_of
 from neuron.protocol import CacheGroup, EngineConfig
 
@@ -33,17 +33,31 @@ _HOST_CACHE_FACTOR = 1.5
 
 
 class StoredTensor(msgspec.Struct, frozen=True):
-    """A tensor of a checkpoint, as its file's header describes it."""
+    """A tensor of a checkpoint, as its file's header describes it.
+
+    bits: of an element, where it is held as it is stored (codes, their scales); None where it becomes the model's dtype.
+    """
 
     name: str
     num_elements: int
     is_matrix: bool
+    bits: int | None = None
+
+    @property
+    def role(self) -> Role:
+        return role_of(self.name, is_matrix=self.is_matrix)
+
+    def bytes_of(self, part: float, item_bytes: int) -> int:
+        """That a part of it takes in a model whose elements have `item_bytes`."""
+        num_elements = math.ceil(self.num_elements * part)
+        return num_elements * item_bytes if self.bits is None else math.ceil(num_elements * self.bits / 8)
 
 
 class Footprint(msgspec.Struct, frozen=True):
     """Bytes that one rank takes.
 
-    second_copies: row blocks of the matrices, made on a CPU only where memory is plenty (engine/layers/row_blocks.py).
+    weights: of them `experts` are those of experts.
+    second_copies: row blocks of the matrices, made on a CPU only where memory is plenty (engine/gemm/row_blocks.py).
     cache_factor: bytes that a byte of KV cache takes in all.
     """
 
@@ -54,6 +68,7 @@ class Footprint(msgspec.Struct, frozen=True):
     graphs: int = 0
     second_copies: int = 0
     cache_factor: float = 1.0
+    experts: int = 0
 
     @property
     def fixed(self) -> int:
@@ -81,22 +96,29 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
     result = []
     for rank in ranks_of(world_size, config.shares):
         part = rank_sizes(model, rank)
-        matrices = others = 0
+        share = _share(rank)
+        parts = {
+            "matrix": share,
+            "experts": share,
+            "keys_and_values": part.num_kv_heads / model.num_kv_heads,
+            "replicated": 1.0,
+        }
+        held = dict.fromkeys(parts, 0)
+        copied = 0
         for tensor in tensors:
-            if not tensor.is_matrix:
-                others += tensor.num_elements
-            elif _is_of_keys_or_values(tensor.name):
-                matrices += math.ceil(tensor.num_elements * part.num_kv_heads / model.num_kv_heads)
-            else:
-                matrices += math.ceil(tensor.num_elements * _share(rank))
+            num_bytes = tensor.bytes_of(parts[tensor.role], item_bytes)
+            held[tensor.role] += num_bytes
+            if tensor.is_matrix and tensor.bits is None:
+                copied += num_bytes
         result.append(
             Footprint(
-                weights=(matrices + others) * item_bytes,
+                weights=sum(held.values()),
+                experts=held["experts"],
                 kv_bytes_per_token=sum(group.bytes_per_token for group in cache_groups(model, part, item_bytes)),
                 activations=_activations(config, part, item_bytes),
                 overhead=overhead,
                 graphs=_graphs(config, part, item_bytes),
-                second_copies=matrices * item_bytes if is_host and item_bytes == 4 else 0,
+                second_copies=copied if is_host and item_bytes == 4 else 0,
                 cache_factor=_HOST_CACHE_FACTOR if is_host else 1.0,
             )
         )
@@ -117,19 +139,18 @@ def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
 
 def stored(tensor: TensorHeader) -> StoredTensor:
     """What an estimate needs to know of a tensor."""
-    return StoredTensor(tensor.name, tensor.num_elements, is_matrix=len(tensor.shape) > 1)
+    bits = None if tensor.dtype in CONVERTED else BITS[tensor.dtype]
+    return StoredTensor(tensor.name, tensor.num_elements, is_matrix=len(tensor.shape) > 1, bits=bits)
 
 
 def summarised(tensors: Iterable[StoredTensor], model: ModelConfig) -> list[StoredTensor]:
     """A few tensors that take what these take, for whoever passes them on: those that are read, by how they are cut."""
-    sums: dict[StoredTensor, int] = {}
+    sums: dict[tuple[Role, int | None], int] = {}
     for tensor in tensors:
         if _is_used(tensor.name, model):
-            kind = _OTHERS
-            if tensor.is_matrix:
-                kind = _KEYS_AND_VALUES if _is_of_keys_or_values(tensor.name) else _MATRICES
+            kind = tensor.role, tensor.bits
             sums[kind] = sums.get(kind, 0) + tensor.num_elements
-    return [msgspec.structs.replace(kind, num_elements=total) for kind, total in sums.items()]
+    return [msgspec.structs.replace(_SUMS[role], num_elements=total, bits=bits) for (role, bits), total in sums.items()]
 
 
 def tensors_of_size(num_bytes: int, model: ModelConfig) -> list[StoredTensor]:
@@ -144,13 +165,12 @@ def tensors_of_size(num_bytes: int, model: ModelConfig) -> list[StoredTensor]:
     ]
 
 
-_MATRICES = StoredTensor("model.layers.weight", 0, is_matrix=True)
-_KEYS_AND_VALUES = StoredTensor("model.layers.self_attn.k_proj.weight", 0, is_matrix=True)
-_OTHERS = StoredTensor("model.norm.weight", 0, is_matrix=False)
-
-
-def _is_of_keys_or_values(name: str) -> bool:
-    return any(part in name for part in KEYS_AND_VALUES)
+_SUMS: dict[Role, StoredTensor] = {
+    "matrix": StoredTensor("model.layers.weight", 0, is_matrix=True),
+    "keys_and_values": StoredTensor("model.layers.self_attn.k_proj.weight", 0, is_matrix=True),
+    "experts": StoredTensor("model.layers.mlp.experts.weight", 0, is_matrix=True),
+    "replicated": StoredTensor("model.norm.weight", 0, is_matrix=False),
+}
 
 
 def _is_used(name: str, model: ModelConfig) -> bool:

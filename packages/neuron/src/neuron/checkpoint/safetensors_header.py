@@ -46,6 +46,9 @@ BITS: Mapping[str, int] = {
 }
 """Bits of an element, by the format's names of dtypes."""
 
+CONVERTED = frozenset(("F64", "F32", "F16", "BF16"))
+"""Dtypes of weights that become the model's when they are loaded; all others are held as they are stored."""
+
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 _METADATA = "__metadata__"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 # Checkpoint module -> our module, `:part` where several are merged into one. `{}` stands for the layer's number.
 # These are the names of Llama, which most families took over; a family adds what it has beyond them.
@@ -22,8 +23,13 @@ LLAMA_NAMES: Mapping[str, str] = {
 }
 HEAD = "lm_head.matrix"
 """Our name of the output head, which a model with tied embeddings does not read."""
-KEYS_AND_VALUES = (".k_proj.", ".v_proj.")
-"""In the names of tensors that are divided by KV heads."""
+
+Role = Literal["matrix", "keys_and_values", "experts", "replicated"]
+"""How a tensor is divided among ranks: as the columns or heads, by KV heads (of which a rank has at least one), as the
+experts, not at all."""
+
+_KEYS_AND_VALUES = (".k_proj.", ".v_proj.")
+_EXPERTS = ".experts."
 
 # Tables that are recomputed, and the weights of multi-token prediction, which is not used.
 _UNREAD_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
@@ -37,6 +43,16 @@ _OTHER_MODALITIES = (
     "model.multi_modal_projector.",
     "multi_modal_projector.",
 )
+
+
+def role_of(name: str, *, is_matrix: bool) -> Role:
+    """Experts are apart from all other matrices: a token is multiplied with few of them, and a host without memory for
+    all of a model keeps them elsewhere. name: the canonical one."""
+    if not is_matrix:
+        return "replicated"
+    if _EXPERTS in name:
+        return "experts"
+    return "keys_and_values" if any(part in name for part in _KEYS_AND_VALUES) else "matrix"
 
 
 def canonical_name(name: str) -> str:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from neuron.engine import kernels
 from neuron.engine.attention.interface import AttentionBackend, StepContext
-from neuron.engine.layers.kernel_dispatch import fused_kernel
-from neuron.engine.layers.linear import QKVParallelLinear, RowParallelLinear, WeightFormat
+from neuron.engine.kernels.kernel_dispatch import fused_kernel
+from neuron.engine.layers.linear import QKVParallelLinear, RowParallelLinear
 from neuron.engine.layers.norm import QKNorm
 from neuron.engine.layers.rotary import StepRotary, split_and_rotate
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.quantization.weight_format import WeightFormat
 
 
 def make_attention_backend(device: torch.device, *, deterministic: bool = False) -> AttentionBackend:

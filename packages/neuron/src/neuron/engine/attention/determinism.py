@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from neuron.engine.gemm.gemm import deterministic_product
 from neuron.engine.layers.embedding import LMHead
-from neuron.engine.layers.gemm import deterministic_product
 from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.layers.norm import QKNorm, RMSNorm
 from neuron.engine.layers.rotary import RotaryEmbedding

@@ -6,7 +6,7 @@
 | `attention.kv_write` | scatter K and V rows into pages | `attention.attention` |
 | `norm` | RMSNorm, residual add + RMSNorm | `layers.norm` |
 | `attention.rotary` | per-head Q/K RMSNorm + rotary embedding + K/V write in one pass | `layers.rotary` |
-| `activation` | SiLU(gate) * up | `layers.activation` |
+| `activation` | SiLU(gate) * up | `gemm.activation` |
 | `gemm.gemv`, `gemm.gemm` | matrix products for few rows, and one of a fixed order | `layers.linear` |
 | `sampling.logsumexp` | log of the sum of exp of each row of logits | `torch.logsumexp` |
 | `sampling.sampling`, `.sampling_scan`, `.sampling_pick` | from logits to tokens in two launches | `sampling.sampler` |

@@ -1,4 +1,4 @@
-"""SiLU(gate) * up of a merged projection. Torch twin: `neuron.engine.layers.activation.silu_mul`."""
+"""SiLU(gate) * up of a merged projection. Torch twin: `neuron.engine.gemm.activation.silu_mul`."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # mypy: disallow-untyped-calls=False

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron.checkpoint.sharding import shard_vocabulary, vocabulary_sizes
-from neuron.engine.layers.gemm import Product, default_product
-from neuron.engine.layers.weight_slices import WeightSlice
+from neuron.engine.gemm.gemm import Product, default_product
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.weight_slices import WeightSlice
 
 
 class VocabularyWeight(nn.Module):

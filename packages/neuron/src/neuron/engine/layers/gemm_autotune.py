@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from neuron.engine import kernels
 from neuron.engine.errors import is_device_fault
+from neuron.engine.gemm.gemm import BySize, LibraryProduct, Product, SplitProduct, VectorProduct
 from neuron.engine.layers.embedding import LMHead
-from neuron.engine.layers.gemm import BySize, LibraryProduct, Product, SplitProduct, VectorProduct
-from neuron.engine.layers.linear import LinearLayer, UnquantizedWeight
+from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.quantization.unquantized import UnquantizedWeight
 
 logger = logging.getLogger(__name__)
 

@@ -2,89 +2,22 @@
 
 A column-parallel layer splits its outputs among the ranks and needs no communication; a row-parallel layer splits
 its inputs and sums the ranks' products. A layer knows which slices of which checkpoint tensors it holds; how they
-are stored and multiplied is its `WeightFormat`'s business, so a quantised format is one new class. An unquantised
-matrix is multiplied by the layer's `Product`, which is decided after loading.
+are stored and multiplied is its `WeightFormat`'s business (`engine/quantization`), so a quantised format is one new
+class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from neuron.checkpoint.sharding import Shard, shard_evenly, shard_heads, whole
-from neuron.engine.layers.gemm import Product, default_product
-from neuron.engine.layers.weight_slices import WeightSlice
+from neuron.engine.gemm.gemm import Product
 from neuron.engine.parallel.group import ParallelGroup
-
-
-@dataclass(frozen=True, slots=True)
-class OutputPart:
-    """One of the matrices merged into a column-parallel layer: the rows of it that this rank holds."""
-
-    name: str | None
-    rows: Shard
-
-
-class WeightFormat(Protocol):
-    """How a linear layer's matrix is stored, filled and multiplied. Stateless: tensors live on the layer."""
-
-    def create(self, layer: LinearLayer, *, bias: bool) -> None:
-        """Register the parameters of `layer` (its local in_features and out_features)."""
-        ...
-
-    def weight_slices(self, layer: LinearLayer, part: OutputPart, row: int) -> list[WeightSlice]:
-        """Checkpoint tensors of one part, whose local rows begin at `row` of the merged matrix."""
-        ...
-
-    def finish(self, layer: LinearLayer) -> None:
-        """Once after loading: rearrange for speed."""
-        ...
-
-    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out], with the layer's bias if it has one."""
-        ...
-
-    def apply_gated(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        """silu(first half) * second half of `apply`: [T, in] -> [T, out / 2]."""
-        ...
-
-
-class UnquantizedWeight:
-    """The matrix as it is: `weight` [out, in] and `bias` [out] in the model's dtype."""
-
-    def create(self, layer: LinearLayer, *, bias: bool) -> None:
-        weight = torch.empty(layer.out_features, layer.in_shard.length)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False) if bias else None
-
-    def weight_slices(self, layer: LinearLayer, part: OutputPart, row: int) -> list[WeightSlice]:
-        rows, columns = part.rows, layer.in_shard
-        target = slice(row, row + rows.length)
-        weight_slices = [
-            WeightSlice(
-                "weight",
-                (rows.total, columns.total),
-                (rows.slice, columns.slice),
-                "weight",
-                (target, slice(0, columns.length)),
-            )
-        ]
-        if layer.bias is not None:
-            weight_slices.append(WeightSlice("bias", (rows.total,), (rows.slice,), "bias", (target,)))
-        return weight_slices
-
-    def finish(self, layer: LinearLayer) -> None:
-        layer.product = default_product(layer.weight)
-
-    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        return layer.product.linear(x, layer.weight, layer.bias)
-
-    def apply_gated(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        return layer.product.gated(x, layer.weight, layer.bias)
+from neuron.engine.quantization.unquantized import UnquantizedWeight
+from neuron.engine.quantization.weight_format import OutputPart, WeightFormat
+from neuron.engine.weight_slices import WeightSlice
 
 
 class LinearLayer(nn.Module):
@@ -97,6 +30,7 @@ class LinearLayer(nn.Module):
     bias: nn.Parameter | None
     product: Product
     is_gated = False
+    kept_dtypes: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from neuron.checkpoint.sharding import shard_columns
-from neuron.engine.layers.linear import MergedColumnParallelLinear, RowParallelLinear, WeightFormat
+from neuron.engine.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.quantization.weight_format import WeightFormat
 
 
 class GatedMLP(nn.Module):

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from neuron.engine.layers.kernel_dispatch import fused_kernel
-from neuron.engine.layers.weight_slices import WeightSlice
+from neuron.engine.kernels.kernel_dispatch import fused_kernel
+from neuron.engine.weight_slices import WeightSlice
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

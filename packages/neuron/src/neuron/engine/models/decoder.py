@@ -15,8 +15,8 @@ from neuron.engine.attention.interface import StepContext
 from neuron.engine.layers.embedding import LMHead, VocabParallelEmbedding
 from neuron.engine.layers.norm import RMSNorm
 from neuron.engine.layers.rotary import RotaryEmbedding, StepRotary
-from neuron.engine.layers.weight_slices import Loadable, NeedsFinishing
 from neuron.engine.parallel.group import ParallelGroup
+from neuron.engine.weight_slices import Loadable, NeedsFinishing
 
 
 class Mixer(Protocol):

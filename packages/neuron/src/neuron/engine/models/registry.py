@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 
 from neuron.checkpoint.config import read_config
 from neuron.checkpoint.families import Family, family_of
@@ -20,6 +21,15 @@ def class_of(family: Family) -> type[CausalLM]:
     module, _, name = family.class_path.partition(":")
     found: type[CausalLM] = getattr(import_module(module), name)
     return found
+
+
+def _set_dtype(model: CausalLM, dtype: torch.dtype) -> None:
+    """Of every float parameter but those that a weight format keeps in its own."""
+    for module in model.modules():
+        kept: frozenset[str] = getattr(module, "kept_dtypes", frozenset())
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_floating_point() and name not in kept:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def build_model(
@@ -39,7 +49,7 @@ def build_model(
     with init_empty_weights(include_buffers=False):
         model = class_of(family)(config, parallel or ParallelGroup.single())
     model.checkpoint_names = family.tensor_names
-    model.to(dtype)
+    _set_dtype(model, dtype)
     model.device = device
     model.dtype = dtype
     return model

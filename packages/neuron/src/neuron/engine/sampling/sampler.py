@@ -19,8 +19,8 @@ from torch import Tensor
 
 from neuron.engine.device_stream import to_device, to_host
 from neuron.engine.errors import EngineError, RequestError
+from neuron.engine.kernels.kernel_dispatch import fused_kernel
 from neuron.engine.kernels.sampling.sampling_inputs import TokenMasks, TokenPenalties
-from neuron.engine.layers.kernel_dispatch import fused_kernel
 from neuron.engine.sampling.sampling_noise import log_exponential_noise, noise_key
 from neuron.engine.sampling.sampling_rows import SamplingRows, is_greedy
 from neuron.engine.scheduler.sequence import Sequence

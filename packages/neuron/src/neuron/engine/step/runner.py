@@ -15,7 +15,7 @@ from torch import Tensor
 from neuron.engine.attention.interface import StepBatch, StepContext
 from neuron.engine.device_stream import Fence, Stream, stream_of, to_device
 from neuron.engine.errors import DeviceError, describe, is_device_fault
-from neuron.engine.layers.kernel_dispatch import fused_kernel
+from neuron.engine.kernels.kernel_dispatch import fused_kernel
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.parallel.messages import GraphKey, PackedBatch
 from neuron.engine.sampling.sampler import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from neuron.engine.errors import ModelError
 from neuron.engine.layers.norm import QKNorm, RMSNorm
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.weights.materialise import finish, materialise
@@ -24,6 +25,8 @@ def load_dummy_weights(model: CausalLM, seed: int = 0) -> None:
                 if isinstance(module, RMSNorm | QKNorm):
                     materialise(model, module, weight_slice.parameter)[weight_slice.target].fill_(1.0)
                     continue
+                if weight_slice.stored is not None:
+                    raise ModelError("dummy_weights_unsupported", "codes and scales are not drawn: give a checkpoint")
                 drawn = torch.empty(weight_slice.checkpoint_shape, dtype=model.dtype, device=model.device)
                 part_drawn = drawn.normal_(0.0, _STANDARD_DEVIATION, generator=generator)[weight_slice.source]
                 if part_drawn.numel():

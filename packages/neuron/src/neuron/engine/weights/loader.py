@@ -14,8 +14,8 @@ import torch
 
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.tensor_names import canonical_name, is_unread
-from neuron.engine.layers.weight_slices import Loadable, Slices, WeightSlice
 from neuron.engine.models.decoder import CausalLM
+from neuron.engine.weight_slices import Loadable, Slices, WeightSlice
 from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.engine.weights.materialise import finish, materialise
 from neuron.engine.weights.pipeline import Piece, Transfer, make_transfer, num_reader_threads, transfer_pieces
@@ -118,7 +118,7 @@ def _pieces(model: CausalLM, reader: CheckpointReader, read: _Read, block_bytes:
             f"{info.name} of {info.file.name}",
             reader.descriptor(info.file),
             tuple(runs),
-            reader.dtype_of(info),
+            reader.dtype_of(info, stored=read.weight_slice.stored),
             target[row:end] if source else target,
         )
 
@@ -140,7 +140,7 @@ def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
             elif info.shape != weight_slice.checkpoint_shape:
                 misshapen.append(f"{name} {list(info.shape)} (expected {list(weight_slice.checkpoint_shape)})")
             elif _num_elements(weight_slice.source):
-                reader.dtype_of(info)
+                reader.dtype_of(info, stored=weight_slice.stored)
                 reads.append(_Read(info, module, weight_slice))
     if model.lm_head.is_tied:
         available.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from neuron.engine.errors import ModelError, is_out_of_memory
-from neuron.engine.layers.weight_slices import Loadable
 from neuron.engine.models.decoder import CausalLM
+from neuron.engine.weight_slices import Loadable
 
 _HUGE_PAGE_BYTES = 2 * 2**20
 _BALLOONS = Path("/sys/bus/virtio/drivers/virtio_balloon")

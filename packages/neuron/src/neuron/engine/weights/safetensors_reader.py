@@ -19,12 +19,23 @@ from neuron.checkpoint.files import open_file
 from neuron.checkpoint.safetensors_header import TensorHeader, read_header
 from neuron.checkpoint.weight_files import files_of, merge
 
-# safetensors dtype -> torch dtype, those that a float model's weights come in.
-_DTYPES: Mapping[str, torch.dtype] = {
+# safetensors dtype -> torch dtype: floats, which become the model's, and what codes and scales are kept in.
+_FLOATS: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+}
+_DTYPES: Mapping[str, torch.dtype] = {
+    **_FLOATS,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -77,9 +88,11 @@ class CheckpointReader:
         """The open file, for positioned reads by any thread."""
         return self._descriptors[file]
 
-    def dtype_of(self, info: TensorInfo) -> torch.dtype:
-        """Raises `CheckpointError` if it is not a float's."""
-        dtype = _DTYPES.get(info.dtype)
+    def dtype_of(self, info: TensorInfo, *, stored: str | None = None) -> torch.dtype:
+        """Raises `CheckpointError` if it is not the one that it must be `stored` in; without one, if it is no float."""
+        if stored is not None and info.dtype != stored:
+            raise CheckpointError(f"dtype {info.dtype} where the format has {stored}", tensors=[info.name])
+        dtype = (_FLOATS if stored is None else _DTYPES).get(info.dtype)
         if dtype is None:
             raise CheckpointError(f"dtype {info.dtype} is not supported for weights", tensors=[info.name])
         return dtype
@@ -107,5 +120,5 @@ class CheckpointReader:
 
 
 def bytes_per_element(dtype: str) -> int:
-    """Of a float dtype as safetensors names it."""
+    """Of a dtype as safetensors names it, one that weights may have."""
     return _DTYPES[dtype].itemsize

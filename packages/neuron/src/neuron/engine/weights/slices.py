@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from neuron.engine.layers.weight_slices import Slices
+from neuron.engine.weight_slices import Slices
 
 
 @dataclass(frozen=True, slots=True)

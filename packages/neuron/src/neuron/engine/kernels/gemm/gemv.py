@@ -7,7 +7,7 @@ without cutting K, so one launch does it all. (It is the shape that gpt-fast get
 reaches more of the memory's speed than a library's product of matrices.)
 
 With `gated` the weight is gate | up and the result silu(gate) * up, which saves a launch and a trip through memory.
-Torch twins: `torch.nn.functional.linear` and `neuron.engine.layers.activation.silu_mul` after it.
+Torch twins: `torch.nn.functional.linear` and `neuron.engine.gemm.activation.silu_mul` after it.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False

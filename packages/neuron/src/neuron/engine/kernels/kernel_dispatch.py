@@ -1,6 +1,6 @@
 """The dispatcher of fused operations: a Triton kernel where the device has one, else the plain torch function.
 
-Each operation lives as a plain function in this folder; `neuron.engine.kernels` may offer its equal.
+Each operation lives as a plain function in `gemm` or `layers`; this folder may offer its equal.
 Kernel modules import Triton at their top, so they are imported here, on first use, and only where they can run.
 """
 

@@ -14,7 +14,9 @@ class WeightSlice:
 
     suffix: last component of the checkpoint's name (`weight`, `bias`). checkpoint_shape: its full shape, which the
     loader verifies before it reads. source: what this rank reads of it, one slice per dimension. parameter: the
-    layer's parameter; target: where in it the part is written. Source and target have the same extent.
+    layer's parameter; target: where in it the part is written. Source and target have the same extent. stored: the
+    dtype that the file must have it in, as safetensors names it, and that it keeps; None is any float, which becomes
+    the parameter's.
     """
 
     suffix: str
@@ -22,6 +24,7 @@ class WeightSlice:
     source: Slices
     parameter: str
     target: Slices
+    stored: str | None = None
 
 
 @runtime_checkable

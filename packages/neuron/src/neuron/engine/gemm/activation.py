@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuron.engine.layers.kernel_dispatch import fused_kernel
+from neuron.engine.kernels.kernel_dispatch import fused_kernel
 
 # torch divides an elementwise operation on the CPU among threads from this many elements on.
 _ONE_THREAD_ELEMENTS = 32768

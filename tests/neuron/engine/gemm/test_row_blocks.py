@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from neuron.engine.layers import row_blocks as module
-from neuron.engine.layers.row_blocks import linear, row_blocks
+from neuron.engine.gemm import row_blocks as module
+from neuron.engine.gemm.row_blocks import linear, row_blocks
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the copy is made for MKL only")
 

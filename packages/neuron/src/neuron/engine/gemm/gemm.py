@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuron.engine.layers import row_blocks
-from neuron.engine.layers.activation import silu_mul
+from neuron.engine.gemm import row_blocks
+from neuron.engine.gemm.activation import silu_mul
 
 # Rows that the CPU multiplies at once where a row's bits must not depend on its neighbours; the first that does it.
 _FIXED_ROWS = (16, 8, 1)

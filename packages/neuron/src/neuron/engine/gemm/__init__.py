@@ -1,0 +1,1 @@
+"""Products: ways to multiply by a linear layer's matrix."""
