@@ -35,7 +35,7 @@ _HOST_CACHE_FACTOR = 1.5
 class StoredTensor(msgspec.Struct, frozen=True):
     """A tensor of a checkpoint, as its file's header describes it.
 
-    bits: of an element, where it is held as it is stored (codes, their scales); None where it becomes the model's dtype.
+    bits: of an element, where it is held as it is stored (codes, scales); None where it becomes the model's dtype.
     """
 
     name: str
