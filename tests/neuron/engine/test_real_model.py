@@ -9,7 +9,7 @@ import pytest
 import torch
 from neuron.checkpoint.config import read_config
 from neuron.engine.errors import ModelError
-from neuron.engine.loading.loading import load_engine, prefill_budget, resolve_dtype
+from neuron.engine.loading.loading import load_engine, resolve_dtype
 from neuron.engine.step.engine import Engine
 from neuron.protocol import EngineConfig, EngineProgress, SamplingParams
 from safetensors.torch import load_file
@@ -138,15 +138,6 @@ def test_auto_takes_float32_on_the_cpu_and_the_checkpoints_dtype_on_a_device():
     assert resolve_dtype(on_device, read_config(SHAPE | {"dtype": "float16"})) is torch.float16
     assert resolve_dtype(on_device, read_config(SHAPE | {"torch_dtype": "torch.bfloat16"})) is torch.bfloat16
     assert resolve_dtype(on_device, read_config(SHAPE)) is torch.bfloat16
-
-
-def test_a_large_model_prefills_in_short_steps_on_the_cpu():
-    cpu = torch.device("cpu")
-    assert prefill_budget(600_000_000, 2, cpu) == 64
-    assert prefill_budget(40_000_000, 1, cpu) == 256
-    assert prefill_budget(40_000_000, 2, cpu) == 576
-    assert prefill_budget(10**12, 1, cpu) == 64
-    assert prefill_budget(600_000_000, 2, torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ def test_decodes_come_first_and_prefill_fills_the_rest():
 
 def test_prefill_can_be_given_less_than_the_whole_budget():
     scheduler, _ = build(num_pages=65, max_step_tokens=20)
-    scheduler.max_prefill_tokens = 6
+    scheduler.prefill_budget.max_tokens = 6
     scheduler.add(sequence(0, list(range(20))))
     scheduler.add(sequence(1, list(range(50, 60))))
-    assert [chunk.num_tokens for chunk in scheduler.schedule().chunks] == [6]
+    assert [chunk.num_tokens for chunk in scheduler.schedule().chunks] == [3, 3]
 
 
 def test_a_sequence_whose_grammar_compiles_is_passed():

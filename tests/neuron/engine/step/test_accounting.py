@@ -62,7 +62,7 @@ class Faults(Books):
 
     @rule(share=st.integers(1, 20))
     def memory_is_short(self, share: int) -> None:
-        self.scheduler.max_prefill_tokens = min(share, self.scheduler.max_step_tokens)
+        self.scheduler.prefill_budget.max_tokens = min(share, self.scheduler.max_step_tokens)
 
     @rule()
     def prefixes_are_lost(self) -> None:

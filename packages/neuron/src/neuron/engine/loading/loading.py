@@ -57,8 +57,6 @@ _DEFAULT_CPU_SEQUENCES = 4
 _DEFAULT_CPU_SHARE = 0.25
 # Part of the free device memory that the cache leaves to the allocator's fragmentation and to libraries.
 _CUDA_RESERVE_SHARE = 0.05
-# What a core multiplies in half a second (AVX-512; half of that on older ones), in floating-point operations.
-_CPU_STEP_FLOP = 25e9
 # Progress is told at most this often; a checkpoint has thousands of tensors.
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -145,18 +143,6 @@ def num_cache_pages(
     # Ranks on the CPU take from the same memory.
     budget = int(available_host_bytes() * _DEFAULT_CPU_SHARE) // config.tensor_parallel_size
     return min(wanted, layout.pages_for_bytes(budget))
-
-
-def prefill_budget(num_parameters: int, num_threads: int, device: torch.device) -> int | None:
-    """Prefill tokens of a step, None for no limit of its own.
-
-    A step cannot be interrupted: a cancellation waits for its end, and so do the decodes of everybody else. On the CPU
-    the chunk is therefore as long as about half a second of arithmetic, in whole runs of 64 tokens.
-    """
-    if device.type != "cpu":
-        return None
-    tokens = int(_CPU_STEP_FLOP * num_threads / (2 * max(num_parameters, 1)))
-    return max(tokens // 64, 1) * 64
 
 
 @contextmanager
@@ -308,7 +294,6 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
     """The engine around rank 0's part, and what is told of it."""
     model, figures = rank.model, rank.figures
     _record_first_graphs(rank.runner, model.device)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(
         rank.runner,
         vocab_size=model.config.vocab_size,
@@ -317,7 +302,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         max_step_tokens=config.max_step_tokens,
         max_running=min(config.max_running, config.max_step_tokens),
         max_model_len=rank.max_model_len,
-        max_prefill_tokens=prefill_budget(num_parameters, torch.get_num_threads(), model.device),
+        keeps_decodes_even=model.device.type == "cpu",
         tokenizer_json=config.tokenizer_json,
         prefix_cache=config.prefix_cache,
         cache_root=config.model_id,

@@ -1,7 +1,8 @@
 """Scheduler: which tokens of which sequences the next step computes. Pure Python: no tensors, no clock, no I/O.
 
 Continuous batching with one token budget per step (Sarathi-Serve, Agrawal et al. 2024): first one token for each
-decoding sequence, then chunks of prompts that are being prefilled, then new sequences from a first-come queue.
+decoding sequence, then chunks of prompts, those that came first and the shortest (`prefill_budget`). New sequences come
+from a first-come queue, in which a short one may pass long ones that have to wait for their turn in any case.
 A sequence is admitted when pages for all its tokens are free, and takes them at once; only decoding can run out of
 pages later, and then the latest arrival gives up its pages and is computed again from its tokens.
 
@@ -19,8 +20,11 @@ from dataclasses import dataclass
 from neuron.engine.errors import RequestError
 from neuron.engine.kv_cache.page_pool import PagePool
 from neuron.engine.kv_cache.prefix_cache import PageHash, PrefixCache
+from neuron.engine.scheduler.prefill_budget import PrefillBudget, shares
 from neuron.engine.scheduler.sequence import Sequence, Status
 
+# So many queued sequences are looked at in a step for one that fits in.
+_LOOKED_AT = 64
 # A queued sequence waits for a running one that is just computing the same prefix only if that saves this much.
 _PREFIX_WORTH_WAITING_FOR = 4
 
@@ -89,8 +93,8 @@ class Scheduler:
     `schedule` makes a plan and `computed` books one chunk of it; between the two, sequences may be finished. Where
     another plan is to be made in between, `launched` and `step_done` enclose the time when the device has the step.
     max_step_tokens: token budget of a step. max_running: sequences that hold pages at a time; at most the budget,
-    because each of them is due one decode token per step. max_prefill_tokens: the part of the budget that prefill may
-    use; the engine lowers it when a step runs out of memory.
+    because each of them is due one decode token per step. prefill_budget: the part of the budget that prefill may use,
+    None for all of it; who makes it lets it learn.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class Scheduler:
         max_step_tokens: int,
         max_running: int,
         max_model_len: int,
-        max_prefill_tokens: int | None = None,
+        prefill_budget: PrefillBudget | None = None,
     ) -> None:
         if max_step_tokens < 1 or max_running < 1:
             raise ValueError("max_step_tokens and max_running must be at least 1")
@@ -110,7 +114,7 @@ class Scheduler:
         self._cache = cache
         self._page_size = page_size
         self.max_step_tokens = max_step_tokens
-        self.max_prefill_tokens = min(max_prefill_tokens or max_step_tokens, max_step_tokens)
+        self.prefill_budget = prefill_budget or PrefillBudget(max_tokens=max_step_tokens)
         self.max_running = min(max_running, max_step_tokens)
         self.max_model_len = min(max_model_len, pool.num_usable * page_size)
         self._running: list[Sequence] = []
@@ -213,13 +217,17 @@ class Scheduler:
             ]
         num_decodes = len(chunks)
 
-        budget = min(self.max_step_tokens - num_decodes, self.max_prefill_tokens)
+        prefills: list[Sequence] = []
         if num_decodes < len(self._running):
-            for sequence in self._running:
-                if budget > 0 and sequence.num_unscheduled > 1:
-                    budget -= self._prefill(sequence, budget, chunks)
-        if self._waiting and self.num_preemptions == preemptions_before:
-            self._admit(budget, chunks)
+            prefills = [sequence for sequence in self._running if sequence.num_unscheduled > 1]
+        admits = self._waiting and self.num_preemptions == preemptions_before
+        if prefills or admits:
+            others_wait = len(prefills) + len(self._waiting) > 1
+            budget = self.prefill_budget.tokens(num_decodes, others_wait=others_wait)
+            budget = min(self.max_step_tokens - num_decodes, budget)
+            if admits and budget > 0:
+                prefills = self._admit(budget, prefills)
+            self._prefill(prefills, budget, chunks)
         if not chunks:
             return None
         self._step += 1
@@ -291,11 +299,11 @@ class Scheduler:
             chunks.append(Chunk(sequence, sequence.num_scheduled, 1, 1, carry_row))
         return chunks
 
-    def _prefill(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        unscheduled = sequence.num_unscheduled
-        num_tokens = min(budget, unscheduled)
-        chunks.append(Chunk(sequence, sequence.num_scheduled, num_tokens, int(num_tokens == unscheduled)))
-        return num_tokens
+    def _prefill(self, prefills: list[Sequence], budget: int, chunks: list[Chunk]) -> None:
+        lengths = [sequence.num_unscheduled for sequence in prefills]
+        for sequence, length, num_tokens in zip(prefills, lengths, shares(budget, lengths), strict=True):
+            if num_tokens > 0:
+                chunks.append(Chunk(sequence, sequence.num_scheduled, num_tokens, int(num_tokens == length)))
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the page its next token needs; False if it had to give up its pages instead.
@@ -321,10 +329,25 @@ class Scheduler:
         insort(self._waiting, sequence, key=_by_arrival)
         self.num_preemptions += 1
 
-    def _admit(self, budget: int, chunks: list[Chunk]) -> None:
-        """Start waiting sequences in order of arrival, until budget, seats or pages are used up."""
-        position = 0
-        while budget > 0 and position < len(self._waiting) and len(self._running) < self.max_running:
+    def _admit(self, budget: int, prefills: list[Sequence]) -> list[Sequence]:
+        """Start waiting sequences in order of arrival, until budget, seats or pages are used up; returns all prefills
+        of the step in that order.
+
+        Beside the first prompt there is one more that does not fit into the step. What does not fit is passed by what
+        does, but keeps its claim on pages, so that it is not passed for want of them.
+        """
+        position = num_looked_at = num_claimed = 0
+        first, *others = [sequence.num_unscheduled for sequence in prefills] or [0]
+        for_others = budget - min(first, -(-budget // 2))
+        left = for_others - sum(length for length in others if length <= for_others)
+        has_long = any(length > for_others for length in others)
+        while (
+            (left > 0 or not has_long)
+            and position < len(self._waiting)
+            and len(self._running) < self.max_running
+            and num_looked_at < _LOOKED_AT
+        ):
+            num_looked_at += 1
             sequence = self._waiting[position]
             if sequence.status is not Status.WAITING:
                 position += 1
@@ -337,8 +360,13 @@ class Scheduler:
             # Matched pages without a holder count as free now, but not once they are taken. Each running sequence
             # is left one page to grow into, or the newcomer would be preempted at once.
             revived = sum(1 for page in matched if self._pool.count(page) == 0)
-            if missing + revived + len(self._running) > self._pool.num_free:
-                return
+            if missing + revived + num_claimed + len(self._running) > self._pool.num_free:
+                break
+            length = sequence.num_tokens - len(matched) * self._page_size
+            if length > left and has_long:
+                num_claimed += missing + revived
+                position += 1
+                continue
             self._pool.retain(matched)
             sequence.pages.extend(matched)
             sequence.pages.extend(self._pool.allocate(missing))
@@ -350,7 +378,14 @@ class Scheduler:
                 sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
                 self._cache.record(sequence.num_tokens, sequence.num_computed)
             self._remember_pending(sequence)
-            budget -= self._prefill(sequence, budget, chunks)
+            if not prefills:
+                left -= min(length, -(-budget // 2))
+            elif length <= left:
+                left -= length
+            else:
+                has_long = True
+            insort(prefills, sequence, key=_by_arrival)
+        return prefills
 
     def _let_go(self, sequence: Sequence) -> None:
         for index in range(sequence.num_computed // self._page_size, sequence.num_pending_until):

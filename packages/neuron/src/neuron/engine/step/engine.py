@@ -15,6 +15,7 @@ from neuron.engine.kv_cache.page_pool import PagePool
 from neuron.engine.kv_cache.prefix_cache import PrefixCache
 from neuron.engine.sampling.sampler import Sampled
 from neuron.engine.scheduler.grammar import GrammarCompiler, GrammarState
+from neuron.engine.scheduler.prefill_budget import PrefillBudget
 from neuron.engine.scheduler.scheduler import Scheduler, StepPlan
 from neuron.engine.scheduler.sequence import Sequence, Status
 from neuron.engine.scheduler.token_bias import TokenBias
@@ -41,7 +42,7 @@ _STEPS_BEFORE_LONGER_CHUNKS = 256
 class Engine:
     """Scheduler, cache bookkeeping and runner of one model.
 
-    max_prefill_tokens: the part of a step's token budget that prefill may use, None for all of it. max_model_len, as an
+    keeps_decodes_even: see `PrefillBudget`. max_model_len, as an
     attribute, is what is served: capped by what the cache holds. `on_wake` tells another thread's waiter that
     `has_work` may have become true. step_seconds, prefill_seconds_per_token: what warming up has shown, for the
     deadline of the first steps.
@@ -57,7 +58,7 @@ class Engine:
         max_step_tokens: int,
         max_running: int,
         max_model_len: int,
-        max_prefill_tokens: int | None = None,
+        keeps_decodes_even: bool = False,
         tokenizer_json: str | None = None,
         prefix_cache: bool = True,
         cache_root: str = "",
@@ -71,6 +72,12 @@ class Engine:
         self._epoch = epoch
         self._pool = PagePool(num_pages)
         self._cache = PrefixCache(self._pool, page_size, root=f"{cache_root}:{epoch}", enabled=prefix_cache)
+        self._budget = PrefillBudget(
+            max_tokens=max_step_tokens,
+            step_seconds=step_seconds,
+            seconds_per_token=prefill_seconds_per_token,
+            keeps_decodes_even=keeps_decodes_even,
+        )
         self._scheduler = Scheduler(
             self._pool,
             self._cache,
@@ -78,10 +85,10 @@ class Engine:
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             max_model_len=max_model_len,
-            max_prefill_tokens=max_prefill_tokens,
+            prefill_budget=self._budget,
         )
         self.max_model_len = self._scheduler.max_model_len
-        self._prefill_limit = self._scheduler.max_prefill_tokens
+        self._prefill_limit = max_step_tokens
         self._pipeline = StepPipeline(
             runner,
             self._scheduler,
@@ -93,7 +100,7 @@ class Engine:
         self._deadline = StepDeadline(
             step_seconds=step_seconds,
             seconds_per_token=prefill_seconds_per_token,
-            max_prefill_tokens=self._prefill_limit,
+            max_prefill_tokens=self._budget.most,
         )
         self._compiler = GrammarCompiler(tokenizer_json, vocab_size)
         self._compiled: deque[tuple[Sequence, GrammarState | RequestError]] = deque()
@@ -257,7 +264,7 @@ class Engine:
         self._good_steps = 0
         prefill = plan.num_tokens - plan.num_decodes
         if prefill:
-            self._scheduler.max_prefill_tokens = max(self._page_size, prefill // 2)
+            self._budget.max_tokens = max(self._page_size, prefill // 2)
 
     def _book_step(self, plan: StepPlan, results: list[ChunkResult], seconds: float) -> None:
         self._count(plan, results, seconds)
@@ -274,14 +281,15 @@ class Engine:
         # A mixed step's time is shared out by tokens: both kinds go through the same matrix products.
         share = decodes / tokens if tokens else 0.0
         self._deadline.learn(prefill, seconds)
+        self._budget.learn(prefill, decodes, seconds)
+        self._deadline.max_prefill_tokens = self._budget.most
         self._decode_seconds += seconds * share
         self._prefill_seconds += seconds * (1.0 - share)
-        scheduler = self._scheduler
-        if scheduler.max_prefill_tokens < self._prefill_limit:
+        if self._budget.max_tokens < self._prefill_limit:
             self._good_steps += 1
             if self._good_steps >= _STEPS_BEFORE_LONGER_CHUNKS:
                 self._good_steps = 0
-                scheduler.max_prefill_tokens = min(2 * scheduler.max_prefill_tokens, self._prefill_limit)
+                self._budget.max_tokens = min(2 * self._budget.max_tokens, self._prefill_limit)
 
     def _book(self, result: ChunkResult) -> None:
         """Turn one chunk's result into an update or a failure, and move its sequence on."""

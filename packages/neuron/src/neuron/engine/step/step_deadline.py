@@ -24,11 +24,11 @@ class StepDeadline:
     def __init__(self, *, seconds_per_token: float, max_prefill_tokens: int, step_seconds: float = 0.0) -> None:
         self._per_token = seconds_per_token
         self._fixed = step_seconds
-        self._max_prefill_tokens = max_prefill_tokens
+        self.max_prefill_tokens = max_prefill_tokens
 
     def learn(self, prefill_tokens: int, seconds: float) -> None:
         """A step with so many prefill tokens, besides its decodes, took so long."""
-        if prefill_tokens >= min(_TELLING_TOKENS, self._max_prefill_tokens):
+        if prefill_tokens >= min(_TELLING_TOKENS, self.max_prefill_tokens):
             self._per_token = _towards(self._per_token, max(seconds - self._fixed, 0.0) / prefill_tokens)
         else:
             self._fixed = _towards(self._fixed, seconds)
@@ -36,7 +36,7 @@ class StepDeadline:
     @property
     def seconds(self) -> float:
         """The bound for any next step."""
-        return _FLOOR_S + _MARGIN * (self._fixed + self._per_token * self._max_prefill_tokens)
+        return _FLOOR_S + _MARGIN * (self._fixed + self._per_token * self.max_prefill_tokens)
 
 
 def _towards(peak: float, seen: float) -> float:
