@@ -183,6 +183,21 @@ class Downloader:
     # ------------------------------------------------------------------ a blob
 
     def _fetch(self, url: str, blob: Path, file: RemoteFile, size: int | None) -> None:
+        """A part that turns out to be of something else is thrown away, and the file fetched from its beginning: all
+        files of a fetch end with the first one's error, and each would need a fetch of its own to find out."""
+        partial = blob.with_name(f"{blob.name}.partial")
+        is_resumed = _is_worth_resuming(partial)
+        try:
+            self._fetch_once(url, blob, file, size)
+        except DamagedDownload as exc:
+            if not is_resumed:
+                raise
+            logger.warning(
+                "fetch begins anew file=%s: what was left of an earlier one is not of it: %s", file.name, exc
+            )
+            self._fetch_once(url, blob, file, size)
+
+    def _fetch_once(self, url: str, blob: Path, file: RemoteFile, size: int | None) -> None:
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
