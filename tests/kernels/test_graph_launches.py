@@ -9,9 +9,10 @@ import pytest
 import torch
 from neuron.engine.attention import attention
 from neuron.engine.attention.attention_triton import TritonAttention
+from neuron.engine.gemm import activation
 from neuron.engine.kernels.sampling import sampling
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
-from neuron.engine.layers import activation, norm
+from neuron.engine.layers import norm
 from neuron.engine.models.registry import build_model
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence

@@ -9,9 +9,10 @@ import torch
 from neuron.engine.attention import attention
 from neuron.engine.attention.attention_cpu import GatherAttention
 from neuron.engine.attention.attention_triton import TritonAttention
+from neuron.engine.gemm import activation
 from neuron.engine.gemm.gemm import InvariantProduct
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
-from neuron.engine.layers import activation, norm
+from neuron.engine.layers import norm
 from neuron.engine.layers.embedding import LMHead
 from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.models.decoder import CausalLM

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from neuron.checkpoint.rope import RopeScaling
+from neuron.engine.gemm import activation as torch_activation
 from neuron.engine.kernels import KernelUnsupported
-from neuron.engine.layers import activation as torch_activation
 from neuron.engine.layers import norm as torch_norm
 from neuron.engine.layers.norm import QKNorm
 from neuron.engine.layers.rotary import RotaryEmbedding, split_and_rotate
