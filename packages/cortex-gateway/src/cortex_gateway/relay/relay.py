@@ -56,6 +56,34 @@ from cortex_gateway.translation.translation import PassingThrough, Translation, 
 log = logging.getLogger(__name__)
 
 
+class _Attempt:
+    """A request at one node: response once its head is there."""
+
+    __slots__ = ("_request", "response")
+
+    def __init__(self, request: RequestState) -> None:
+        self._request = request
+        self.response: aiohttp.ClientResponse | None = None
+
+    def leave(self) -> None:
+        """The node does not answer any more: what can go elsewhere goes now."""
+        request = self._request
+        if not request.leaves():
+            return
+        if self.response is not None:
+            self.response.close()
+        elif request.task is not None:
+            request.task.cancel()
+
+    def end(self) -> None:
+        """To be called while whatever was raised is being handled."""
+        request, response = self._request, self.response
+        if request.trace is not None:
+            end_attempt(request.trace, request, sys.exc_info()[1])
+        if response is not None:
+            response.release() if response.content.at_eof() else response.close()
+
+
 class Relay:
     """Carries requests of all surfaces; knows which are in flight.
 
@@ -317,24 +345,14 @@ class Relay:
         path, outgoing, headers = await self._outgoing(request, lease)
         if request.trace is not None:
             begin_attempt(request.trace, request, lease, path, headers)
-        response: aiohttp.ClientResponse | None = None
-
-        def leave() -> None:
-            """The node does not answer any more: what can go elsewhere goes now."""
-            if not request.leaves():
-                return
-            if response is not None:
-                response.close()
-            elif request.task is not None:
-                request.task.cancel()
-
+        attempt = _Attempt(request)
         settings, has_other = self._current.config.gateway, partial(self._has_other, request)
-        timeout = UpstreamTimeout(request, lease.neuron, settings, leave=leave, has_other=has_other)
+        timeout = UpstreamTimeout(request, lease.neuron, settings, leave=attempt.leave, has_other=has_other)
         if request.sent_at is None:
             request.sent_at = request.loop.time()
-        lease.on_lost = leave
+        lease.on_lost = attempt.leave
         try:
-            response = await lease.neuron.post(path, outgoing.data(), headers)
+            response = attempt.response = await lease.neuron.post(path, outgoing.data(), headers)
             lease.answered(response.status, request)
             if request.trace is not None:
                 request.trace.answered(response.status)
@@ -342,13 +360,7 @@ class Relay:
             interval_s = settings.ping_interval_s
             await relay_response(request, response, lease, ping_interval_s=interval_s, has_other=has_other)
         except (aiohttp.ClientError, OSError) as exc:
-            if request.is_lost:
-                self._raise_lost(request, exc)
-            settle = partial(self._broken_off, request, lease, series, exc, is_begun=response is not None)
-            is_neuron = not isinstance(lease.neuron, OpenAIServer)
-            if is_neuron and not request.has_answered and not is_unreached(exc):
-                raise Unanswered(settle=settle) from exc
-            settle()
+            self._failed(request, lease, series, exc, is_begun=attempt.response is not None)
         except UpstreamFault as fault:
             lease.failed()
             series.errors.inc()
@@ -356,19 +368,33 @@ class Relay:
             request.outcome = "upstream_failed"
             raise fault.error from None
         except asyncio.CancelledError:
-            if request.is_lost and request.interruption is None:
-                asyncio.current_task().uncancel()  # type: ignore[union-attr]
-                self._raise_lost(request, None)
-            if isinstance(request.interruption, ApiError) and request.interruption.code == "upstream_timeout":
-                lease.failed()
+            self._cancelled(request, lease)
             raise
         finally:
             lease.on_lost = None
             timeout.cancel()
-            if request.trace is not None:
-                end_attempt(request.trace, request, sys.exc_info()[1])
-            if response is not None:
-                response.release() if response.content.at_eof() else response.close()
+            attempt.end()
+
+    def _failed(
+        self, request: RequestState, lease: Lease, series: ModelSeries, exc: BaseException, *, is_begun: bool
+    ) -> NoReturn:
+        """The connection to a node failed. Raises where the request goes from here, or what ends it; `Unanswered` where
+        the process may have ended under it."""
+        if request.is_lost:
+            self._raise_lost(request, exc)
+        settle = partial(self._broken_off, request, lease, series, exc, is_begun=is_begun)
+        is_neuron = not isinstance(lease.neuron, OpenAIServer)
+        if is_neuron and not request.has_answered and not is_unreached(exc):
+            raise Unanswered(settle=settle) from exc
+        settle()
+
+    def _cancelled(self, request: RequestState, lease: Lease) -> None:
+        """The request was interrupted, from outside or because it leaves its node: then raises as `_raise_lost`."""
+        if request.is_lost and request.interruption is None:
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            self._raise_lost(request, None)
+        if isinstance(request.interruption, ApiError) and request.interruption.code == "upstream_timeout":
+            lease.failed()
 
     @staticmethod
     def _raise_lost(request: RequestState, cause: BaseException | None) -> NoReturn:
