@@ -193,6 +193,38 @@ async def test_H6_the_name_counts_in_http_2_too(neuron: FakeNeuron, start: Start
         assert found[b":status"] == status
 
 
+@pytest.mark.parametrize("parser", ["h11", "httptools"])
+@pytest.mark.parametrize("num_before", [0, 1])
+async def test_H6_nobody_gets_past_a_reverse_proxy_by_an_upgrade(
+    neuron: FakeNeuron, start: Start, parser: str, num_before: int, tmp_path: Path
+) -> None:
+    """A proxy that passes an upgrade on and sees it granted copies bytes from then on: without `x-forwarded-for`, and
+    past whatever it keeps from its clients. On this machine that would be an operator."""
+    client = await start(neuron, gateway={"http1_parser": parser})
+    async with run_neuron(make_checkpoint(tmp_path / "a")) as running_neuron:
+        for url, path in ((client.url, "/admin/fleet"), (running_neuron.url, "/models")):
+            inner = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+            settings = inner.initiate_upgrade_connection().decode()
+            inner.send_headers(
+                3,
+                [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", "localhost")],
+                end_stream=True,
+            )
+            forwarded = "GET /health HTTP/1.1\r\nhost: localhost\r\nx-forwarded-for: 203.0.113.9\r\n"
+            upgrade = f"connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: {settings}\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(f"{forwarded}\r\n".encode() * num_before)
+            async with asyncio.timeout(20):
+                for _ in range(num_before):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
+                writer.write(f"{forwarded}{upgrade}\r\n".encode() + inner.data_to_send())
+                answers = await reader.read()
+            writer.close()
+            assert answers.startswith(b"HTTP/1.1 200")
+            assert b"HTTP/1.1 101" not in answers and b'"nodes":[' not in answers and b'"servable"' not in answers
+
+
 def _raw(headers: Any) -> list[tuple[bytes, bytes]]:
     def encoded(text: Any) -> bytes:
         return text if isinstance(text, bytes) else text.encode()

@@ -12,13 +12,11 @@ from typing import Any
 
 import h2.errors
 import h2.events
-import h2.exceptions
 from h2.stream import StreamState
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.events import Body, EndBody
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
-from hyperframe.exceptions import HyperframeError
 from priority.priority import PriorityError
 
 from cortex_core.serving.connection_table import Connection
@@ -59,13 +57,6 @@ class BoundedH2(H2Protocol):  # type: ignore[misc]
                 await super().handle(RawData(data[start : start + SLICE]))
             except (ValueError, PriorityError):  # a path that is not ASCII; priorities of a thousand streams
                 await self._end(h2.errors.ErrorCodes.PROTOCOL_ERROR)
-
-    async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
-        try:
-            await super().initiate(headers, settings)
-        except (ValueError, HyperframeError, h2.exceptions.ProtocolError):  # settings of an upgrade that are none
-            self.closed = True
-            await self.send(Closed())
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:

@@ -1,6 +1,8 @@
 """HTTP on accepted connections, by hypercorn: one listener from its opening to the end of its last connection.
 
-Four things are not as hypercorn 0.18 has them. Its accept loop is replaced (`door`). HTTP/2 is bounded (`http2`). A
+Five things are not as hypercorn 0.18 has them. Its accept loop is replaced (`door`). HTTP/2 is bounded (`http2`). An
+upgrade to h2c is not heeded: a reverse proxy that passes such a wish on takes what follows for the other protocol's and
+looks at none of it, so whoever sent it would speak as the proxy does, unfiltered and without `x-forwarded-for`. A
 connection ends when its client has ended it: hypercorn reads the end of the stream and then waits in its task group for
 the idle timer, 75 s in which the socket stays in CLOSE_WAIT. And no connection has an idle timer of its own, which is a
 task for each request: the table of connections knows which ones are idle, and closes them.
@@ -20,7 +22,7 @@ from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError
+from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr, wrap_app
 
@@ -112,11 +114,26 @@ class HttpConnection(TCPServer):  # type: ignore[misc]
         await self.protocol.handle(Closed())
 
 
+class _Http1(H11Protocol):  # type: ignore[misc]
+    """HTTP/1 that is left for HTTP/2 by its preface alone, which is the first thing of a connection or nothing."""
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if event.method == b"PRI" and not self.keep_alive_requests:
+            await super()._check_protocol(event)
+
+
 class _Protocols(ProtocolWrapper):  # type: ignore[misc]
-    """HTTP/1 until the client wants HTTP/2, by its preface or by an upgrade."""
+    """HTTP/1 until the client speaks HTTP/2."""
 
     entry: Connection
     protocol: Any
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.protocol = _Http1(
+            *(self.app, self.config, self.context, self.task_group, self.state),
+            *(self.ssl, self.client, self.server, self.send),
+        )
 
     @property
     def is_http2(self) -> bool:
@@ -134,20 +151,17 @@ class _Protocols(ProtocolWrapper):  # type: ignore[misc]
     async def handle(self, event: Event) -> None:
         try:
             await self.protocol.handle(event)
-        except (H2ProtocolAssumedError, H2CProtocolRequiredError) as wish:
+        except H2ProtocolAssumedError as preface:
             self.protocol = BoundedH2(
                 *(self.app, self.config, self.context, self.task_group, self.state),
                 *(self.ssl, self.client, self.server, self.send),
                 entry=self.entry,
             )
-            if isinstance(wish, H2CProtocolRequiredError):
-                await self.protocol.initiate(wish.headers, wish.settings)
-            else:
-                await self.protocol.initiate()
+            await self.protocol.initiate()
             # hypercorn takes the preface for a request that never ends.
             await self.send(Updated(idle=self.protocol.idle))
-            if wish.data:
-                await self.protocol.handle(RawData(wish.data))
+            if preface.data:
+                await self.protocol.handle(RawData(preface.data))
 
 
 async def serve_http(

@@ -267,7 +267,8 @@ class Http1Connection(asyncio.Protocol):
     def on_url(self, url: bytes) -> None:
         self._url += url
         if self._parser.get_method() == b"PRI":
-            self._is_foreign = True  # HTTP/2 with prior knowledge
+            # HTTP/2 with prior knowledge: the first thing of a connection, or nothing.
+            self._is_foreign = self._num_requests == 0
             raise _Refused
 
     def on_header(self, name: bytes, value: bytes) -> None:
