@@ -19,6 +19,8 @@ PACKAGES = {
 SHIMS = {"neuron.cli", "neuron.worker"}
 """Old names of ways in, which nobody imports either."""
 MAX_MODULES = 15
+MAX_PARAMETERS = 8
+"""Of a constructor, itself not counted."""
 
 Graph = dict[str, set[str]]
 
@@ -144,3 +146,16 @@ def test_nobody_imports_a_shim() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module in SHIMS
     ] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_constructor_has_more_parameters_than_can_be_kept_in_mind(package: str) -> None:
+    found = {}
+    for name, file in modules_of(package).items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                arguments = node.args
+                number = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs) - 1
+                if number > MAX_PARAMETERS:
+                    found[f"{name}:{node.lineno}"] = number
+    assert not found

@@ -42,6 +42,7 @@ import transformers
 from neuron.engine.attention.interface import StepContext
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.loading.loading import load_engine, read_hf_config
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.runner import ModelRunner
 from neuron.host_memory import num_physical_cores
@@ -311,10 +312,9 @@ def overhead(vocab: int, *, streams: int = 16, context: int = 512, steps: int = 
     for kind, sampling in kinds.items():
         model = NoModel(vocab, streams)
         pages = streams * (context + steps + 64) // 16 + 1
-        limits = {"max_step_tokens": 2048, "max_running": 256, "max_model_len": context + steps + 64}
+        limits = StepLimits(max_step_tokens=2048, max_running=256, max_model_len=context + steps + 64)
         kv = PagedKV(KVLayout.uniform(1, 1, 1, 16, torch.float32), pages, cpu)
-        runner = ModelRunner(model, kv, model, vocab_size=vocab, device=cpu, **limits)  # type: ignore[arg-type]
-        engine = Engine(runner, vocab_size=vocab, num_pages=pages, page_size=16, **limits)
+        engine = Engine(ModelRunner(model, kv, model, vocab_size=vocab, limits=limits))  # type: ignore[arg-type]
         for index in range(streams):
             prompt = [(index * 31 + position) % vocab for position in range(context)]
             engine.add(Generate(index, prompt, SamplingParams(seed=index, **sampling), 10**6))

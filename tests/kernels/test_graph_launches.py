@@ -16,8 +16,9 @@ from neuron.engine.layers import norm
 from neuron.engine.models.registry import build_model
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.engine import Engine
-from neuron.engine.step.runner import ModelRunner
+from neuron.engine.step.runner import Launching, ModelRunner
 from neuron.engine.weights.dummy import load_dummy_weights
 from neuron.protocol import Generate, SamplingParams
 from torch import Tensor
@@ -67,7 +68,12 @@ def make_runner(family: str) -> tuple[ModelRunner, PagedKV]:
     layout = KVLayout.uniform(shape.num_layers, model.local.num_kv_heads, shape.head_dim, PAGE, torch.float32)
     kv = PagedKV(layout, NUM_PAGES, cpu)
     runner = ModelRunner(
-        model, kv, TritonAttention(), vocab_size=VOCAB, device=cpu, overlaps=True, graphs=FakeGraphDevice(), **LIMITS
+        model,
+        kv,
+        TritonAttention(),
+        vocab_size=VOCAB,
+        limits=StepLimits(**LIMITS),
+        launching=Launching(overlaps=True, graphs=FakeGraphDevice()),
     )
     runner._sampling_kernel = sampling.sample
     return runner, kv
@@ -141,7 +147,7 @@ def test_a_model_on_the_kernels_gives_the_same_tokens_from_graphs(kernels_everyw
         runner, _ = make_runner("qwen3")
         if not has_graphs:
             runner.graphs = None
-        engine = Engine(runner, vocab_size=VOCAB, num_pages=NUM_PAGES, page_size=PAGE, **LIMITS)
+        engine = Engine(runner)
         while engine.has_idle_work:
             engine.work_while_idle()
         for number, length in enumerate((3, 18, 7)):

@@ -17,6 +17,7 @@ from neuron.engine.layers.embedding import LMHead
 from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.models.registry import build_model
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.runner import ModelRunner
 from neuron.engine.weights.dummy import load_dummy_weights
@@ -33,9 +34,8 @@ def generate(model: CausalLM, backend: attention.AttentionBackend, device: torch
     config = model.config
     layout = KVLayout.uniform(config.num_layers, model.local.num_kv_heads, config.head_dim, 16, torch.float32)
     kv = PagedKV(layout, 32, device)
-    limits = {"max_step_tokens": 16, "max_running": 8, "max_model_len": 128}
-    runner = ModelRunner(model, kv, backend, vocab_size=config.vocab_size, device=device, **limits)
-    engine = Engine(runner, vocab_size=config.vocab_size, num_pages=32, page_size=16, **limits)
+    limits = StepLimits(max_step_tokens=16, max_running=8, max_model_len=128)
+    engine = Engine(ModelRunner(model, kv, backend, vocab_size=config.vocab_size, limits=limits))
     for index, prompt in enumerate(PROMPTS):
         engine.add(Generate(index, prompt, SamplingParams(temperature=0.0, logprobs=0), 3))
     tokens: list[list[int]] = [[] for _ in PROMPTS]

@@ -27,16 +27,7 @@ class NewcomerForCausalLM(CausalLM):
 
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
-        attention = SelfAttention(
-            config.hidden_size,
-            layer_index=index,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=True,
-            sliding_window=config.sliding_windows[index],
-            group=self.group,
-        )
+        attention = SelfAttention(config, index, group=self.group, qkv_bias=True)
         mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, group=self.group)
         return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, mlp)
 

@@ -188,7 +188,9 @@ async def test_U16_a_stream_without_a_ping_goes_elsewhere_once_it_has_begun(
 
     neuron.have(MODEL)
     neuron.answer = answer
-    client = await start(neuron, second, gateway={**IMPATIENT, "stream_silence_s": 0.3 if has_begun else 1.0}, poll=POLLS)
+    client = await start(
+        neuron, second, gateway={**IMPATIENT, "stream_silence_s": 0.3 if has_begun else 1.0}, poll=POLLS
+    )
     stream = asyncio.ensure_future(streamed(client))
     await under_way(1, neuron)
     second.answer = going_on(second)

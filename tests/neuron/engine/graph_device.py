@@ -8,8 +8,9 @@ import torch
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.sampling.sampler import Sampler
 from neuron.engine.sampling.sampling_rows import SamplingRows
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.engine import Engine
-from neuron.engine.step.runner import ModelRunner
+from neuron.engine.step.runner import Launching, ModelRunner
 from neuron.protocol import SamplingParams
 from torch import Tensor
 
@@ -101,17 +102,13 @@ def graph_engine(
 ) -> tuple[Engine, FakeGraphDevice]:
     """An engine around the toy model that runs decodes as graphs, on a device that lags."""
     device = FakeGraphDevice()
-    limits = {"max_step_tokens": max_step_tokens, "max_running": max_running, "max_model_len": max_model_len}
     runner = ModelRunner(
         model or ToyModel(),
         PagedKV(KVLayout.uniform(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32), num_pages, CPU),
         ToyAttention(),
         vocab_size=VOCAB,
-        device=CPU,
-        stream=LazyStream() if lags else None,
-        overlaps=overlaps,
-        graphs=device,
-        **limits,
+        limits=StepLimits(max_step_tokens, max_running, max_model_len),
+        launching=Launching(LazyStream() if lags else None, overlaps, device),
     )
     runner._sampling_kernel = choose
-    return Engine(runner, vocab_size=VOCAB, num_pages=num_pages, page_size=PAGE, **limits), device
+    return Engine(runner), device

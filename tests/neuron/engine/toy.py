@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from neuron.engine.attention.interface import StepBatch, StepContext
 from neuron.engine.device_stream import Stream
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.engine import Engine
-from neuron.engine.step.runner import ModelRunner
+from neuron.engine.step.runner import Launching, ModelRunner
 from neuron.protocol import Generate, Logprobs, SamplingParams, SequenceFailed
 from torch import Tensor
 
@@ -104,21 +105,11 @@ def toy_engine(
         PagedKV(layout, num_pages, CPU),
         ToyAttention(),
         vocab_size=VOCAB,
-        max_step_tokens=max_step_tokens,
-        max_running=max_running,
-        max_model_len=max_model_len,
-        device=CPU,
-        overlaps=overlaps,
-        stream=stream,
+        limits=StepLimits(max_step_tokens, max_running, max_model_len),
+        launching=Launching(stream, overlaps),
     )
     return Engine(
         runner,
-        vocab_size=VOCAB,
-        num_pages=num_pages,
-        page_size=PAGE,
-        max_step_tokens=max_step_tokens,
-        max_running=max_running,
-        max_model_len=max_model_len,
         tokenizer_json=tokenizer_json,
         prefix_cache=prefix_cache,
         epoch=epoch,

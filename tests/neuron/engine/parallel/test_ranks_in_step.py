@@ -12,10 +12,11 @@ from neuron.engine.errors import DeviceError
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.parallel.messages import FollowerLink, GraphKey, LeaderLink
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.follower import Follower
 from neuron.engine.step.leader import StepLeader
-from neuron.engine.step.runner import ModelRunner
+from neuron.engine.step.runner import Launching, ModelRunner, StepRanks
 from neuron.protocol import GrammarSpec
 from torch import Tensor
 
@@ -66,9 +67,7 @@ class Pair:
         link = FollowerLink(folder, epoch=0, rank=1)
         leader.accept(timeout_s=30)
         self.runners = [self._runner(rank, StepLeader(leader) if rank == 0 else None) for rank in range(2)]
-        self.engine = with_grammars(
-            Engine(self.runners[0], vocab_size=VOCAB, num_pages=NUM_PAGES, page_size=PAGE, **LIMITS)
-        )
+        self.engine = with_grammars(Engine(self.runners[0]))
         self.follower = Follower(self.runners[1], link)
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -80,13 +79,9 @@ class Pair:
             PagedKV(KVLayout.uniform(NUM_LAYERS, NUM_HEADS, HEAD_DIM, PAGE, torch.float32), NUM_PAGES, CPU),
             ToyAttention(),
             vocab_size=VOCAB,
-            device=CPU,
-            stream=LazyStream() if rank == 0 else None,
-            overlaps=True,
-            leader=leader,
-            group=PipedGroup(rank, self.pipe),
-            graphs=self.devices[rank],
-            **LIMITS,
+            limits=StepLimits(**LIMITS),
+            launching=Launching(LazyStream() if rank == 0 else None, overlaps=True, graphs=self.devices[rank]),
+            ranks=StepRanks(PipedGroup(rank, self.pipe), leader),
         )
         runner._sampling_kernel = choose
         return runner

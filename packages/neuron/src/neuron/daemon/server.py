@@ -116,8 +116,7 @@ class Daemon:
             config,
             sources,
             runtime_dir=self._runtime_dir,
-            devices=discovery.devices,
-            free_mb=lambda: {device.index: device.vram_free_mb for device in hardware.reading.devices},
+            hardware=hardware,
             memory=MemoryLedger(
                 hardware.measure,
                 host_total_bytes=discovery.memory_total_mb * 2**20,
@@ -125,12 +124,10 @@ class Daemon:
                 reclaimable=lambda: weights.held_bytes,
             ),
             weights=weights,
-            cuda_unavailable_reason=discovery.cuda_unavailable_reason,
             command=command,
             served=self._served,
-            on_loaded=self._on_loaded,
-            on_text_end=self._on_text_end,
         )
+        manager.on_loaded, manager.on_text_end = self._on_loaded, self._on_text_end
         self._connections = _connection_table(config.server)
         metrics = Metrics(
             build=build,

@@ -75,6 +75,10 @@ class HardwareMonitor:
                 self._was_failing = True
         self.reading = HardwareReading(devices=devices, memory_free_mb=memory_free_mb())
 
+    def free_mb(self) -> dict[int, int]:
+        """Free memory by device, as last read."""
+        return {device.index: device.vram_free_mb for device in self.reading.devices}
+
     def measure(self) -> HardwareReading:
         """A fresh reading; blocks in the driver."""
         self.poll()

@@ -13,12 +13,13 @@ from typing import Any
 
 import msgspec
 from cortex_core.errors import ApiError, model_not_found
-from cortex_core.fleet import DeviceInfo, LoadProgress, ModelInfo, ModelLoad, ModelSpec
+from cortex_core.fleet import LoadProgress, ModelInfo, ModelLoad, ModelSpec
 
 from neuron.checkpoint.preflight import check_spec, refusal
 from neuron.daemon.admission.admission import Admission
 from neuron.daemon.common.config import NeuronConfig
 from neuron.daemon.common.daemon_thread import run_in_daemon_thread
+from neuron.daemon.hardware.monitor import HardwareMonitor
 from neuron.daemon.hub.download import FetchCancelled
 from neuron.daemon.hub.sources import Sources
 from neuron.daemon.lifecycle import state_machine
@@ -49,11 +50,10 @@ _TEXTS_AT_ONCE = 3
 class ModelManager:
     """Loads, serves and unloads models.
 
-    runtime_dir: a private folder for sockets. devices, cuda_unavailable_reason: what discovery found. command makes
-    the argument list of a worker process. free_mb: free memory by device index, as last read. served: the list of what
-    is served, on disk. memory decides whether a load fits; without it the engine finds out. weights keeps copies of
-    checkpoints in host memory. on_loaded is called once per load (not per recovery), on_text_end for
-    each text worker that ended with the request it was at.
+    runtime_dir: a private folder for sockets. command makes the argument list of a worker process. served: the list of
+    what is served, on disk. memory decides whether a load fits. weights keeps copies of checkpoints in host memory.
+    Attributes: on_loaded is called once per load (not per recovery), on_text_end for each text worker that ended with
+    the request it was at.
     """
 
     def __init__(
@@ -62,32 +62,28 @@ class ModelManager:
         sources: Sources,
         *,
         runtime_dir: Path,
-        devices: tuple[DeviceInfo, ...] = (),
-        free_mb: Callable[[], Mapping[int, int]] = dict,
-        memory: MemoryLedger | None = None,
-        cuda_unavailable_reason: str | None = None,
+        hardware: HardwareMonitor,
+        memory: MemoryLedger,
         command: WorkerCommand = worker_command,
-        served: ServedModels | None = None,
-        weights: WeightCache | None = None,
-        on_loaded: Callable[[ServedModel], None] = lambda model: None,
-        on_text_end: Callable[[ServedModel, LostReason], None] = lambda model, reason: None,
+        served: ServedModels,
+        weights: WeightCache,
     ) -> None:
         engine = config.engine
         self._config = config
         self._sources = sources
-        self._devices = devices
-        self._free_mb = free_mb
+        self._devices = hardware.discovery.devices
+        self._free_mb = hardware.free_mb
         self._memory = memory
         self._fitting = asyncio.Lock()
         self._opening_texts = asyncio.Semaphore(_TEXTS_AT_ONCE)
-        self._cuda_unavailable_reason = cuda_unavailable_reason
+        self._cuda_unavailable_reason = hardware.discovery.cuda_unavailable_reason
         self._models: dict[str, ServedModel] = {}
         self._clocks: defaultdict[str, ProgressClock] = defaultdict(ProgressClock)
         self._watchers: defaultdict[str, Watchers] = defaultdict(Watchers)
-        self.weights = weights or WeightCache(0, free_bytes=lambda: 0, headroom_bytes=0)
-        self._served = served or ServedModels(None, id_of=sources.public_id)
-        self._on_loaded = on_loaded
-        self._on_text_end = on_text_end
+        self.weights = weights
+        self._served = served
+        self.on_loaded: Callable[[ServedModel], None] = lambda model: None
+        self.on_text_end: Callable[[ServedModel, LostReason], None] = lambda model, reason: None
         self._is_closing = False
         self._text_settings = TextSettings(
             max_workers=config.text.workers,
@@ -351,15 +347,12 @@ class ModelManager:
 
     def _check_size(self, model_id: str, spec: ModelSpec, hf_config: Mapping[str, Any], num_bytes: int) -> None:
         """Refuse a download that this host could never load. Blocks. Raises `ApiError`."""
-        if self._memory is not None:
-            self._memory.check_size(self._engine_config(model_id, spec, Path()), hf_config, num_bytes)
+        self._memory.check_size(self._engine_config(model_id, spec, Path()), hf_config, num_bytes)
 
     async def _fit(self, model: ServedModel, spec: ModelSpec, path: Path, inspection: Inspection) -> None:
         """Refuse a load that memory has no room for, before anything is started. One at a time: what fits is promised
         before the next one looks. Raises `ApiError`."""
         ledger = self._memory
-        if ledger is None:
-            return
         async with self._fitting:
             model.fit = None
             config = self._engine_config(model.id, spec, path)
@@ -383,7 +376,7 @@ class ModelManager:
                     str(path),
                     self._text_settings,
                     label=model.id,
-                    on_end=lambda reason: self._on_text_end(model, reason),
+                    on_end=lambda reason: self.on_text_end(model, reason),
                 )
         except TextLoadError as exc:
             raise refusal("bad_checkpoint", f"`{model.id}` cannot be served: {exc}", model_id=model.id) from exc
@@ -431,7 +424,7 @@ class ModelManager:
             model.engine_came_up(event.loaded)
             if model.load_seconds is None:
                 model.load_seconds = time.monotonic() - model.load_began
-                self._on_loaded(model)
+                self.on_loaded(model)
                 self.weights.loaded(Path(group.config.path), model.id)
             _log_loaded(model, event)
             self._post(model, state_machine.EngineUp())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from neuron.checkpoint.config import ModelConfig
 from neuron.engine import kernels
 from neuron.engine.attention.interface import AttentionBackend, StepContext
 from neuron.engine.kernels.kernel_dispatch import fused_kernel
@@ -37,32 +38,30 @@ class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions, optional QK norm and sliding window.
 
     One rank holds a part of the query heads and their KV heads (`shard_heads`); the output projection sums over ranks.
+    Heads and the layer's window are the config's; has_qk_norm: queries and keys are normalised head by head.
     """
 
     def __init__(
         self,
-        hidden_size: int,
-        *,
+        config: ModelConfig,
         layer_index: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        *,
         group: ParallelGroup,
         qkv_bias: bool = False,
         output_bias: bool = False,
-        qk_norm_eps: float | None = None,
-        sliding_window: int | None = None,
+        has_qk_norm: bool = False,
         weight_format: WeightFormat | None = None,
     ) -> None:
         super().__init__()
+        head_dim = config.head_dim
         self.layer_index = layer_index
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
-        self.sliding_window = sliding_window
+        self.sliding_window = config.sliding_windows[layer_index]
         self.qkv_proj = QKVParallelLinear(
-            hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
             head_dim=head_dim,
             bias=qkv_bias,
             group=group,
@@ -70,14 +69,16 @@ class SelfAttention(nn.Module):
         )
         self.o_proj = RowParallelLinear(
             self.qkv_proj.query_heads.scaled(head_dim),
-            hidden_size,
+            config.hidden_size,
             bias=output_bias,
             group=group,
             weight_format=weight_format,
         )
         self.num_heads = self.qkv_proj.num_heads
         self.num_kv_heads = self.qkv_proj.num_kv_heads
-        self.qk_norm = None if qk_norm_eps is None else QKNorm(self.num_heads, self.num_kv_heads, head_dim, qk_norm_eps)
+        self.qk_norm: QKNorm | None = None
+        if has_qk_norm:
+            self.qk_norm = QKNorm(self.num_heads, self.num_kv_heads, head_dim, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rotary: StepRotary, ctx: StepContext) -> Tensor:
         """[T, H] -> [T, H]"""

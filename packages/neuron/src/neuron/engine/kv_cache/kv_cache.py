@@ -72,6 +72,7 @@ class PagedKV:
         if num_pages < 2:
             raise ValueError("a cache needs page 0 and at least one usable page")
         self.layout = layout
+        self.device = device
         self.num_pages = num_pages
         self.page_size = layout.page_size
         try:

@@ -35,11 +35,12 @@ from neuron.engine.models.registry import build_model
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.parallel.messages import Figures, FollowerLink, LeaderLink
 from neuron.engine.parallel.rendezvous import join_group
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.cuda_graphs import CudaGraphDevice
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.follower import Follower
 from neuron.engine.step.leader import StepLeader
-from neuron.engine.step.runner import ModelRunner
+from neuron.engine.step.runner import Launching, ModelRunner, StepRanks
 from neuron.engine.step.step_memory import StepMemory
 from neuron.engine.step.warm_up import every_variant
 from neuron.engine.weights.loader import WeightsRead, load_dummy_weights, load_weights
@@ -219,6 +220,7 @@ def _load_rank(
     if config.max_model_len is not None:
         max_model_len = min(max_model_len, config.max_model_len)
     max_running = min(config.max_running, config.max_step_tokens)
+    limits = StepLimits(config.max_step_tokens, max_running, max_model_len)
     memory = None if link is None else StepMemory(model.local, dtype=dtype, device=device, world_size=group.world_size)
 
     attention = make_attention_backend(device, deterministic=config.deterministic)
@@ -234,16 +236,10 @@ def _load_rank(
             PagedKV(layout, num_pages, device),
             attention,
             vocab_size=shape.vocab_size,
-            max_step_tokens=config.max_step_tokens,
-            max_running=max_running,
-            max_model_len=max_model_len,
-            device=device,
-            leader=StepLeader(link) if isinstance(link, LeaderLink) else None,
-            memory=memory,
+            limits=limits,
             deterministic=config.deterministic,
-            overlaps=overlaps,
-            group=group,
-            graphs=CudaGraphDevice() if has_graphs and is_last else None,
+            launching=Launching(overlaps=overlaps, graphs=CudaGraphDevice() if has_graphs and is_last else None),
+            ranks=StepRanks(group, StepLeader(link) if isinstance(link, LeaderLink) else None, memory),
         )
 
     figures = Figures(
@@ -296,19 +292,11 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
     _record_first_graphs(rank.runner, model.device)
     engine = Engine(
         rank.runner,
-        vocab_size=model.config.vocab_size,
-        num_pages=figures.num_pages,
-        page_size=config.page_size,
-        max_step_tokens=config.max_step_tokens,
-        max_running=min(config.max_running, config.max_step_tokens),
-        max_model_len=rank.max_model_len,
         keeps_decodes_even=model.device.type == "cpu",
         tokenizer_json=config.tokenizer_json,
         prefix_cache=config.prefix_cache,
         cache_root=config.model_id,
         epoch=config.epoch,
-        step_seconds=rank.runner.step_seconds,
-        prefill_seconds_per_token=rank.runner.prefill_seconds_per_token,
     )
     loaded = Loaded(
         epoch=config.epoch,

@@ -15,15 +15,7 @@ class LlamaForCausalLM(CausalLM):
 
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
-        attention = SelfAttention(
-            config.hidden_size,
-            layer_index=index,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            group=self.group,
-        )
+        bias = config.attention_bias
+        attention = SelfAttention(config, index, group=self.group, qkv_bias=bias, output_bias=bias)
         mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, group=self.group)
         return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, mlp)

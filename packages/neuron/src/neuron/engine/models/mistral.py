@@ -13,12 +13,8 @@ class MistralForCausalLM(CausalLM):
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
         attention = SelfAttention(
-            config.hidden_size,
-            layer_index=index,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            sliding_window=config.sliding_windows[index],
+            config,
+            index,
             group=self.group,
         )
         mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, group=self.group)

@@ -12,17 +12,7 @@ class Qwen3ForCausalLM(CausalLM):
 
     def build_layer(self, index: int) -> DecoderLayer:
         config = self.config
-        attention = SelfAttention(
-            config.hidden_size,
-            layer_index=index,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            qk_norm_eps=config.rms_norm_eps,
-            sliding_window=config.sliding_windows[index],
-            group=self.group,
-        )
+        bias = config.attention_bias
+        attention = SelfAttention(config, index, group=self.group, qkv_bias=bias, output_bias=bias, has_qk_norm=True)
         mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, group=self.group)
         return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, mlp)

@@ -42,38 +42,31 @@ _STEPS_BEFORE_LONGER_CHUNKS = 256
 class Engine:
     """Scheduler, cache bookkeeping and runner of one model.
 
-    keeps_decodes_even: see `PrefillBudget`. max_model_len, as an
-    attribute, is what is served: capped by what the cache holds. `on_wake` tells another thread's waiter that
-    `has_work` may have become true. step_seconds, prefill_seconds_per_token: what warming up has shown, for the
-    deadline of the first steps.
+    The runner has been warmed up, or says nothing of how long steps take. keeps_decodes_even: see `PrefillBudget`.
+    max_model_len, as an attribute, is what is served: capped by what the cache holds. `on_wake` tells another thread's
+    waiter that `has_work` may have become true.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
         *,
-        vocab_size: int,
-        num_pages: int,
-        page_size: int,
-        max_step_tokens: int,
-        max_running: int,
-        max_model_len: int,
         keeps_decodes_even: bool = False,
         tokenizer_json: str | None = None,
         prefix_cache: bool = True,
         cache_root: str = "",
         epoch: int = 0,
-        step_seconds: float = 0.0,
-        prefill_seconds_per_token: float = 0.0,
     ) -> None:
+        vocab_size, limits, page_size = runner.vocab_size, runner.limits, runner.kv.page_size
+        step_seconds, prefill_seconds_per_token = runner.step_seconds, runner.prefill_seconds_per_token
         self._runner = runner
         self._vocab_size = vocab_size
         self._page_size = page_size
         self._epoch = epoch
-        self._pool = PagePool(num_pages)
+        self._pool = PagePool(runner.kv.num_pages)
         self._cache = PrefixCache(self._pool, page_size, root=f"{cache_root}:{epoch}", enabled=prefix_cache)
         self._budget = PrefillBudget(
-            max_tokens=max_step_tokens,
+            max_tokens=limits.max_step_tokens,
             step_seconds=step_seconds,
             seconds_per_token=prefill_seconds_per_token,
             keeps_decodes_even=keeps_decodes_even,
@@ -82,13 +75,13 @@ class Engine:
             self._pool,
             self._cache,
             page_size=page_size,
-            max_step_tokens=max_step_tokens,
-            max_running=max_running,
-            max_model_len=max_model_len,
+            max_step_tokens=limits.max_step_tokens,
+            max_running=limits.max_running,
+            max_model_len=limits.max_model_len,
             prefill_budget=self._budget,
         )
         self.max_model_len = self._scheduler.max_model_len
-        self._prefill_limit = max_step_tokens
+        self._prefill_limit = limits.max_step_tokens
         self._pipeline = StepPipeline(
             runner,
             self._scheduler,

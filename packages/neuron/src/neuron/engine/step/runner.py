@@ -29,6 +29,7 @@ from neuron.engine.sampling.sampler import (
 from neuron.engine.sampling.sampling_rows import SamplingRows, depends_on_last_token, wants_only_a_token
 from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
+from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.batch import BatchBuilder
 from neuron.engine.step.compile_watch import CompileWatch
 from neuron.engine.step.cuda_graphs import GraphDevice, StepGraphs
@@ -93,14 +94,32 @@ class InFlightStep:
         return len(self.sequences) if self.graph is None else self.graph.num_rows
 
 
+@dataclass(frozen=True, slots=True)
+class Launching:
+    """How steps get to the device. stream: None is the device's ordinary one. overlaps: steps may be launched on top of
+    each other, so each leaves its tokens on the device for the next. graphs: records decode steps, None where they are
+    launched one kernel at a time."""
+
+    stream: Stream | None = None
+    overlaps: bool = False
+    graphs: GraphDevice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRanks:
+    """A runner's place among several ranks, which have one each. Rank 0's has a `leader`, which tells the others of
+    each step before it computes its own part; theirs are driven by `follow`. group: carries tokens to the other ranks.
+    memory: what a step takes; None where nobody asks."""
+
+    group: ParallelGroup | None = None
+    leader: StepLeader | None = None
+    memory: StepMemory | None = None
+
+
 class ModelRunner:
     """Runs one model over one cache on one device. Used by a single thread.
 
-    With several ranks each has a runner. Rank 0's has a `leader`, which tells the others of each step before it
-    computes its own part; theirs are driven by `follow`. `memory`: what a step takes; None where nobody asks.
     deterministic: what is sampled of a row depends on it alone; model and attention have modes of their own for that.
-    overlaps: steps may be launched on top of each other, so each leaves its tokens on the device for the next; `group`
-    carries them to the other ranks. graphs: records decode steps, None where they are launched one kernel at a time.
     """
 
     def __init__(
@@ -110,50 +129,46 @@ class ModelRunner:
         attention: AttentionBackend,
         *,
         vocab_size: int,
-        max_step_tokens: int,
-        max_running: int,
-        max_model_len: int,
-        device: torch.device,
-        leader: StepLeader | None = None,
-        memory: StepMemory | None = None,
+        limits: StepLimits,
         deterministic: bool = False,
-        stream: Stream | None = None,
-        overlaps: bool = False,
-        group: ParallelGroup | None = None,
-        graphs: GraphDevice | None = None,
+        launching: Launching | None = None,
+        ranks: StepRanks | None = None,
     ) -> None:
+        launching, ranks = launching or Launching(), ranks or StepRanks()
+        device, group, graphs = kv.device, ranks.group, launching.graphs
         self._model = model
-        self._leader = leader
-        self._memory = memory
+        self._leader = ranks.leader
+        self._memory = ranks.memory
         self.kv = kv
         self._attention = attention
         self._device = device
         self.vocab_size = vocab_size
-        self._stream = stream or stream_of(device)
-        self.overlaps = overlaps
+        self.limits = limits
+        self._stream = launching.stream or stream_of(device)
+        self.overlaps = launching.overlaps
         self._group = group if group is not None and group.world_size > 1 else None
         self._samples = group is None or group.rank == 0
         self._sampling_kernel = fused_kernel("sampling.sampling", "sample", device)
         self._builder = BatchBuilder(
-            max_tokens=max_step_tokens,
-            max_sequences=max_running,
-            max_pages=-(-max_model_len // kv.page_size),
+            max_tokens=limits.max_step_tokens,
+            max_sequences=limits.max_running,
+            max_pages=-(-limits.max_model_len // kv.page_size),
             page_size=kv.page_size,
             device=device,
             stream=self._stream,
         )
         self._sampler = Sampler(vocab_size, device, row_by_row=deterministic)
         # The tokens of the last step, by row: where the next one's inputs come from.
-        self._carried = torch.zeros(max_step_tokens, dtype=torch.int64, device=device)
+        self._carried = torch.zeros(limits.max_step_tokens, dtype=torch.int64, device=device)
         self.compiles = CompileWatch()
         self._graph_logits: Tensor | None = None
-        self._graph_inputs = GraphInputs(max_running, device=device, stream=self._stream)
+        self._graph_inputs = GraphInputs(limits.max_running, device=device, stream=self._stream)
         self.graphs: StepGraphs | None = None
         if graphs is not None:
             self.graphs = StepGraphs(
                 graphs,
-                max_rows=max_running,
-                max_context_len=max_model_len,
+                max_rows=limits.max_running,
+                max_context_len=limits.max_model_len,
                 run=self._run_graph_step,
                 warm_up=self._warm_up_graph_step,
             )
