@@ -114,6 +114,7 @@ async def test_H7_a_daemon_killed_behind_each_of_its_loads_goes_on_coming_back(t
         assert "42" in (await neuron.ask(QUESTION)).text
 
 
+@pytest.mark.full
 async def test_H7_a_model_that_takes_its_daemon_down_waits_after_three_times(tmp_path: Path) -> None:
     """The daemon is killed in each load at start, as an out-of-memory killer would do it."""
     config = remembering(tmp_path)
@@ -217,6 +218,7 @@ async def test_a_client_that_leaves_in_any_phase_leaves_nothing(tmp_path: Path) 
         await neuron.leaves_nothing_behind(before)
 
 
+@pytest.mark.full
 async def test_a_client_that_leaves_a_fetch_does_not_end_it(tmp_path: Path, registry: MockRegistry) -> None:
     registry.stalls["model.safetensors"] = 1_000
     async with running(tmp_path, config=with_registry(registry, tmp_path), environ=ONLINE) as neuron:

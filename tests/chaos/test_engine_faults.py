@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)
         pytest.param(CHAT, GREEDY, True, marks=pytest.mark.full),
         (CHAT, SEEDED, True),
         pytest.param(CHAT, GREEDY, False, marks=pytest.mark.full),
-        (MESSAGES, GREEDY, True),
+        pytest.param(MESSAGES, GREEDY, True, marks=pytest.mark.full),
         (MESSAGES, GREEDY, False),
     ],
     ids=["chat-stream", "chat-seeded", "chat-whole", "messages-stream", "messages-whole"],
@@ -57,6 +57,7 @@ async def test_an_engine_killed_in_a_prefill_loses_nobody(neuron: Neuron, undist
     assert_same([await neuron.ask(GREEDY)], expected)
 
 
+@pytest.mark.full
 async def test_an_engine_killed_twice_in_a_row_loses_nobody(neuron: Neuron, undisturbed: Undisturbed) -> None:
     requests = crowd(4)
     expected = await undisturbed.answers(neuron, requests)

@@ -28,6 +28,7 @@ async def test_32_streams_outlive_a_killed_rank(neuron: Neuron, undisturbed: Und
     assert await neuron.metric("neuron_engine_restarts", model=MODEL) == 1
 
 
+@pytest.mark.full
 async def test_F12_a_rank_stopped_in_a_collective_costs_a_pause(neuron: Neuron, undisturbed: Undisturbed) -> None:
     requests = crowd(4)
     expected = await undisturbed.answers(neuron, requests, **TWO)

@@ -23,6 +23,7 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
     [("ceilings", "loading"), pytest.param((), marks=pytest.mark.full)],  # the kernels take minutes in the interpreter
     ids=["some", "all"],
 )
+@pytest.mark.full
 def test_dry_run_checks_times_and_writes_its_figures(tmp_path: Path, sections: tuple[str, ...]) -> None:
     report_path = tmp_path / "figures.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -55,6 +55,7 @@ async def unload(neuron: RunningNeuron) -> None:
     assert status == 200, body
 
 
+@pytest.mark.full
 async def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
     engine = EngineSection(num_threads=2, kv_cache_tokens=8192)
     config = NeuronConfig(engine=engine, state_dir="")

@@ -204,7 +204,7 @@ def test_a_killed_parent_takes_the_worker_with_it(tmp_path, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("break_it", "kind"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "bad_checkpoint"),
+        pytest.param(lambda folder: (folder / "config.json").unlink(), "bad_checkpoint", marks=pytest.mark.full),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no weights"), "bad_checkpoint"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "abacus", "architectures": ["Abacus"]}'),
