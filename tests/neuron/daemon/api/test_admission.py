@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from neuron.daemon.common.config import AdmissionConfig, CandleConfig, ContextLimitConfig, HarnessConfig, NeuronConfig
+from neuron.daemon.common.config import AdmissionConfig, EngineTables, ContextLimitConfig, HarnessConfig, NeuronConfig
 
 from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually
@@ -27,7 +27,7 @@ KEY_A, KEY_B = {"authorization": "Bearer key-a"}, {"x-api-key": "key-b"}
 async def neuron_with(
     folder: Path, *, output_reserve_tokens: int = 8192, **limits: Any
 ) -> AsyncIterator[RunningNeuron]:
-    candle = CandleConfig(
+    candle = EngineTables(
         admission=AdmissionConfig(**limits),
         context_limit=ContextLimitConfig(output_reserve_tokens=output_reserve_tokens),
     )

@@ -16,7 +16,7 @@ import pytest
 from cortex_core.fleet import LOAD_FEATURES, BuildInfo, DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec
 from neuron.daemon.common.config import (
     AdmissionConfig,
-    CandleConfig,
+    EngineTables,
     EngineSection,
     HarnessConfig,
     HarnessEntry,
@@ -278,7 +278,7 @@ async def test_without_a_harness_nothing_is_served(checkpoint: Path) -> None:
 
 async def test_limits_come_from_the_configuration(checkpoint: Path) -> None:
     limits = AdmissionConfig(max_in_flight=3, max_queue_depth=5)
-    config = NeuronConfig(harness=HarnessConfig(candle=CandleConfig(admission=limits)))
+    config = NeuronConfig(harness=HarnessConfig(candle=EngineTables(admission=limits)))
     async with run_neuron(checkpoint, config=config) as neuron:
         (load,) = (await neuron.get("/health"))["models"]
         assert (load["max_in_flight"], load["max_queue_depth"]) == (3, 5)

@@ -15,7 +15,7 @@ import huggingface_hub.constants
 import pytest
 from cortex_core.errors import ApiError
 from cortex_core.fleet import LoadProgress, ModelSpec
-from neuron.daemon.common.config import CandleConfig, SourceConfig
+from neuron.daemon.common.config import EngineTables, SourceConfig
 from neuron.daemon.hub import client as registry_module
 from neuron.daemon.hub import download
 from neuron.daemon.hub.client import fetch_error
@@ -54,7 +54,7 @@ def registry() -> Iterator[MockRegistry]:
 
 def sources(registry: MockRegistry, cache: Path, environ: dict[str, str] | None = None) -> Sources:
     source = SourceConfig(endpoint=registry.url, auth_env="MOCK_TOKEN", cache_dir=str(cache))
-    return Sources(CandleConfig(sources={"mock": source}), environ=environ or {})
+    return Sources(EngineTables(sources={"mock": source}), environ=environ or {})
 
 
 def fetch(found: Sources, spec: ModelSpec = SPEC, progress: list[LoadProgress] | None = None) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 from neuron.checkpoint.files import max_bytes
-from neuron.daemon.common.config import CandleConfig, SourceConfig
+from neuron.daemon.common.config import EngineTables, SourceConfig
 from neuron.daemon.hub import bounded_answers, download
 from neuron.daemon.hub import client as registry_module
 from neuron.daemon.hub.bounded_answers import MAX_LISTING_BYTES, max_bytes_of
@@ -51,7 +51,7 @@ def place(tmp_path: Path) -> Path:
 
 def fetch(registry: MockRegistry, cache: Path) -> Path:
     source = SourceConfig(endpoint=registry.url, auth_env="", cache_dir=str(cache))
-    found = Sources(CandleConfig(sources={"mock": source}), environ={})
+    found = Sources(EngineTables(sources={"mock": source}), environ={})
     return found.fetch(SPEC, on_progress=lambda progress: None, cancelled=threading.Event())
 
 

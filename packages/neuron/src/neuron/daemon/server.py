@@ -102,15 +102,14 @@ class Daemon:
         self._runtime_dir, self._runtime_lock = _make_runtime_dir()
         hardware = HardwareMonitor(harnesses=(HARNESS,) if config.has_engine else ())
         discovery = hardware.discovery
-        sources = Sources(config.harness.candle)
+        sources = Sources(config.tables)
         specs = config.default_models if config.has_engine else ()
         self._served = ServedModels(
             state_path(config) if config.has_engine else None,
             id_of=sources.public_id,
             configured=_ids_of(specs, sources),
         )
-        candle = config.harness.candle
-        floor_bytes = candle.context_limit.min_free_floor_mb * 2**20
+        floor_bytes = config.tables.context_limit.min_free_floor_mb * 2**20
         weights = _make_weight_cache(config, discovery, floor_bytes=floor_bytes)
         manager = ModelManager(
             config,

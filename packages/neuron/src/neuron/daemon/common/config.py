@@ -85,8 +85,8 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_dim: int | None = None
 
 
-class CandleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[harness.candle]`: where models come from, and how many requests each takes."""
+class EngineTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where models come from, and how many requests each takes; `[harness.candle]` in files, by the reference's name."""
 
     hf_cache: str | None = None
     default_source: str = "huggingface"
@@ -100,7 +100,7 @@ class CandleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class HarnessConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[harness]`, by the name that files of the reference system have for the engine."""
 
-    candle: CandleConfig = CandleConfig()
+    candle: EngineTables = EngineTables()
 
 
 class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -212,6 +212,10 @@ class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     debug_levers: bool = False
 
     @property
+    def tables(self) -> EngineTables:
+        return self.harness.candle
+
+    @property
     def has_engine(self) -> bool:
         """False where the file lists harnesses and ours is not among them: inference then answers 503."""
         return any(entry.name == HARNESS for entry in self.harnesses)
@@ -229,12 +233,12 @@ def load_neuron_config(
     if path is not None:
         secret = absolute_places(server.secret, Path(path).resolve().parent)
         config = msgspec.structs.replace(config, server=msgspec.structs.replace(server, secret=secret))
-    candle = config.harness.candle
-    if candle.default_source != "huggingface" and candle.default_source not in candle.sources:
-        known = ", ".join(["huggingface", *sorted(candle.sources)])
+    tables = config.tables
+    if tables.default_source != "huggingface" and tables.default_source not in tables.sources:
+        known = ", ".join(["huggingface", *sorted(tables.sources)])
         raise ConfigError(
             [
-                f"{path or '<environment>'}: harness.candle.default_source: no source `{candle.default_source}` "
+                f"{path or '<environment>'}: harness.candle.default_source: no source `{tables.default_source}` "
                 f"(known sources: {known})"
             ]
         )
@@ -243,13 +247,13 @@ def load_neuron_config(
 
 def without_effect(config: NeuronConfig) -> list[str]:
     """Dotted keys that the file sets and this neuron does not act on, for a warning at start."""
-    candle = config.harness.candle
+    tables = config.tables
     ignored = [
         f"harness.candle.{table}.{field}"
         for table, section, used in (
-            ("prefix_cache", candle.prefix_cache, {"enabled"}),
-            ("context_limit", candle.context_limit, {"output_reserve_tokens", "min_free_floor_mb"}),
-            ("image", candle.image, set[str]()),
+            ("prefix_cache", tables.prefix_cache, {"enabled"}),
+            ("context_limit", tables.context_limit, {"output_reserve_tokens", "min_free_floor_mb"}),
+            ("image", tables.image, set[str]()),
         )
         for field in section.__struct_fields__
         if field not in used and getattr(section, field) is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from cortex_core.errors import ApiError, invalid
 from cortex_core.fleet import ModelSpec
 
-from neuron.daemon.common.config import CandleConfig
+from neuron.daemon.common.config import EngineTables
 from neuron.daemon.hub.client import ProgressCallback, Registry, SizeCheck
 from neuron.daemon.hub.model_id import DEFAULT_SCHEME, FILE_SCHEME, ModelId, ModelIdError, parse_model_id
 
@@ -21,7 +21,7 @@ DEMO_MODEL = "cortex/demo"
 class Sources:
     """Resolves ids and fetches what they name. `fetch` blocks and is thread-safe."""
 
-    def __init__(self, config: CandleConfig, *, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, config: EngineTables, *, environ: Mapping[str, str] | None = None) -> None:
         environ = os.environ if environ is None else environ
         self._default_scheme = config.default_source
         hub_token = environ.get("HF_TOKEN") or None

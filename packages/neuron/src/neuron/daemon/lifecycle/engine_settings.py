@@ -41,7 +41,7 @@ def engine_config(
         page_size=engine.page_size,
         max_step_tokens=engine.max_step_tokens,
         max_running=engine.max_running,
-        prefix_cache=config.harness.candle.prefix_cache.enabled,
+        prefix_cache=config.tables.prefix_cache.enabled,
         num_threads=engine.num_threads,
         deterministic=engine.deterministic if spec.deterministic is None else spec.deterministic,
         all_reduce=engine.all_reduce,

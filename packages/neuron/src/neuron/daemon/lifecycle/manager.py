@@ -465,9 +465,9 @@ class ModelManager:
                 self.weights.unloaded(Path(group.config.path), model.id)
 
     def _new_model(self, model_id: str) -> ServedModel:
-        candle = self._config.harness.candle
-        admission = Admission(admission_limits(candle.admission))
-        return ServedModel(model_id, admission, output_reserve_tokens=candle.context_limit.output_reserve_tokens)
+        tables = self._config.tables
+        admission = Admission(admission_limits(tables.admission))
+        return ServedModel(model_id, admission, output_reserve_tokens=tables.context_limit.output_reserve_tokens)
 
 
 def _fleet_progress(progress: EngineProgress) -> LoadProgress:
