@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from neuron.daemon.common.config import AdmissionConfig, EngineTables, ContextLimitConfig, HarnessConfig, NeuronConfig
+from neuron.daemon.common.config import AdmissionConfig, ContextLimitConfig, EngineTables, HarnessConfig, NeuronConfig
 
 from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually

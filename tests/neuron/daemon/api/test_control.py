@@ -16,8 +16,8 @@ import pytest
 from cortex_core.fleet import LOAD_FEATURES, BuildInfo, DiscoveryResponse, HealthResponse, ModelInfo, ModelSpec
 from neuron.daemon.common.config import (
     AdmissionConfig,
-    EngineTables,
     EngineSection,
+    EngineTables,
     HarnessConfig,
     HarnessEntry,
     NeuronConfig,

@@ -86,7 +86,7 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where models come from, and how many requests each takes; `[harness.candle]` in files, by the reference's name."""
+    """Where models come from, and how many requests each takes: `[harness.candle]` in files, the reference's name."""
 
     hf_cache: str | None = None
     default_source: str = "huggingface"
