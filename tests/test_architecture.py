@@ -1,4 +1,5 @@
-"""The tree is the architecture: nothing goes in circles, and no folder holds more than can be looked over."""
+"""The tree is the architecture: nothing goes in circles, no folder holds more than can be looked over, and tests are
+found by the name of what they test."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "packages"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "packages"
 PACKAGES = {
     "cortex_core": ROOT / "cortex-core/src/cortex_core",
     "cortex_gateway": ROOT / "cortex-gateway/src/cortex_gateway",
@@ -21,6 +23,110 @@ SHIMS = {"neuron.cli", "neuron.worker"}
 MAX_MODULES = 15
 MAX_PARAMETERS = 8
 """Of a constructor, itself not counted."""
+
+MAX_LINES_WITHOUT_TESTS = 100
+PLACES_OF_TESTS = {"neuron/engine/kernels": "kernels"}
+"""Folders of packages whose tests have another place under `tests/`. Kernels: their `conftest.py` runs all of them in
+Triton's interpreter, or on the GPU where there is one."""
+
+WITHOUT_TESTS_OF_THEIR_NAME = {
+    "cortex_cli/commands/bench.py",
+    "cortex_cli/commands/captures.py",
+    "cortex_cli/commands/config.py",
+    "cortex_cli/commands/demo.py",
+    "cortex_cli/commands/keys.py",
+    "cortex_cli/commands/logs.py",
+    "cortex_cli/commands/top.py",
+    "cortex_cli/conversation.py",
+    "cortex_cli/demo_fleet.py",
+    "cortex_cli/gateway.py",
+    "cortex_gateway/app.py",
+    "cortex_gateway/bodies/messages.py",
+    "cortex_gateway/bodies/payload.py",
+    "cortex_gateway/bodies/process.py",
+    "cortex_gateway/bodies/worker.py",
+    "cortex_gateway/configuration/current.py",
+    "cortex_gateway/fleet/neuron.py",
+    "cortex_gateway/fleet/snapshot.py",
+    "cortex_gateway/fleet/state.py",
+    "cortex_gateway/http/client_writer.py",
+    "cortex_gateway/http/http1/connection.py",
+    "cortex_gateway/http/http1/cycle.py",
+    "cortex_gateway/http/http1/gateway_connection.py",
+    "cortex_gateway/identity/bookkeeper.py",
+    "cortex_gateway/identity/keyring.py",
+    "cortex_gateway/identity/postgres_store.py",
+    "cortex_gateway/identity/principal.py",
+    "cortex_gateway/identity/refusals.py",
+    "cortex_gateway/identity/sqlite_store.py",
+    "cortex_gateway/identity/store.py",
+    "cortex_gateway/identity/store_time.py",
+    "cortex_gateway/placement/explanation.py",
+    "cortex_gateway/placement/fleet_gauges.py",
+    "cortex_gateway/placement/session_hints.py",
+    "cortex_gateway/relay/accounting.py",
+    "cortex_gateway/relay/request_state.py",
+    "cortex_gateway/relay/spans.py",
+    "cortex_gateway/relay/upstream_response.py",
+    "cortex_gateway/relay/upstream_timeout.py",
+    "cortex_gateway/routes/access.py",
+    "cortex_gateway/routes/control_plane.py",
+    "neuron/daemon/api/access.py",
+    "neuron/daemon/api/app.py",
+    "neuron/daemon/api/body.py",
+    "neuron/daemon/api/generation_events.py",
+    "neuron/daemon/api/streamed_answer.py",
+    "neuron/daemon/grammar/schema_graph.py",
+    "neuron/daemon/grammar/schema_types.py",
+    "neuron/daemon/hub/download.py",
+    "neuron/daemon/lifecycle/manager.py",
+    "neuron/daemon/lifecycle/served_model.py",
+    "neuron/daemon/observability/metrics.py",
+    "neuron/daemon/observability/request_record.py",
+    "neuron/daemon/observability/spans.py",
+    "neuron/daemon/output/tool_formats/qwen_json.py",
+    "neuron/daemon/output/tool_formats/qwen_xml.py",
+    "neuron/daemon/prompt/messages.py",
+    "neuron/daemon/prompt/model.py",
+    "neuron/daemon/prompt/sentencepiece_model.py",
+    "neuron/daemon/supervisor/process.py",
+    "neuron/daemon/text_workers/host.py",
+    "neuron/daemon/text_workers/host_process.py",
+    "neuron/daemon/text_workers/jobs.py",
+    "neuron/daemon/text_workers/served_text.py",
+    "neuron/daemon/text_workers/worker.py",
+    "neuron/daemon/text_workers/worker_handle.py",
+    "neuron/engine/attention/attention.py",
+    "neuron/engine/attention/attention_choice.py",
+    "neuron/engine/attention/attention_fixed.py",
+    "neuron/engine/attention/attention_plugins.py",
+    "neuron/engine/attention/attention_triton.py",
+    "neuron/engine/attention/decode_workspace.py",
+    "neuron/engine/device_stream.py",
+    "neuron/engine/errors.py",
+    "neuron/engine/gemm/gemm.py",
+    "neuron/engine/kernels/attention/attention_merge.py",
+    "neuron/engine/kernels/attention/attention_plan.py",
+    "neuron/engine/kernels/attention/paged_attention.py",
+    "neuron/engine/kernels/attention/rotary.py",
+    "neuron/engine/kernels/attention/tiling.py",
+    "neuron/engine/kernels/gemm/gemm.py",
+    "neuron/engine/kernels/gemm/gemv.py",
+    "neuron/engine/kernels/gemm/linear_tiling.py",
+    "neuron/engine/kernels/norm.py",
+    "neuron/engine/kernels/sampling/sampling.py",
+    "neuron/engine/kernels/sampling/sampling_pick.py",
+    "neuron/engine/kernels/sampling/sampling_scan.py",
+    "neuron/engine/kv_cache/kv_cache.py",
+    "neuron/engine/loading/loading.py",
+    "neuron/engine/models/decoder.py",
+    "neuron/engine/sampling/sampling_rows.py",
+    "neuron/engine/step/batch.py",
+    "neuron/engine/step/runner.py",
+    "neuron/engine/worker/main.py",
+    "neuron/protocol.py",
+}
+"""Modules that are still to get one. Nothing is added here."""
 
 Graph = dict[str, set[str]]
 
@@ -159,3 +265,33 @@ def test_no_constructor_has_more_parameters_than_can_be_kept_in_mind(package: st
                 if number > MAX_PARAMETERS:
                     found[f"{name}:{node.lineno}"] = number
     assert not found
+
+
+def place_of_tests(module: str) -> str:
+    """Where a module's tests are, both as paths: `neuron/daemon/server.py` has `neuron/daemon/test_server.py`."""
+    folder, _, name = module.rpartition("/")
+    for start, place in PLACES_OF_TESTS.items():
+        if folder == start or folder.startswith(f"{start}/"):
+            folder = place + folder.removeprefix(start)
+    return f"{folder}/test_{name}"
+
+
+def test_the_place_of_tests_mirrors_the_packages_but_where_it_is_said() -> None:
+    assert place_of_tests("cortex_core/sse.py") == "cortex_core/test_sse.py"
+    assert place_of_tests("neuron/engine/kernels/gemm/gemv.py") == "kernels/gemm/test_gemv.py"
+    assert place_of_tests("neuron/engine/kernels/norm.py") == "kernels/test_norm.py"
+    assert place_of_tests("neuron/engine/kernels_of_others/norm.py") == "neuron/engine/kernels_of_others/test_norm.py"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_module_of_some_length_has_a_test_module_of_its_name(package: str) -> None:
+    modules = [file for file in modules_of(package).values() if file.name != "__init__.py"]
+    paths = {
+        file.relative_to(PACKAGES[package].parent).as_posix()
+        for file in modules
+        if len(file.read_text().splitlines()) > MAX_LINES_WITHOUT_TESTS
+    }
+    assert len(paths) > len(modules) / 3, "those that are too short are the exception"
+    assert {path for path in paths if not (TESTS / place_of_tests(path)).exists()} == {
+        path for path in WITHOUT_TESTS_OF_THEIR_NAME if path.startswith(f"{package}/")
+    }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from cortex_core.config import ConfigError, parse_config
-from cortex_core.gateway_config import GatewayConfig, load_gateway_config
+from cortex_core.gateway_config import GatewayConfig
 
 GOOD = """\
 models_config = "models.toml"
@@ -89,20 +87,3 @@ def test_an_environment_fault_names_the_variable() -> None:
     assert fault(GOOD, {"CORTEX_GATEWAY__LISTN": "x"}) == "CORTEX_GATEWAY__LISTN: unknown key `gateway.listn`"
     assert fault(GOOD, {"CORTEX_POLL__INTERVAL_S": "soon"}).startswith("CORTEX_POLL__INTERVAL_S: ")
     assert fault(GOOD, {"CORTEX_NEURONS__1__ENDPOINT": "x"}).startswith("CORTEX_NEURONS__1__ENDPOINT: ")
-
-
-def test_the_models_file_is_relative_to_the_configuration_not_to_the_working_directory(tmp_path: Path) -> None:
-    path = tmp_path / "cortex.toml"
-    path.write_text(GOOD)
-    assert load_gateway_config(path, environ={}).models_config == str(tmp_path / "models.toml")
-
-
-def test_a_missing_file_and_double_names_and_bad_listeners_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
-        load_gateway_config(tmp_path / "none.toml", environ={})
-    path = tmp_path / "cortex.toml"
-    path.write_text(GOOD.replace("benjy", "beast").replace("127.0.0.1:1", "nowhere"))
-    with pytest.raises(ConfigError) as caught:
-        load_gateway_config(path, environ={})
-    assert "`beast` is used twice" in str(caught.value)
-    assert "`nowhere` is not host:port" in str(caught.value)

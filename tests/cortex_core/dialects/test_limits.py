@@ -26,7 +26,7 @@ REFERENCE = Path(__file__).parents[3] / "docs/reference/http-api.md"
 ROW = re.compile(r"^\| `(MAX_[A-Z_]+)` \| ([\d,]+)\b.*", re.MULTILINE)
 
 NOT_OF_A_BODY = {"MAX_TOKENS_CEILING", "MAX_WHOLE_ANSWER_BYTES"}
-"""Clamped to, and of an answer. What other servers' answers are held to is in `test_foreign_answer_bounds`."""
+"""Clamped to, and of an answer. What other servers' answers are held to is in `openai_chat_client/`."""
 
 Parse = Callable[[bytes], Request]
 Body = dict[str, Any]

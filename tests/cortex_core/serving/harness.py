@@ -12,6 +12,7 @@ from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.http_connections import serve_http
 from hypercorn.config import Config
 
+OK, FULL = b"HTTP/1.1 200 ", b"HTTP/1.1 503 Service Unavailable"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 

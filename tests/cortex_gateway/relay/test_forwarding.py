@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from cortex_core.config import ConfigError, parse_config
-from cortex_core.gateway_config import GatewayConfig, load_gateway_config
 
 from tests.cortex_gateway.fake_neuron import JSON_ANSWER, FakeNeuron
 from tests.cortex_gateway.fake_openai import ANSWER, MODEL, FakeOpenAI
@@ -132,32 +130,6 @@ async def test_H12_the_trace_goes_along_and_baggage_stays(openai_server: FakeOpe
         headers = {name.lower(): value for name, value in openai_server.requests[-1][1].items()}
         assert headers["traceparent"] == trace["traceparent"] and headers["tracestate"] == "vendor=1"
         assert "baggage" not in headers
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Authorization", "x-api-key", "cookie", "host", "content-length", "transfer-encoding", "connection", "te",
-        "proxy-authorization", "X-Cortex-Hop", "x-helexa-account-id", "x-request-id", "accept-encoding", "upgrade",
-    ],
-)  # fmt: skip
-def test_H12_what_may_never_go_on_is_refused_in_the_configuration(name: str, tmp_path: Any) -> None:
-    file = tmp_path / "cortex.toml"
-    entry = f'[[neurons]]\nname = "n"\nendpoint = "http://h"\nkind = "openai"\nforward_headers = ["{name}"]\n'
-    file.write_text(entry)
-    with pytest.raises(ConfigError, match=f"forward_headers: `{name}` may not go on"):
-        load_gateway_config(file, environ={})
-
-
-def test_H12_no_header_of_a_neuron_is_configured_and_no_name_is_made_up(tmp_path: Any) -> None:
-    file = tmp_path / "cortex.toml"
-    file.write_text('[[neurons]]\nname = "n"\nendpoint = "http://h"\nforward_headers = ["accept"]\n')
-    with pytest.raises(ConfigError, match="forward_headers are for kind `openai`"):
-        load_gateway_config(file, environ={})
-    with pytest.raises(ConfigError):
-        parse_config(
-            GatewayConfig, 'neurons = [{name = "n", endpoint = "http://h", forward_headers = ["a b"]}]', name=""
-        )
 
 
 # ---------------------------------------------------------------------------------------------- and back

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Annotated, Any
 
 import msgspec
@@ -19,12 +18,9 @@ from cortex_core.events import (
     Finish,
     ReasoningDelta,
     TextDelta,
-    TokenLogprob,
     ToolCallArguments,
     ToolCallEnd,
     ToolCallStart,
-    TopLogprob,
-    Usage,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,52 +29,22 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
 
-from tests.cortex_core.dialects.event_streams import collected, event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.event_streams import event_streams, sse_events, stream_bytes
+from tests.cortex_core.dialects.openai_responses.harness import (
+    IDENTITY,
+    TOOLS,
+    USAGE,
+    body_of,
+    events_of,
+    parsed,
+    rebuilt,
+)
 
-IDENTITY: dict[str, Any] = {
-    "response_id": "resp_0a",
-    "created": 1_760_000_000,
-    "model": "org/name",
-    "clock": lambda: 1_760_000_009.5,
-}
-USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=2, reasoning_tokens=1)
-BODY = {"model": "org/name", "input": "hi"}
-TOOLS = [
-    {"type": "function", "name": "get_weather", "parameters": {"type": "object"}, "strict": False},
-    {
-        "type": "namespace",
-        "name": "a",
-        "description": "The a tools",
-        "tools": [
-            {"type": "function", "name": "find", "parameters": {"type": "object"}},
-            {"type": "custom", "name": "note"},
-        ],
-    },
-    {"type": "custom", "name": "sh", "description": "A shell"},
-    {"type": "web_search"},
-]
 NAMES = ("get_weather", "a__find", "a__note", "sh", "unheard_of")
 EXTENSIONS = {"name", "status", "store", "presence_penalty", "frequency_penalty"}
 """On the official wire and asked for by strict validators, not in the SDK's types."""
 
 stream_event: TypeAdapter[Any] = TypeAdapter(Annotated[ResponseStreamEvent, Field(discriminator="type")])
-
-
-def parsed(**changes: Any) -> Request:
-    return openai_responses.parse(json.dumps({**BODY, **changes}).encode())
-
-
-def events_of(asked: Request, events: list[Event], chunk_size: int = 1000) -> list[dict[str, Any]]:
-    stream = stream_bytes(openai_responses.Projector(asked, **IDENTITY), events, pings=True)
-    decoded = sse_events(stream, chunk_size)
-    data = [json.loads(event.data) for event in decoded]
-    assert [event.event for event in decoded] == [event["type"] for event in data]
-    assert [event["sequence_number"] for event in data] == list(range(len(data)))
-    return data
-
-
-def body_of(asked: Request, events: list[Event]) -> Any:
-    return collected(openai_responses.Collector(asked, **IDENTITY), events)
 
 
 def unknown_fields(model: BaseModel) -> set[str]:
@@ -151,33 +117,6 @@ def check_item_order(events: list[dict[str, Any]]) -> None:
     assert item_id is None
     ids = [item["id"] for item in events[-1]["response"]["output"]]
     assert len(set(ids)) == len(ids) == index + 1
-
-
-def rebuilt(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items as a client puts them together from deltas alone, compared with what `.done` events say."""
-    items: list[dict[str, Any]] = []
-    texts: list[str] = []
-    for event in events:
-        kind = event["type"]
-        if kind == "response.output_item.added":
-            texts.append("")
-        elif kind.endswith(".delta"):
-            texts[-1] += event["delta"]
-        elif kind.endswith(("_text.done", "arguments.done", "input.done")):
-            said = next(event[name] for name in ("text", "arguments", "input") if name in event)
-            assert said == texts[-1]
-        elif kind == "response.output_item.done":
-            item = event["item"]
-            items.append(item)
-            inner = (item.get("content") or item.get("summary") or [{}])[0].get("text")
-            assert texts[-1] == item.get("arguments", item.get("input", inner))
-    return items
-
-
-@given(event_streams(num_choices=1))
-def test_items_of_a_kind_are_not_split(events: list[Event]) -> None:
-    kinds = [item["type"] for item in body_of(parsed(), events)["output"]]
-    assert all(left != right or left == "function_call" for left, right in pairwise(kinds))
 
 
 def test_a_whole_stream_event_by_event() -> None:
@@ -355,69 +294,6 @@ def test_a_cut_answer_is_incomplete_and_says_why() -> None:
         assert response["completed_at"] is None
 
 
-def test_a_cut_call_is_incomplete_whatever_the_reason_of_the_cut() -> None:
-    events: list[Event] = [
-        ToolCallStart(0, 0, "ab", "f"),
-        ToolCallArguments(0, 0, '{"a'),
-        Finish(0, "length"),
-        USAGE,
-    ]
-    (item,) = body_of(parsed(), events)["output"]
-    assert item["status"] == "incomplete" and item["arguments"] == '{"a'
-    assert rebuilt(events_of(parsed(), events)) == [item]
-
-
-def test_a_call_without_arguments_gets_an_empty_object_and_a_custom_one_an_empty_text() -> None:
-    asked = parsed(tools=TOOLS)
-    events: list[Event] = [
-        ToolCallStart(0, 0, "ab", "get_weather"),
-        ToolCallEnd(0, 0),
-        ToolCallStart(0, 1, "cd", "sh"),
-        ToolCallEnd(0, 1),
-        Finish(0, "tool_calls"),
-        USAGE,
-    ]
-    output = body_of(asked, events)["output"]
-    assert [item.get("arguments", item.get("input")) for item in output] == ["{}", ""]
-    assert rebuilt(events_of(asked, events)) == output
-
-
-def test_a_member_called_without_its_namespace_is_found_where_only_one_can_be_meant() -> None:
-    events: list[Event] = [ToolCallStart(0, 0, "ab", "find"), ToolCallEnd(0, 0), Finish(0, "tool_calls"), USAGE]
-    (item,) = body_of(parsed(tools=TOOLS), events)["output"]
-    assert (item["name"], item["namespace"]) == ("find", "a")
-    twice = [TOOLS[1], {**TOOLS[1], "name": "b"}]
-    (item,) = body_of(parsed(tools=twice), events)["output"]
-    assert item["name"] == "find" and "namespace" not in item
-
-
-def test_logprobs_come_with_deltas_and_whole() -> None:
-    entry = TokenLogprob("So", -0.5, (83, 111), (TopLogprob("So", -0.5, None), TopLogprob("No", float("-inf"), (78,))))
-    events: list[Event] = [TextDelta(0, "So", (entry,)), Finish(0, "stop"), USAGE]
-    asked = parsed(include=["message.output_text.logprobs"], top_logprobs=2)
-    raw = events_of(asked, events)
-    delta = next(event for event in raw if event["type"] == "response.output_text.delta")
-    tops = [{"token": "So", "logprob": -0.5}, {"token": "No", "logprob": -9999.0}]
-    assert delta["logprobs"] == [{"token": "So", "logprob": -0.5, "top_logprobs": tops}]
-    (item,) = raw[-1]["response"]["output"]
-    assert item["content"][0]["logprobs"] == [
-        {
-            "token": "So",
-            "logprob": -0.5,
-            "bytes": [83, 111],
-            "top_logprobs": [{**tops[0], "bytes": [83, 111]}, {**tops[1], "bytes": [78]}],
-        }
-    ]
-    assert events_of(parsed(), events)[-1]["response"]["output"][0]["content"][0]["logprobs"] == []
-
-
-def test_reasoning_that_nobody_is_to_see_is_not_shown() -> None:
-    hidden = msgspec.structs.replace(parsed(), reasoning=Reasoning("off", visible=False))
-    events: list[Event] = [ReasoningDelta(0, "hm"), TextDelta(0, "So"), Finish(0, "stop"), USAGE]
-    assert [item["type"] for item in body_of(hidden, events)["output"]] == ["message"]
-    assert rebuilt(events_of(hidden, events)) == body_of(hidden, events)["output"]
-
-
 def test_F31_N22_every_event_names_its_type_and_number_in_the_data() -> None:
     raw = events_of(parsed(), [ReasoningDelta(0, "hm"), TextDelta(0, "So"), Finish(0, "stop"), USAGE])
     assert "response.reasoning_summary_text.delta" in [event["type"] for event in raw]
@@ -484,11 +360,6 @@ def test_the_sdk_reads_a_body(openai_client: Callable[..., openai.OpenAI]) -> No
         collector.feed(event)
     answer = openai_client(200, "application/json", collector.body()).responses.create(model="m", input="hi")
     assert answer.output_text == "forty-two" and answer.status == "completed"
-
-
-def test_ids_have_their_prefixes() -> None:
-    assert openai_responses.new_response_id().startswith("resp_")
-    assert json.loads(openai_responses.input_tokens_body(7)) == {"object": "response.input_tokens", "input_tokens": 7}
 
 
 def test_a_request_of_another_making_is_projected_too() -> None:

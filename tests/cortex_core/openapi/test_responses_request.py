@@ -1,0 +1,29 @@
+"""The schemas of responses requests say what the parsers take."""
+
+from __future__ import annotations
+
+import pytest
+from cortex_core.dialects import openai_responses
+
+from tests.cortex_core.openapi.harness import (
+    check_that_good_bodies_are_good,
+    check_that_schema_and_parser_judge_alike,
+    check_that_the_schema_has_the_fields_of,
+)
+
+SURFACES = ("responses",)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("surface", SURFACES)
+def test_a_schema_and_its_parser_judge_alike(surface: str) -> None:
+    check_that_schema_and_parser_judge_alike(surface)
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_the_bodies_that_are_varied_fit_and_are_taken(surface: str) -> None:
+    check_that_good_bodies_are_good(surface)
+
+
+def test_the_schema_has_exactly_the_fields_of_its_dialect() -> None:
+    check_that_the_schema_has_the_fields_of("ResponsesRequest", openai_responses)
