@@ -57,6 +57,15 @@ def test_a_model_that_is_never_idle_yields_when_patience_is_over() -> None:
     assert not simulated.evicted_in_use
 
 
+def test_a_turn_is_for_all_who_waited_for_the_load_however_long_others_have_waited() -> None:
+    """Loads and answers take longer than patience lasts: one request a turn would be a load for each."""
+    simulated = Node(ALONE, load_s=10.0, patience_s=10.0)
+    simulated.run([Arrival(0.1 * i, "abc"[i % 3], 20.0) for i in range(12)])
+    assert simulated.loads == ["a", "b", "c"]
+    assert max(served.began for served in simulated.served) < 3 * (10 + 20) + 10
+    assert not simulated.evicted_in_use
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 120), st.sampled_from("abcde"), st.floats(0.01, 20)).map(lambda drawn: Arrival(*drawn)),

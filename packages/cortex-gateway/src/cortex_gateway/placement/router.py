@@ -182,7 +182,13 @@ def _replica(model: str, node: NodeSnapshot, state: PlacementState) -> Replica:
 
 
 def has_to_yield(model: str, node: NodeSnapshot, state: PlacementState) -> bool:
-    """Whether requests for a loaded model are held so that one whose requests lost patience gets its turn here."""
+    """Whether requests for a loaded model are held so that one whose requests lost patience gets its turn here.
+
+    Not those that were waiting when its load ended: a turn is for all of them, or each would cost a load of its own.
+    """
+    since, residence = state.waiting.since(model), node.residences.get(model)
+    if since is not None and residence is not None and residence.since is not None and since <= residence.since:
+        return False
     for waiter in state.waiting.in_order():
         if state.now < waiter.since + state.policy.patience_s:
             return False  # in order: those behind have waited less
