@@ -142,6 +142,7 @@ class ServedModel:
             created=self.created,
             spec=state.spec,
             pinned=self.is_pinned,
+            dtype=None if loaded is None else loaded.dtype,
         )
 
     def load(self) -> ModelLoad:
