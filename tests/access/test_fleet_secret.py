@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from aiohttp import web
 from cortex_core.config import ConfigError
 from cortex_core.gateway_config import load_gateway_config
+from cortex_core.hop import SECRET_HEADER
 from cortex_gateway.configuration.current import read_configuration
 from cortex_gateway.server import RunningGateway, running
 from neuron.daemon.common.config import NeuronConfig, ServerSection, load_neuron_config
@@ -435,3 +437,32 @@ def test_O13_a_secret_that_can_be_guessed_is_reported(
         FleetSecret("env:FLEET", "require", environ={"FLEET": secret})
         assert ("can be guessed" in caplog.text) == is_weak
     assert NeuronConfig(server=ServerSection()).server.secret == ()
+
+
+async def test_O13_whatever_stands_in_the_place_of_a_secret_the_neuron_goes_on(tmp_path: Path) -> None:
+    """Its files are looked at with each request, so a read that waits would stop everything."""
+    from neuron.daemon.api.fleet_secret import FleetSecret
+
+    file = tmp_path / "secret"
+    file.write_text("a" * 32)
+    secret = FleetSecret(f"file:{file}", "require", environ={})
+    headers = [(SECRET_HEADER.encode(), b"a" * 32)]
+
+    def fifo() -> None:
+        os.mkfifo(file)
+
+    def endless() -> None:
+        with file.open("wb") as sparse:
+            sparse.truncate(2**40)
+
+    for put in (fifo, endless, file.mkdir, partial(file.symlink_to, "/dev/zero")):
+        file.unlink()
+        put()
+        async with asyncio.timeout(20):
+            assert await asyncio.to_thread(secret.standing, headers) == "proven", "what was known stays"
+        if file.is_dir():
+            file.rmdir()
+            file.touch()
+    file.unlink()
+    file.write_text("b" * 32)
+    assert secret.standing(headers) == "wrong"

@@ -388,6 +388,10 @@ async def test_H3_a_file_that_vanishes_or_cannot_be_read_changes_nothing(
     def zeroed(path: Path) -> None:
         path.write_bytes(bytes(path.stat().st_size))  # what a crash of the host may leave
 
+    def replaced(path: Path) -> None:
+        path.unlink()
+        os.mkfifo(path)  # whoever read it would hold every later reload
+
     def readable(path: Path, content: str) -> None:
         if path.is_dir():
             path.rmdir()
@@ -395,7 +399,7 @@ async def test_H3_a_file_that_vanishes_or_cannot_be_read_changes_nothing(
         path.write_text(content)
 
     for path, content in ((fleet.config, text), (fleet.models, MODELS_TEXT)):
-        for lose in (Path.unlink, unreadable, partial(Path.write_bytes, data=b"\xff\xfe\0"), zeroed):
+        for lose in (Path.unlink, unreadable, partial(Path.write_bytes, data=b"\xff\xfe\0"), zeroed, replaced):
             lose(path)
             await fleet.looked()
             await fleet.holds()

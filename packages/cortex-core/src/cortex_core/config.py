@@ -7,8 +7,10 @@ is a setting that silently does not apply.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
+import stat
 import tomllib
 import types
 import typing
@@ -19,6 +21,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import msgspec
 
 T = TypeVar("T")
+
+MAX_CONFIG_BYTES = 16 * 2**20
+"""Of a configuration file, the catalogue and the keys of a file among them."""
 
 
 class ConfigError(Exception):
@@ -55,13 +60,38 @@ def load_config(
 def read_text(path: Path | str, *, required: bool = True) -> str:
     """A configuration file as it is. Raises `ConfigError`; with `required=False` a missing file is an empty one."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = read_regular(path, limit=MAX_CONFIG_BYTES).decode("utf-8")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         if required:
             raise ConfigError([f"{path}: no such file"]) from None
         return ""
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError([f"{path}: cannot be read: {exc}"]) from exc
+
+
+def read_regular(path: Path | str, *, limit: int) -> bytes:
+    """A whole file, without waiting. limit: in bytes.
+
+    Files are read again while a server runs: a FIFO in the place of one would hold its reader for ever, and with it
+    every later reload, or the event loop; a device answers without end. Raises `OSError`, with `EINVAL` for what is no
+    regular file and `EFBIG` for what is longer.
+    """
+    _refuse_irregular(path, Path(path).stat())  # first of all: the mere opening of some devices does something
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with os.fdopen(descriptor, "rb") as file:
+        _refuse_irregular(path, os.fstat(descriptor))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is longer than {limit} bytes", str(path))
+    return content
+
+
+def _refuse_irregular(path: Path | str, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def parse_config(

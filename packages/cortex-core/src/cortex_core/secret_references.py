@@ -8,7 +8,11 @@ from typing import Annotated
 
 import msgspec
 
+from cortex_core.config import read_regular
+
 REFERENCE = "^(env|file):.+$"
+MAX_SECRET_BYTES = 64 * 2**10
+"""Of a file with one secret."""
 SecretReference = Annotated[str, msgspec.Meta(pattern=REFERENCE)]
 
 
@@ -27,7 +31,7 @@ def resolve_secret(reference: str, environ: Mapping[str, str]) -> str:
             raise ValueError(f"the environment has no variable {place}")
     else:
         try:
-            value = Path(place).read_text(encoding="utf-8")
+            value = read_regular(place, limit=MAX_SECRET_BYTES).decode("utf-8")
         except OSError as exc:
             raise ValueError(f"{place} cannot be read: {exc.strerror}") from None
         except UnicodeDecodeError:

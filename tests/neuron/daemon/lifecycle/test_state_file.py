@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,26 @@ async def test_a_damaged_file_is_put_aside(path: Path, damage: bytes) -> None:
     after.add("acme/a", A)
     await after.close()
     assert served(path).open() == (A,)
+
+
+async def test_H3_a_list_that_cannot_be_read_is_put_aside_and_waited_for_by_nobody(path: Path) -> None:
+    """What one daemon could not read is not overwritten by its next list."""
+    path.parent.mkdir()
+    for put in (path.mkdir, partial(os.mkfifo, path), partial(path.symlink_to, path.name)):
+        put()
+        after = served(path)
+        async with asyncio.timeout(20):
+            assert await asyncio.to_thread(after.open) == ()
+        after.add("acme/a", A)
+        await after.close()
+        last = served(path)
+        assert last.open() == (A,)
+        left_behind(last)
+        aside = path.with_suffix(".damaged")
+        assert aside.is_symlink() or aside.exists()
+        path.unlink()
+        if aside.is_dir():
+            aside.rmdir()
 
 
 async def test_a_write_that_was_cut_short_leaves_the_old_list(path: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cortex_core.config import MAX_CONFIG_BYTES, read_regular
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ModelSpec
 
@@ -187,19 +188,15 @@ def pause_after(starts: int) -> float:
 
 
 def read_state(path: Path) -> _Document:
-    """The file's content; empty if there is none. One that is damaged, or of a later version, is put aside."""
+    """The file's content; empty if there is none. One that is damaged, of a later version, or not to be read is put
+    aside, where the next list does not replace it."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return _Document()
-    except OSError as exc:
-        logger.warning("what was served cannot be read: %s: %s", path, exc)
-        return _Document()
-    try:
-        document = msgspec.json.decode(data, type=_Document)
+        document = msgspec.json.decode(read_regular(path, limit=MAX_CONFIG_BYTES), type=_Document)
         if document.version != VERSION:
             raise ValueError(f"version {document.version}, {VERSION} is known")
-    except (msgspec.MsgspecError, ValueError) as exc:
+    except FileNotFoundError:
+        return _Document()
+    except (OSError, msgspec.MsgspecError, ValueError) as exc:
         aside = path.with_suffix(".damaged")
         logger.warning("what was served cannot be read and is put aside as %s: %s", aside, exc)
         try:
