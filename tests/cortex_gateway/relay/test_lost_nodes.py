@@ -169,6 +169,26 @@ async def test_H5_a_node_that_answers_its_polls_keeps_its_long_unstreamed_answer
     assert not second.requests
 
 
+async def test_H5_a_node_that_was_idle_keeps_its_long_unstreamed_answers_too(
+    neuron: FakeNeuron, second: FakeNeuron, start: Start
+) -> None:
+    """Its next poll was due long after a silence would be over."""
+    neuron.have(MODEL)
+    neuron.answer_gate.clear()
+    client = await start(neuron, second, gateway=IMPATIENT, poll={"interval_s": 3600.0})
+    request = asyncio.ensure_future(client.chat())
+    await under_way(1, neuron)
+    second.answer = going_on(second)
+    await client.started.gateway._poller.refresh("beta")
+    for _ in range(6):  # as many polls as there are in two silences
+        neuron.polled.clear()
+        await asyncio.wait_for(neuron.polled.wait(), 5)
+        assert not second.requests
+    neuron.answer_gate.set()
+    assert (await request)[0] == 200
+    assert not second.requests
+
+
 @pytest.mark.parametrize("has_begun", [False, True])
 async def test_U16_a_stream_without_a_ping_goes_elsewhere_once_it_has_begun(
     neuron: FakeNeuron, second: FakeNeuron, start: Start, has_begun: bool

@@ -195,7 +195,8 @@ class Poller:
             while (remaining := self._next_poll_at(neuron, polling) - now()) > 0:
                 polling.wake.clear()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(remaining):
+                    # Whoever begins to wait for an answer there does not say so.
+                    async with asyncio.timeout(min(remaining, self._watch_s)):
                         await polling.wake.wait()
         del self._polled[neuron]
 
@@ -203,11 +204,16 @@ class Poller:
         if polling.is_due:
             return 0.0
         interval_s = self._current.config.poll.interval_s
-        if neuron.num_requests and (silence_s := self._silence_s):
+        if neuron.num_requests and self._silence_s:
             # Whoever waits for an answer there wants to know in time that none will come.
             is_in_doubt = (node := self._fleet.snapshot.nodes.get(neuron.name)) is not None and node.misses > 0
-            interval_s = min(interval_s, WATCH_INTERVAL_S if is_in_doubt else max(silence_s / 3, WATCH_INTERVAL_S))
+            interval_s = min(interval_s, WATCH_INTERVAL_S if is_in_doubt else self._watch_s)
         return polling.started_at + (min(interval_s, WATCH_INTERVAL_S) if polling.num_watchers else interval_s)
+
+    @property
+    def _watch_s(self) -> float:
+        """How often a node is asked that works for us, so that it is not taken for a silent one."""
+        return max(self._silence_s / 3, WATCH_INTERVAL_S) if self._silence_s else float("inf")
 
     @property
     def _silence_s(self) -> float:
