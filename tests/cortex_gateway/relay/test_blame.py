@@ -8,6 +8,7 @@ import pytest
 from cortex_core.errors import ApiError
 from cortex_gateway.relay.blame import (
     LONGEST_TURN_S,
+    LONGEST_WAIT_S,
     MAX_LIVES,
     MAX_REMEMBERED,
     MOST_DEATHS,
@@ -115,6 +116,27 @@ def test_H2_a_suspect_has_a_node_to_itself_for_twice_as_long_as_the_first_proces
     assert not is_refused(blame, b"xyz")
 
 
+def test_H5_whoever_has_waited_for_long_after_one_end_shares_the_node_and_after_two_is_alone() -> None:
+    """Most ends are nobody's doing: twenty that were there would wait for one another for a minute and more."""
+    blame = Blame(Clock())
+    texts = [b"%d" % number for number in range(20)]
+    for text in texts:
+        died(blame, text, FIRST, lived_s=2.0)
+    holder = blame.begin(body(texts[0]), SECOND)
+    assert holder is not None and holder.turn_s == 4.0
+    assert all(blame.is_taken(body(text), "alpha", LONGEST_WAIT_S - 0.1) for text in texts[1:])
+    assert not any(blame.is_taken(body(text), "alpha", LONGEST_WAIT_S) for text in texts[1:])
+    joined = [(text, blame.begin(body(text), SECOND)) for text in texts[1:]]
+    assert all(trial is not None and trial.turn_s is None for _, trial in joined), "nobody's turn is taken away"
+    # If that ends the second process, nobody is blamed, and nobody's patience is asked.
+    for text, trial in [(texts[0], holder), *joined]:
+        assert not blame.died(body(text), trial, SECOND, 1.0)
+    alone = blame.begin(body(texts[7]), THIRD)
+    assert all(blame.is_taken(body(text), "alpha", 60.0) for text in texts if text != texts[7])
+    assert blame.died(body(texts[7]), alone, THIRD, 2.0)
+    assert sum(is_refused(blame, text) for text in texts) == 1
+
+
 def test_H2_two_engines_that_ended_under_a_living_process_blame_the_body_too() -> None:
     blame = Blame(Clock())
     first, again = (FIRST._replace(engine=name) for name in ("e1", "e2"))
@@ -153,7 +175,7 @@ async def test_H2_who_waits_for_a_turn_is_woken_however_it_ends(end: str) -> Non
         died(blame, text, FIRST)
     trial = blame.begin(body(b"abc"), SECOND)
     assert trial is not None and blame.is_taken(body(b"xyz"), "alpha")
-    waiting = asyncio.ensure_future(blame.freed())
+    waiting = asyncio.ensure_future(blame.freed(0.0))
     await asyncio.sleep(0)
     if end == "died":
         blame.died(body(b"abc"), trial, SECOND, 0.1)

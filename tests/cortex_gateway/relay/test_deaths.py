@@ -14,6 +14,7 @@ from aiohttp import web
 from cortex_core.dialects.errors import DialectName, error_body
 from cortex_core.errors import ApiError
 from cortex_core.hop import StreamHead, stream_comment, tokens_comment, unfinished_comment
+from cortex_gateway.relay import blame
 from cortex_gateway.relay.errors import ended_engine
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron, listening
@@ -153,6 +154,32 @@ async def test_H2_whoever_was_there_at_both_ends_is_answered(
         each.gate.set()
     assert [status for status, _ in await asyncio.gather(*innocent)] == [200] * 6
     assert sum(each.num_ends for each in mortals) == 2
+    await nothing_is_held_against(client)
+
+
+async def test_H5_a_killed_neuron_costs_its_unstreamed_requests_one_wait_and_not_one_for_each(
+    neuron: FakeNeuron, second: FakeNeuron, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns that never end: whoever had to wait for one is asked all the same."""
+    monkeypatch.setattr(blame, "SHORTEST_TURN_S", 3600.0)
+    monkeypatch.setattr(blame, "LONGEST_WAIT_S", 0.2)
+    mortals = [Mortal(each) for each in (neuron, second)]
+    for each in mortals:
+        each.gate.clear()
+    client = await start(neuron, second)
+    asking = [asyncio.ensure_future(client.chat(**asked(f"innocent {number:02}"))) for number in range(20)]
+    async with asyncio.timeout(20):
+        while num_requests(neuron, second) < 20:
+            await asyncio.sleep(0.01)
+    num_ended = len(neuron.requests)
+    assert num_ended > 4, "more than there are nodes to have a turn on"
+    mortals[0].end()
+    async with asyncio.timeout(20):
+        while num_requests(neuron, second) < 20 + num_ended:
+            await asyncio.sleep(0.01)
+    for each in mortals:
+        each.gate.set()
+    assert [status for status, _ in await asyncio.gather(*asking)] == [200] * 20
     await nothing_is_held_against(client)
 
 

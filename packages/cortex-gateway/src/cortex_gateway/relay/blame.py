@@ -7,6 +7,9 @@ taken for it: then it is refused, and so is its body for a while, since clients 
 known by their bodies, or each of a client's tries could end one more process. Where several were in the path of a
 second end all the same, none is blamed, and each is tried alone for longer.
 
+Most ends are nobody's doing, and then all that were there are suspects: so many turns could take minutes. After a first
+end, whoever has waited for a turn for a few seconds goes without one.
+
 Pure but for the clock that it is given.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from cortex_core.errors import ApiError, request_kills_engine
@@ -27,6 +31,8 @@ REMEMBERED_S = 600.0
 MAX_REMEMBERED = 256
 SHORTEST_TURN_S, LONGEST_TURN_S = 0.5, 5.0
 """How long a suspect is alone; what was at work for longer than the longest when its process ended needs no turn."""
+LONGEST_WAIT_S = 4.0
+"""How long a suspect of one end waits for its turn; then it shares the node with others."""
 TURN_AGAIN = 4.0
 """So many times as long after a second end that may have had several causes."""
 MAX_LIVES = 64
@@ -137,19 +143,21 @@ class Blame:
 
     # ------------------------------------------------------------------------------------------ tries
 
-    def is_taken(self, body: Body, node: str) -> bool:
-        """Whether a suspect has to wait there until another one's turn is over."""
+    def is_taken(self, body: Body, node: str, waited_s: float = 0.0) -> bool:
+        """Whether a suspect that has waited for so long has to wait there until another one's turn is over."""
         if node not in self._turns:
             return False
         record = self._find(body)
-        return record is not None and record.turn_s is not None
+        if record is None or record.turn_s is None:
+            return False
+        return waited_s < LONGEST_WAIT_S or len(record.deaths) >= MAX_DEATHS
 
     def begin(self, body: Body, life: Life) -> Trial | None:
         """The body is sent to that process. None for one that nobody suspects; whoever calls has asked `is_taken`."""
         record = self._find(body)
         if record is None:
             return None
-        trial = Trial(self, body, life, record.turn_s)
+        trial = Trial(self, body, life, None if life.node in self._turns else record.turn_s)
         self._path(life).add(trial)
         if trial.turn_s is not None:
             self._turns[life.node] = trial
@@ -213,11 +221,13 @@ class Blame:
             self._paths.popitem(last=False)
         return path
 
-    async def freed(self) -> None:
-        """Wait until a turn is over somewhere."""
+    async def freed(self, waited_s: float) -> None:
+        """Wait until a turn is over somewhere, or the patience of one that has waited for so long, as it has any."""
         if self._freed is None:
             self._freed = asyncio.Event()
-        await self._freed.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_WAIT_S - waited_s if waited_s < LONGEST_WAIT_S else None):
+                await self._freed.wait()
 
     # ------------------------------------------------------------------------------------------ memory
 

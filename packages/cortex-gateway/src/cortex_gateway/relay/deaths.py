@@ -41,13 +41,21 @@ class Deaths:
 
     def is_taken(self, request: RequestState, node: str) -> bool:
         """Whether a suspect has to wait there for another one's turn to end; `freed` waits for it."""
-        return self._blame.is_taken(_body(request), node)
+        return self._blame.is_taken(_body(request), node, self._waited_s(request))
 
-    async def freed(self) -> None:
-        await self._blame.freed()
+    async def freed(self, request: RequestState) -> None:
+        """Wait until a turn is over, or the request has waited for long enough."""
+        if request.waits_since is None:
+            request.waits_since = request.loop.time()
+        await self._blame.freed(self._waited_s(request))
+
+    @staticmethod
+    def _waited_s(request: RequestState) -> float:
+        return 0.0 if request.waits_since is None else request.loop.time() - request.waits_since
 
     def begin(self, request: RequestState, lease: Lease) -> None:
         """A suspect is tried on a node: `request.trial`, if it is one."""
+        request.waits_since = None
         trial = request.trial = self._blame.begin(_body(request), _life(lease))
         if trial is not None and trial.turn_s is not None:
             trial.turn = request.loop.call_later(trial.turn_s, trial.turn_is_over)

@@ -271,7 +271,7 @@ class Relay:
                         self._metrics.resumes.labels(model, node).inc()
                         await self._hold(request)
             if is_taken:
-                await self._deaths.freed()
+                await self._deaths.freed(request)
             else:
                 await self._turn_from(request, node)
             if self._deaths.suspects:

@@ -65,7 +65,7 @@ class RequestState:
     trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
     where exchanges are captured. has_begun: a node has begun to answer. has_answered: the node of this attempt has sent
     something of an answer, beyond what opens a stream and pings. known_as, trial: where processes have ended under the
-    same body before. is_blamed: a neuron found that it ends its engine.
+    same body before; waits_since: it waits for a turn. is_blamed: a neuron found that it ends its engine.
     """
 
     __slots__ = (
@@ -116,6 +116,7 @@ class RequestState:
         "translation",
         "trial",
         "usage",
+        "waits_since",
         "writer",
     )
 
@@ -158,6 +159,7 @@ class RequestState:
         self.is_blamed = False
         self.known_as: Body | None = None
         self.trial: Trial | None = None
+        self.waits_since: float | None = None
         self.num_resumes = 0
         self.is_stream = False
         self.trace_id: str | None = None
