@@ -1,9 +1,23 @@
-"""This build and another one side by side, as gateway and neurons, both ways.
+"""This build and another one side by side, as gateway and neurons, both ways: chat in three dialects, loads, streams
+that are resumed, and the list of served models that a neuron leaves to its successor, of the newer or the older build.
 
-    CORTEX_OTHER_BUILD=WORKTREE/.venv/bin/python uv run pytest tests/e2e/test_mixed_builds.py
+    CORTEX_OTHER_BUILD=WORKTREE/.venv/bin uv run pytest tests/e2e/test_mixed_builds.py
 
 WORKTREE is a checkout of the other build with an environment of its own (`git worktree add WORKTREE 7d1037b`, and
 `uv sync --locked` in it). Without it nothing is run: an environment of another build is more than a test may install.
+
+`CORTEX_THIS_BUILD` names the environment of this build, where it is not the one of the tests. So wheels meet wheels,
+each set in an environment of its own under SCRATCH:
+
+    for side in WORKTREE .; do
+        out=$SCRATCH/$(git -C $side rev-parse --short HEAD)
+        (cd $side && uv build --all-packages --no-sources --out-dir $out &&
+            uv export --locked --no-emit-workspace --no-dev --no-hashes --quiet >$out/locked.txt)
+        uv venv $out/venv
+        uv pip install --python $out/venv -c $out/locked.txt $out/*.whl
+    done
+    CORTEX_OTHER_BUILD=$SCRATCH/7d1037b/venv/bin CORTEX_THIS_BUILD=$out/venv/bin \\
+        uv run pytest tests/e2e/test_mixed_builds.py
 """
 
 from __future__ import annotations
@@ -20,8 +34,22 @@ from tests.e2e.fleet_of_neurons import Daemon, FleetOfNeurons
 from tests.e2e.fleet_process import MODEL, call, eventually
 from tests.e2e.streams import comparable, read_all, requests
 
-HERE = sys.executable
-OTHER = os.environ.get("CORTEX_OTHER_BUILD", "")
+
+def python_of(variable: str, default: str) -> str:
+    """The interpreter of the environment whose `bin` folder, or interpreter, the variable names. Raises
+    `FileNotFoundError`."""
+    named = os.environ.get(variable)
+    if not named:
+        return default
+    path = Path(named).absolute()
+    python = path / "python" if path.is_dir() else path
+    if not python.exists():
+        raise FileNotFoundError(f"{variable}={named}: there is no {python}")
+    return str(python)
+
+
+HERE = python_of("CORTEX_THIS_BUILD", sys.executable)
+OTHER = python_of("CORTEX_OTHER_BUILD", "")
 GATEWAY = "stream_silence_s = 6\nping_interval_s = 1"
 
 pytestmark = [
