@@ -91,6 +91,12 @@ class Poison(_StepFault, frozen=True, kw_only=True, tag="poison"):
         return rows
 
 
+class SlowStep(_Fault, frozen=True, kw_only=True, tag="slow_step"):
+    """Each forward pass takes so much longer, as on a slower device."""
+
+    seconds: float
+
+
 class SlowDisk(_Fault, frozen=True, kw_only=True, tag="slow_disk"):
     """Each megabyte of weights takes so much longer to read."""
 
@@ -104,7 +110,7 @@ class FailLoad(_Fault, frozen=True, kw_only=True, tag="fail_load"):
     phase: LoadPhase = "weights"
 
 
-Fault = Kill | Hang | DeviceFault | OutOfMemory | Poison | SlowDisk | FailLoad
+Fault = Kill | Hang | DeviceFault | OutOfMemory | Poison | SlowStep | SlowDisk | FailLoad
 
 
 class _Debug(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,9 +168,10 @@ class Faults:
     def around(self, model: Model) -> Model:
         """The model with the faults that act in steps, once `arm` has been called; without any, the model itself."""
         faults = [fault for fault in self._faults if isinstance(fault, _StepFault)]
-        if not faults:
+        delay_s = sum(fault.seconds for fault in self._faults if isinstance(fault, SlowStep))
+        if not faults and not delay_s:
             return model
-        faulty = _FaultyModel(model, faults)
+        faulty = _FaultyModel(model, faults, delay_s)
         self._models.append(faulty)
         return faulty
 
@@ -175,9 +182,10 @@ class Faults:
 
 
 class _FaultyModel:
-    def __init__(self, model: Model, faults: Sequence[_StepFault]) -> None:
+    def __init__(self, model: Model, faults: Sequence[_StepFault], delay_s: float) -> None:
         self._model = model
         self._faults = faults
+        self._delay_s = delay_s
         self._number = 0
         self._poison: list[tuple[list[int], float]] = []
         self.is_armed = False
@@ -186,6 +194,8 @@ class _FaultyModel:
         if self.is_armed:
             self._number += 1
             self._poison = []
+            if self._delay_s:
+                time.sleep(self._delay_s)
             for fault in self._faults:
                 if fault.acts_in(self._number, ctx.batch.token_ids):
                     self._inject(fault, ctx.batch)
