@@ -56,9 +56,9 @@ class Daemon:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
-        if number == signal.SIGSTOP:  # its keeper is stopped, and it would see that within a second
-            pid = self.process.pid
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if number in (signal.SIGSTOP, signal.SIGCONT):  # its keeper is stopped, and it would see that within a second
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            for child in children.read_text().split() if children.exists() else ():
                 os.kill(int(child), number)
 
     def stop(self) -> None:
@@ -72,11 +72,12 @@ class Daemon:
                 self.process.wait()
 
 
-def neuron_daemon(folder: Path, index: int, config: str = "", *, python: str = sys.executable) -> Daemon:
-    """A neuron named n<index> that begins to load the demo model. config: more of its configuration file."""
+def neuron_daemon(folder: Path, index: int, config: str = "", *options: str, python: str = sys.executable) -> Daemon:
+    """A neuron named n<index> that begins to load the demo model. config: more of its configuration file. options: of
+    its command line."""
     file = folder / f"neuron-{index}.toml"
     file.write_text(f'[[default_models]]\nmodel_id = "{MODEL}"\n{config}')
-    arguments = ["neuron", "serve", "--config", str(file), "--host", "127.0.0.1", "--port", "0"]
+    arguments = ["neuron", "serve", "--config", str(file), "--host", "127.0.0.1", "--port", "0", *options]
     return Daemon(f"n{index}", arguments, {"XDG_STATE_HOME": str(folder / f"state-{index}")}, python=python)
 
 
