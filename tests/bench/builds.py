@@ -2,6 +2,7 @@
 
     python tests/bench/builds.py gateway --base WORKTREE [--rounds 12] [--bar 1.03]
     python tests/bench/builds.py engine --base WORKTREE [--rounds 12] [--model demo|moderate|qwen3-0.6b] [--threads 2]
+    python tests/bench/builds.py short --base WORKTREE [--rounds 4] [--model moderate] [--long 8000]
 
 WORKTREE is a checkout of the build to compare with (`git worktree add WORKTREE 7d1037b`) that has an environment of its
 own (`uv sync --locked` in it). Each build measures itself with its own `gateway.py` or `engine.py`, so that a build
@@ -9,6 +10,9 @@ whose modules have moved needs nothing from this one; here they only take turns.
 each round: CPU per request, streamed chunk and prompt of 200 kB. `engine` keeps one worker process of each build:
 CPU and seconds of the same greedy work, given as `STREAMSxPROMPT+NEW` (streams at once, tokens of each prompt, tokens
 of each answer), the answers compared; at the end the CPU around the model in a step, and what the workers hold.
+`short`: a prompt of `--long` tokens alone, then the same beside 20 requests of up to 64 tokens that come one after the
+other while it is computed: how long each waits for its first token, beside the median step of the long prompt alone,
+and what the long one costs then.
 
 A bar is met when the upper end of the 90 % interval of the paired ratios (here / base) is at most `--bar`. A round is
 marked where a side had less than nine tenths of its processors (other work on the machine): its wall time says nothing.
@@ -20,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -75,6 +80,47 @@ with tempfile.TemporaryDirectory() as scratch:
         wall, cpu = time.perf_counter() - began, worker.cpu_seconds() - cpu
         print(json.dumps({"cpu": cpu, "wall": wall, "answers": answers, "rss": held("VmRSS"), "peak": held("VmHWM")}),
               flush=True)
+    worker.close()
+"""
+
+_SHORT = """
+import json, os, random, socket, sys, tempfile, time
+from pathlib import Path
+import engine, msgspec
+folder, threads, dtype, long_tokens = sys.argv[1:]
+make = engine.engine_config
+def config(path, threads):
+    made = msgspec.structs.replace(make(path, threads), kv_cache_tokens=int(long_tokens) + 8192)
+    return made if dtype == "default" else msgspec.structs.replace(made, dtype=dtype)
+engine.engine_config = config
+rng = random.Random(3)
+with tempfile.TemporaryDirectory() as scratch:
+    worker = engine.Worker(Path(folder), int(threads), Path(scratch))
+    next_id = 0
+    def send(length, new):
+        global next_id
+        next_id += 1
+        prompt = [rng.randrange(1000) for _ in range(length)]
+        worker._socket.sendall(engine.encode_frame(engine.Generate(next_id, prompt, engine.GREEDY, new)))
+        return next_id
+    def run(num_short):
+        cpu, began, last = worker.cpu_seconds(), time.perf_counter(), time.perf_counter()
+        long = send(int(long_tokens), 2)
+        sent, waits, steps, ended = {}, [], [], 0
+        while ended < 1 + num_short:
+            output = worker._receive()
+            now = time.perf_counter()
+            if isinstance(output, engine.StepOutput) and output.stats.step:
+                steps.append(now - last); last = now
+                for update in output.updates:
+                    if update.request_id in sent and update.token_ids:
+                        waits.append(now - sent.pop(update.request_id))
+                    ended += update.finish is not None
+            if len(waits) + len(sent) < num_short and not sent:
+                sent[send(rng.randint(1, 64), 4)] = time.perf_counter()
+        return {"cpu": worker.cpu_seconds() - cpu, "wall": time.perf_counter() - began, "steps": steps, "waits": waits}
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
     worker.close()
 """
 
@@ -209,11 +255,39 @@ def engine(options: argparse.Namespace) -> bool:
     return is_good
 
 
+def short(options: argparse.Namespace) -> bool:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from engine import checkpoint
+
+    costs: list[float] = []
+    with ExitStack() as stack:
+        folder = checkpoint(options.model, Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2 * options.long}))
+        sides = both(stack, options.base, _SHORT, str(folder), str(options.threads), options.dtype, str(options.long))
+        for number in range(1, options.rounds + 1):
+            alone, beside = in_turn(sides, 0, number), in_turn(sides, 20, number)
+            for name in sides:
+                step, waits = statistics.median(alone[name]["steps"]), sorted(beside[name]["waits"])
+                cost = beside[name]["cpu"] / alone[name]["cpu"]
+                if name == "here":
+                    costs.append(cost)
+                print(
+                    f"{number:4}  {name}: alone {alone[name]['wall']:.1f} s in steps of {step:.3f} s; first tokens "
+                    f"beside it after {waits[len(waits) // 2]:.3f} s in the median, {waits[-1]:.3f} at most "
+                    f"({waits[-1] / step:.1f} steps); CPU {cost:.2f} of alone",
+                    flush=True,
+                )
+    verdict("CPU of the long prompt and 20 short ones, to that of the long one alone", costs, None)
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gateway", "engine"])
+    parser.add_argument("what", choices=["gateway", "engine", "short"])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--long", type=int, default=8000, help="tokens of the long prompt of `short`")
     parser.add_argument("--bar", type=float, default=1.03)
     parser.add_argument("--model", default="moderate", help="as engine.py's")
     parser.add_argument("--threads", type=int, default=2)
@@ -229,7 +303,8 @@ def main() -> int:
     print("$ python", *sys.argv)
     load = os.getloadavg()[0]
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}, Python {platform.python_version()}")
-    return 0 if (gateway if options.what == "gateway" else engine)(options) else 1
+    measure = {"gateway": gateway, "engine": engine, "short": short}[options.what]
+    return 0 if measure(options) else 1
 
 
 if __name__ == "__main__":
