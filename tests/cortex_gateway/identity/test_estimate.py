@@ -12,7 +12,7 @@ from cortex_gateway.identity.estimate import (
     DEFAULT_OUTPUT_TOKENS,
     NOTHING,
     TEMPLATE_TOKENS,
-    Usage,
+    MeteredTokens,
     cap_of,
     estimate,
     reserved_amount,
@@ -31,8 +31,8 @@ def body(**fields: Any) -> bytes:
 def test_N24_the_clients_limit_bounds_the_answer_in_every_dialect(field: str) -> None:
     content = body(**{field: 7})
     expected = estimate(content, None)
-    assert expected.bound == Usage(prompt=len(content) + TEMPLATE_TOKENS, completion=7)
-    assert expected.typical == Usage(prompt=len(content) // 4 + 1, completion=7)
+    assert expected.bound == MeteredTokens(prompt=len(content) + TEMPLATE_TOKENS, completion=7)
+    assert expected.typical == MeteredTokens(prompt=len(content) // 4 + 1, completion=7)
 
 
 def test_several_answers_are_bounded_together() -> None:
@@ -79,14 +79,16 @@ def test_odd_values_are_left_for_the_neuron_to_refuse(
     assert expected.bound_total <= expected.bound.prompt + expected.bound.completion
 
 
-USES = st.builds(Usage, prompt=st.integers(0, 4096), completion=st.integers(0, 4096), cached=st.integers(0, 4096))
+USES = st.builds(
+    MeteredTokens, prompt=st.integers(0, 4096), completion=st.integers(0, 4096), cached=st.integers(0, 4096)
+)
 PRICES = st.floats(0, 100, allow_nan=False)
 COSTS = st.builds(ModelCost, input=PRICES, output=PRICES, cache_read=st.one_of(st.none(), PRICES))
 
 
 @given(USES, COSTS, st.integers(1, 8192), st.integers(1, 4096), st.integers(0, 2000))
 def test_no_use_within_the_model_costs_more_than_was_reserved(
-    usage: Usage, cost: ModelCost, context: int, max_tokens: int, size: int
+    usage: MeteredTokens, cost: ModelCost, context: int, max_tokens: int, size: int
 ) -> None:
     content = body(max_tokens=max_tokens, user="u" * size)
     expected = estimate(content, ContextLimit(context=context))
@@ -99,7 +101,7 @@ def test_no_use_within_the_model_costs_more_than_was_reserved(
     if not possible:
         completion = min(usage.completion, max_tokens, context)
         prompt = min(usage.prompt, len(content), context - completion)
-        usage = Usage(prompt, completion, min(usage.cached, prompt))
+        usage = MeteredTokens(prompt, completion, min(usage.cached, prompt))
     for budget in (Budget(tokens=1), Budget(cost_usd=1.0)):
         assert used_amount(budget, usage, cost) <= reserved_amount(budget, expected, cost)
 
@@ -108,10 +110,10 @@ def test_money_is_counted_in_billionths_of_a_dollar() -> None:
     budget = Budget(cost_usd=2.5)
     cost = ModelCost(input=3.0, output=15.0, cache_read=0.3)
     assert cap_of(budget) == 2_500_000_000
-    assert used_amount(budget, Usage(1_000_000, 1_000_000, 0), cost) == 18_000_000_000
-    assert used_amount(budget, Usage(1_000_000, 0, 400_000), cost) == 1_920_000_000
-    assert used_amount(budget, Usage(1, 0, 0), ModelCost(input=0.0001, output=0.0)) == 1, "rounded up"
-    assert used_amount(budget, Usage(5, 5, 0), None) == 0, "a model without a price is free"
+    assert used_amount(budget, MeteredTokens(1_000_000, 1_000_000, 0), cost) == 18_000_000_000
+    assert used_amount(budget, MeteredTokens(1_000_000, 0, 400_000), cost) == 1_920_000_000
+    assert used_amount(budget, MeteredTokens(1, 0, 0), ModelCost(input=0.0001, output=0.0)) == 1, "rounded up"
+    assert used_amount(budget, MeteredTokens(5, 5, 0), None) == 0, "a model without a price is free"
 
 
 def test_who_hangs_up_pays_for_what_time_allows_or_events_show() -> None:

@@ -11,7 +11,7 @@ import pytest
 from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ContextLimit
-from cortex_gateway.identity.estimate import Usage
+from cortex_gateway.identity.estimate import MeteredTokens
 from cortex_gateway.identity.identity import Grant, Identity
 from cortex_gateway.identity.store import Hold, MemoryStore, Refused, StoreError
 from hypothesis import given, settings
@@ -106,7 +106,7 @@ async def _walk(steps: list[tuple[str, int]]) -> None:
             if not grant._is_settled:
                 spent += real
             for _ in range(2 if "twice" in what else 1):
-                grant.settle(Usage(prompt=real // 3, completion=real - real // 3))
+                grant.settle(MeteredTokens(prompt=real // 3, completion=real - real // 3))
         elif what == "wait":
             clock.pass_ms(number * 100)
         elif what == "set":
@@ -125,7 +125,7 @@ async def _walk(steps: list[tuple[str, int]]) -> None:
         gate.set_result("decides")
     for task in asking:
         with contextlib.suppress(ApiError, asyncio.CancelledError):
-            (await task).settle(Usage(0, 0))
+            (await task).settle(MeteredTokens(0, 0))
     await turn()
     await identity.bookkeeper.written()
     assert (meters.in_flight, meters.tokens.reserved, identity.bookkeeper.num_live) == (0, 0, 0)
@@ -171,7 +171,7 @@ async def test_a_live_reservation_is_renewed_and_expires_with_its_gateway() -> N
                 grant = await second.admit(other, "m", "m", body, is_metered=True)
                 break
             await asyncio.sleep(0.05)  # time itself is what is waited for
-    grant.settle(Usage(1, 1))
+    grant.settle(MeteredTokens(1, 1))
     await second.stop()
     await first.stop()
 
@@ -199,7 +199,7 @@ async def test_settlements_that_cannot_be_written_are_written_later(monkeypatch:
     await identity.start()
     principal = await identity.authenticate([(b"x-api-key", b"secret")])
     assert principal is not None
-    (await identity.admit(principal, "m", "m", BODY, is_metered=True)).settle(Usage(10, 20))
+    (await identity.admit(principal, "m", "m", BODY, is_metered=True)).settle(MeteredTokens(10, 20))
     await tried.wait()
     assert identity.bookkeeper.num_live == 1 and await store.usage() == []
     store.is_broken = False

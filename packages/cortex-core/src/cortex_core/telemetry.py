@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Tracer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 60.0
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -69,7 +69,7 @@ class SpanExport:
         closing.start()
         closing.join(timeout_s)
         if closing.is_alive():
-            log.warning("traces: the last spans could not be sent within %g s", timeout_s)
+            logger.warning("traces: the last spans could not be sent within %g s", timeout_s)
             self._exporter.shutdown()  # wakes it up where it waits to try again
 
 
@@ -97,7 +97,7 @@ def open_span_export(
         ) from exc
     _quieten()
     if environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").startswith("grpc"):
-        log.warning("traces: OTEL_EXPORTER_OTLP_PROTOCOL asks for gRPC; they are sent over HTTP all the same")
+        logger.warning("traces: OTEL_EXPORTER_OTLP_PROTOCOL asks for gRPC; they are sent over HTTP all the same")
     attributes = {"service.version": version}
     is_named = environ.get("OTEL_SERVICE_NAME") or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     if section.service_name is not None or not is_named:
@@ -130,7 +130,7 @@ class SeldomHandler(logging.Handler):
             return
         left_out = f" ({self._num_left_out} lines like this were left out)" if self._num_left_out else ""
         self._said_at, self._num_left_out = now, 0
-        log.warning("traces: %s%s", record.getMessage(), left_out)
+        logger.warning("traces: %s%s", record.getMessage(), left_out)
 
 
 def _quieten() -> None:

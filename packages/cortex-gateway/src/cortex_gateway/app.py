@@ -51,7 +51,7 @@ from cortex_gateway.surfaces.surface import Surface
 if TYPE_CHECKING:
     pass
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -200,7 +200,7 @@ class Gateway:
     async def drain(self, grace_s: float) -> None:
         """Take no more work, let what runs finish within `grace_s`, or until this is cancelled, then end it in its own
         dialect."""
-        log.info("draining for up to %g s", grace_s)
+        logger.info("draining for up to %g s", grace_s)
         self.relay.is_draining = True
         try:
             with suppress(TimeoutError):
@@ -208,7 +208,7 @@ class Gateway:
                     await self.relay.wait_idle()
         finally:
             if self.relay.num_active:
-                log.warning("ending %d requests that outlasted the drain", self.relay.num_active)
+                logger.warning("ending %d requests that outlasted the drain", self.relay.num_active)
                 self.relay.end_all()
 
     async def _check_aliases(self) -> None:
@@ -217,7 +217,7 @@ class Gateway:
             await self.fleet.changed()
         catalogue = self.current.catalogue
         for alias in dead_aliases(self.fleet.snapshot, catalogue):
-            log.warning("alias %s: no such model: %s", alias, catalogue.aliases[alias])
+            logger.warning("alias %s: no such model: %s", alias, catalogue.aliases[alias])
 
     # ------------------------------------------------------------------------------------------ requests
 

@@ -29,7 +29,7 @@ from cortex_gateway.observability.logs import configure_logging
 from cortex_gateway.routes.access import exposures
 from cortex_gateway.routes.metrics import MetricsApp
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BACKLOG = 4096
 """What the kernel keeps before it is accepted, if `net.core.somaxconn` allows it. Beyond that, who connects tries again
@@ -102,7 +102,7 @@ async def running(
         metrics_server = _start(metrics_app, metrics_listener, stop_metrics, "metrics listener", http1, metrics_table)
         started = RunningGateway(gateway, url_of(listener), url_of(metrics_listener))
         for exposure in exposures(config, address_of(listener), address_of(metrics_listener)):
-            log.warning("open: %s", exposure)
+            logger.warning("open: %s", exposure)
         for task in (server, metrics_server):
             task.add_done_callback(started._listener_ended)
         try:
@@ -136,20 +136,20 @@ def serve(config: GatewayConfig, catalogue: Catalogue | None = None, *, config_p
     try:
         catalogue = catalogue if catalogue is not None else load_catalogue(config.models_config)
     except ConfigError as error:
-        log.error("catalogue refused\n%s", error)
+        logger.error("catalogue refused\n%s", error)
         return EXIT_CONFIG
-    log.info("starting cortex neurons=%d listen=%s", len(config.neurons), config.gateway.listen)
+    logger.info("starting cortex neurons=%d listen=%s", len(config.neurons), config.gateway.listen)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             runner.run(_serve(config, catalogue, config_path, heartbeat, reloads=is_from_files))
         except ConfigError as error:
-            log.error("configuration refused\n%s", error)
+            logger.error("configuration refused\n%s", error)
             return EXIT_CONFIG
         except StoreError as error:
-            log.error("keys and budgets cannot be reached: %s", error)
+            logger.error("keys and budgets cannot be reached: %s", error)
             return 1
         except OSError as error:
-            log.error("cannot listen: %s", error)
+            logger.error("cannot listen: %s", error)
             return 1
     return 0
 
@@ -168,7 +168,7 @@ async def _serve(
 
     def on_signal() -> None:
         if asked_to_stop.is_set():
-            log.warning("second signal: not waiting any longer")
+            logger.warning("second signal: not waiting any longer")
             if main is not None:
                 main.cancel()
             return
@@ -179,9 +179,9 @@ async def _serve(
         loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
     with suppress(asyncio.CancelledError):
         async with running(config, catalogue, config_path=config_path if reloads else None) as started:
-            log.info("prometheus metrics exporter on %s/metrics", started.metrics_url)
+            logger.info("prometheus metrics exporter on %s/metrics", started.metrics_url)
             num_models, num_neurons = len(catalogue.models), len(config.neurons)
-            log.info(
+            logger.info(
                 "cortex listening on %s (config %s, %d neuron%s, %d model%s in the catalogue)",
                 started.url,
                 config_path or "built in",
@@ -201,7 +201,7 @@ async def _serve(
                 future.cancel()
             for future in done:
                 future.result()
-    log.info("stopped")
+    logger.info("stopped")
 
 
 async def _reload_when(asked: asyncio.Event, gateway: Gateway, heartbeat: Heartbeat) -> None:
@@ -262,7 +262,7 @@ def _max_connections(asked: int | None) -> int:
     """Each may need another one to a neuron."""
     limit = connection_limit(descriptor_limit(), reserve=OWN_DESCRIPTORS, descriptors_each=2, asked=asked)
     if asked is not None and limit < asked:
-        log.warning("gateway.max_connections: %d of %d, as descriptors allow no more", limit, asked)
+        logger.warning("gateway.max_connections: %d of %d, as descriptors allow no more", limit, asked)
     return limit
 
 

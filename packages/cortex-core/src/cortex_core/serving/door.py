@@ -18,7 +18,7 @@ from typing import Any
 
 from cortex_core.serving.connection_table import Connection, ConnectionTable, Reason, client_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ACCEPTED_AT_ONCE = 32
 """Before others of the event loop have their turn."""
@@ -141,7 +141,7 @@ class Door:
         except OSError:
             pass  # the client has gone
         except Exception:
-            log.exception("%s: a connection failed", self._name)
+            logger.exception("%s: a connection failed", self._name)
         finally:
             accepted.finish()
             connection.left()
@@ -193,7 +193,9 @@ class Door:
         if self._failures:
             news.append(f"{len(self._failures)} times none could be accepted ({self._failures[-1].strerror})")
         if news:
-            log.warning("%s: %s; %d are open of at most %d", self._name, ", ".join(news), table.num_open, table.limit)
+            logger.warning(
+                "%s: %s; %d are open of at most %d", self._name, ", ".join(news), table.num_open, table.limit
+            )
             self._told_at = now
             self._told = dict(table.ended)
             self._failures.clear()

@@ -12,7 +12,7 @@ from cortex_core.serving.turns import Turns
 from cortex_gateway.bodies.messages import Job, Order, Refused, Result, Translate
 from cortex_gateway.bodies.process import MEMORY_BYTES, BodyProcess, Lost, ProcessLost
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_PROCESSES = 2
 MAX_LONG = 1
@@ -99,7 +99,7 @@ class BodyWorkers:
                     break
                 except ProcessLost as lost:
                     self._on_end(lost.reason)
-                    log.warning(
+                    logger.warning(
                         "body worker ended reason=%s job=%s bytes=%d principal=%s",
                         lost.reason,
                         type(job).__name__.lower(),
@@ -138,7 +138,7 @@ class BodyWorkers:
             self._processes.add(process)
             return process
         except OSError as exc:
-            log.error("no process can be started to read a large body: %s", exc)
+            logger.error("no process can be started to read a large body: %s", exc)
             raise ApiError(
                 "overloaded", "Large bodies cannot be read now.", code="body_workers_unavailable", retry_after=5
             ) from None

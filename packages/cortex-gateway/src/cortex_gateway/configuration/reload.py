@@ -19,7 +19,7 @@ from cortex_gateway.configuration.diff import NO_DIFFERENCE, Difference, differe
 from cortex_gateway.configuration.watch import Prints, Settling, prints_of
 from cortex_gateway.configuration.weaker import NOTHING_GONE, may_be_unfinished, weaker
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Trigger = Literal["signal", "file", "admin"]
 Outcome = Literal["applied", "unchanged", "refused"]
@@ -119,7 +119,7 @@ class Reloader:
             # The first look after a start finds nothing, and so may a mere touch: that is no news. That files which
             # were refused are as they were before is.
             if changes or trigger != "file" or self.refusal is not None:
-                log.info("configuration reloaded (%s): %s", trigger, reloaded)
+                logger.info("configuration reloaded (%s): %s", trigger, reloaded)
                 self._on_outcome(trigger, reloaded.outcome)
             self.refusal = None
             return reloaded
@@ -143,9 +143,9 @@ class Reloader:
         if not is_news:
             return
         if refusal.faults:
-            log.error("configuration refused, the running one stays (%s)\n%s", trigger, "\n".join(refusal.faults))
+            logger.error("configuration refused, the running one stays (%s)\n%s", trigger, "\n".join(refusal.faults))
         else:
-            log.warning(
+            logger.warning(
                 "configuration refused, the running one stays: the files have changed and would protect less. If that "
                 "is meant, apply it with `cortex reload` or SIGHUP\n%s",
                 "\n".join(refusal.weaker),
@@ -158,7 +158,7 @@ class Reloader:
         except ConfigError:
             pass
         except Exception:
-            log.exception("reloading the configuration failed")
+            logger.exception("reloading the configuration failed")
 
     def _prints(self, config: GatewayConfig) -> Prints:
         return prints_of((str(self._path), *sorted(files_named_in(config))))

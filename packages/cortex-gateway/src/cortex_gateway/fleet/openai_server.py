@@ -12,7 +12,7 @@ from cortex_core.fleet import ContextLimit, DiscoveryResponse, HealthResponse, M
 
 from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SERVICE_UNAVAILABLE = 503
 MODALITIES = ("text", "vision")
@@ -100,7 +100,7 @@ class OpenAIServer(NeuronClient):
         """Raises `NeuronError`."""
         listing = await self._get("/v1/models", _Listing, timeout_s)
         if len(listing.data) > MAX_LISTED:
-            log.warning("%s lists %d models; the first %d count", self.name, len(listing.data), MAX_LISTED)
+            logger.warning("%s lists %d models; the first %d count", self.name, len(listing.data), MAX_LISTED)
         # A neuron, or another gateway, lists what it could load, too.
         return tuple(_model_info(listed) for listed in listing.data[:MAX_LISTED] if _value(listed.loaded) is not False)
 

@@ -15,7 +15,7 @@ from cortex_gateway.fleet.neuron import NeuronClient, NeuronError
 from cortex_gateway.fleet.state import Fleet
 from cortex_gateway.fleet.transitions import Polled, PollMissed, PollRefused, is_another
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_LOOKS, LOOK_AGAIN_S, SILENCE_S = 10, 0.1, 1.0
 """Whether a process has ended: so many looks, so far apart, none after one that was not answered for so long."""
@@ -191,7 +191,7 @@ class Poller:
                 async with polling.lock:
                     await self._poll(neuron)
             except Exception:
-                log.exception("polling node %s failed", neuron.name)
+                logger.exception("polling node %s failed", neuron.name)
             while (remaining := self._next_poll_at(neuron, polling) - now()) > 0:
                 polling.wake.clear()
                 with suppress(TimeoutError):
@@ -283,7 +283,7 @@ class Poller:
         try:
             await neuron.models(self._current.config.poll.timeout_s)
         except NeuronError as error:
-            log.info("node %s, taken out of the configuration, does not answer: %s", neuron.name, error.message)
+            logger.info("node %s, taken out of the configuration, does not answer: %s", neuron.name, error.message)
             return False
         neuron.answered_at = started_at
         return False
@@ -292,19 +292,19 @@ class Poller:
         try:
             return await neuron.health(timeout_s)
         except NeuronError as error:
-            log.debug("health of node %s: %s", neuron.name, error.message)
+            logger.debug("health of node %s: %s", neuron.name, error.message)
             return None
 
     async def _discovery(self, neuron: NeuronClient) -> DiscoveryResponse | None:
         try:
             return await neuron.discovery(self._current.config.poll.timeout_s)
         except NeuronError as error:
-            log.warning("discovery of node %s: %s", neuron.name, error.message)
+            logger.warning("discovery of node %s: %s", neuron.name, error.message)
             return None
 
     async def _features(self, neuron: NeuronClient) -> frozenset[str] | None:
         try:
             return await neuron.features(self._current.config.poll.timeout_s)
         except NeuronError as error:
-            log.debug("version of node %s: %s", neuron.name, error.message)
+            logger.debug("version of node %s: %s", neuron.name, error.message)
             return None

@@ -13,7 +13,7 @@ from cortex_gateway.fleet.breaker import Breaker, Breakers
 from cortex_gateway.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex_gateway.fleet.transitions import FleetEvent, reduce, with_neurons
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DEFAULT_BREAKER = BreakerSection()
 
@@ -69,9 +69,9 @@ class Fleet:
 
     def _breaker_changed(self, node: str, model: str, breaker: Breaker) -> None:
         if breaker.state == "open":
-            log.warning("%s on %s failed %d times in a row: no requests for a while", model, node, breaker.failures)
+            logger.warning("%s on %s failed %d times in a row: no requests for a while", model, node, breaker.failures)
         elif breaker.state == "closed":
-            log.info("%s on %s answers again", model, node)
+            logger.info("%s on %s answers again", model, node)
         self.wake()
 
     def wake(self) -> None:
@@ -99,11 +99,13 @@ def _log_health(before: NodeSnapshot, after: NodeSnapshot) -> None:
     if before.health == after.health:
         return
     if after.health == "healthy":
-        log.info("node %s is healthy (was %s)", after.name, before.health)
+        logger.info("node %s is healthy (was %s)", after.name, before.health)
     elif after.health == "refusing":
-        log.warning("node %s refuses this gateway (%s): %s", after.name, after.refusal, after.last_error)
+        logger.warning("node %s refuses this gateway (%s): %s", after.name, after.refusal, after.last_error)
     else:
-        log.warning("node %s is %s after %d missed polls: %s", after.name, after.health, after.misses, after.last_error)
+        logger.warning(
+            "node %s is %s after %d missed polls: %s", after.name, after.health, after.misses, after.last_error
+        )
 
 
 def _log_models(before: NodeSnapshot, after: NodeSnapshot) -> None:
@@ -113,8 +115,10 @@ def _log_models(before: NodeSnapshot, after: NodeSnapshot) -> None:
     for model, info in after.models.items():
         was = before.models.get(model)
         if info.status == "failed" and (was is None or was.status != "failed"):
-            log.warning("model %s failed on %s: %s", model, after.name, info.error or "no cause given")
+            logger.warning("model %s failed on %s: %s", model, after.name, info.error or "no cause given")
         if not after.is_servable(model) and (was is None or before.is_servable(model)):
             servable = info.servable
             assert servable is not None
-            log.warning("model %s on %s cannot be served: %s %s", model, after.name, servable.reason, servable.detail)
+            logger.warning(
+                "model %s on %s cannot be served: %s %s", model, after.name, servable.reason, servable.detail
+            )

@@ -16,7 +16,7 @@ from functools import partial
 
 from cortex_gateway.identity.store import Hold, Refused, Settlement, Share, Store, StoreError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 FLUSH_S = 5.0
@@ -50,7 +50,7 @@ class Bookkeeper:
             async with asyncio.timeout(FLUSH_S):
                 await self.written()
         if self._unsettled:
-            log.error("%d settlements could not be written; their reservations expire", len(self._unsettled))
+            logger.error("%d settlements could not be written; their reservations expire", len(self._unsettled))
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -122,7 +122,7 @@ class Bookkeeper:
                 await self._store.settle(batch)
             except StoreError as error:
                 if not is_failing:
-                    log.error("budgets cannot be settled, trying on: %s", error)
+                    logger.error("budgets cannot be settled, trying on: %s", error)
                 is_failing = True
                 self._wake.set()
                 await asyncio.sleep(RETRY_S)
@@ -141,4 +141,4 @@ class Bookkeeper:
             try:
                 await self._store.renew(self._owner, self._ttl_ms)
             except StoreError as error:
-                log.warning("reservations cannot be renewed: %s", error)
+                logger.warning("reservations cannot be renewed: %s", error)

@@ -60,7 +60,7 @@ class Body(Protocol):
     def asked(self) -> Asked | None: ...
 
 
-class Usage(msgspec.Struct, frozen=True):
+class MeteredTokens(msgspec.Struct, frozen=True):
     """Tokens; `cached` of the prompt came out of a prefix cache."""
 
     prompt: int = 0
@@ -77,14 +77,14 @@ class Estimate(msgspec.Struct, frozen=True):
     probably will use; num_choices answers are written in parallel.
     """
 
-    bound: Usage = Usage()
+    bound: MeteredTokens = MeteredTokens()
     bound_total: int = 0
-    typical: Usage = Usage()
+    typical: MeteredTokens = MeteredTokens()
     num_choices: int = 1
 
 
 NOTHING = Estimate()
-NOTHING_USED = Usage()
+NOTHING_USED = MeteredTokens()
 _decoder = msgspec.json.Decoder(_Ask)
 _FIRST = re.compile(rb"\[\s*+")
 _PROMPT = re.compile(rb'\s*+(?:"(?:[^"\\]++|\\.)*+"|\[[^\["\]]*+\])\s*+,?', re.DOTALL)
@@ -152,14 +152,14 @@ def estimate_of(asked: Asked | None, limit: ContextLimit | None, *, min_bytes_pe
         output, output_bound = min(output, window), min(output_bound, window)
         total = min(prompt_bound + output_bound * num_choices, window * num_choices)
     return Estimate(
-        bound=Usage(prompt=_bounded(prompt_bound), completion=_bounded(output_bound * num_choices)),
+        bound=MeteredTokens(prompt=_bounded(prompt_bound), completion=_bounded(output_bound * num_choices)),
         bound_total=_bounded(total),
-        typical=Usage(prompt=_bounded(prompt), completion=_bounded(output * num_choices)),
+        typical=MeteredTokens(prompt=_bounded(prompt), completion=_bounded(output * num_choices)),
         num_choices=num_choices,
     )
 
 
-def unmetered_usage(estimate: Estimate, *, num_events: int | None, seconds: float) -> Usage:
+def unmetered_usage(estimate: Estimate, *, num_events: int | None, seconds: float) -> MeteredTokens:
     """What was used by an answer that ended without saying so (a client that hung up, an older neuron).
 
     num_events: of a stream, each about a token; None for an answer that came (or was to come) in one piece, of
@@ -167,7 +167,7 @@ def unmetered_usage(estimate: Estimate, *, num_events: int | None, seconds: floa
     """
     if num_events is None:
         num_events = math.ceil(seconds * MAX_TOKENS_PER_SECOND) * estimate.num_choices
-    return Usage(prompt=estimate.typical.prompt, completion=min(num_events, estimate.bound.completion))
+    return MeteredTokens(prompt=estimate.typical.prompt, completion=min(num_events, estimate.bound.completion))
 
 
 def reserved_amount(budget: Budget, estimate: Estimate, cost: ModelCost | None) -> int:
@@ -188,7 +188,7 @@ def reserved_amount(budget: Budget, estimate: Estimate, cost: ModelCost | None) 
     return _nano_usd(prompt * prompt_price + completion * cost.output)
 
 
-def used_amount(budget: Budget, usage: Usage, cost: ModelCost | None) -> int:
+def used_amount(budget: Budget, usage: MeteredTokens, cost: ModelCost | None) -> int:
     if budget.tokens is not None:
         return usage.total
     if cost is None:

@@ -22,7 +22,7 @@ from cortex_gateway.identity.estimate import (
     NOTHING_USED,
     Body,
     Estimate,
-    Usage,
+    MeteredTokens,
     asked_of,
     estimate_of,
     reserved_amount,
@@ -41,7 +41,7 @@ from cortex_gateway.identity.refusals import (
 )
 from cortex_gateway.identity.store import Hold, Refused, Settlement, Share, Store, StoreError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
@@ -64,7 +64,7 @@ class Grant:
             # Whatever is larger than the limit goes when nothing else does: refusing it for ever helps nobody.
             self._reserved_tokens = min(expected.typical.total, self._tokens.cap)
 
-    def settle(self, usage: Usage) -> None:
+    def settle(self, usage: MeteredTokens) -> None:
         """Give back what was reserved and book what was used. Only the first call counts; nothing is awaited."""
         if self._is_settled:
             return
@@ -108,7 +108,7 @@ class Grant:
         try:
             refused = await identity.bookkeeper.reserve(principal.key_id, shares)
         except StoreError as error:
-            log.error("budgets of key %s cannot be checked: %s", principal.key_id, error)
+            logger.error("budgets of key %s cannot be checked: %s", principal.key_id, error)
             raise identity.refuse(principal, "store", store_out_of_reach()) from None
         if isinstance(refused, Refused):
             raise identity.refuse(principal, "budget", budget_spent(refused, principal.budgets))

@@ -13,7 +13,7 @@ from cortex_core.entitlements import HASH_PREFIX, KeyEntry
 from cortex_gateway.identity.principal import KeyMeters, Principal
 from cortex_gateway.identity.store import KeyRecord, Store, StoreError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MIN_REFRESH_INTERVAL_S = 0.2
 """A key nobody knows makes us look once more; clients with placeholder keys must not turn that into a flood."""
@@ -89,7 +89,7 @@ class Keyring:
             await self._look()
         except StoreError as error:
             if not self.is_stale:
-                log.warning("keys cannot be refreshed, using those known: %s", error)
+                logger.warning("keys cannot be refreshed, using those known: %s", error)
             self.is_stale = True
             self._looked_at = time.monotonic()
 
@@ -100,7 +100,7 @@ class Keyring:
             self._version = version
             self._adopt()
         if self.is_stale:
-            log.info("the key store answers again")
+            logger.info("the key store answers again")
         self.is_stale = False
         self._looked_at = time.monotonic()
 
@@ -125,7 +125,7 @@ def warn_of_plain_keys(entries: Sequence[KeyEntry]) -> None:
     """Keys in clear work, as files of the reference system have them, but whoever reads the file has the key."""
     for entry in entries:
         if entry.key is not None:
-            log.warning(
+            logger.warning(
                 "entitlements.keys: `%s` is written in clear; replace `key` by `hash`, see `cortex keys hash`",
                 entry.name,
             )

@@ -12,7 +12,7 @@ import msgspec
 from cortex_core.serving.later import later
 from cortex_core.serving.log_lines import RequestLines, as_record, cut
 
-log = logging.getLogger("cortex_gateway.access")
+logger = logging.getLogger("cortex_gateway.access")
 
 KEPT_LINES = 1000
 MAX_WORDS, MAX_ERROR = 256, 1000
@@ -87,7 +87,7 @@ class AccessLog:
 
     def write(self, record: AccessRecord, level: int = logging.INFO) -> None:
         """Levels below INFO are for the log alone: probes and polls would push everything else out."""
-        if level < logging.INFO and not log.isEnabledFor(level):
+        if level < logging.INFO and not logger.isEnabledFor(level):
             return
         if record.attempts == 0 and not self._own.admits(str(record.status)):
             return
@@ -96,9 +96,9 @@ class AccessLog:
             line = _encode(_cut(record))
         if not line.isascii():  # what is not printable is escaped, here as in a log: the line remains JSON
             line = as_record(line.decode()).encode()
-        if log.isEnabledFor(level):
-            # Not `log.log`: it walks the stack to find its caller, which costs as much as all the rest.
-            log.handle(logging.LogRecord(log.name, level, "", 0, line.decode(), None, None))
+        if logger.isEnabledFor(level):
+            # Not `logger.log`: it walks the stack to find its caller, which costs as much as all the rest.
+            logger.handle(logging.LogRecord(logger.name, level, "", 0, line.decode(), None, None))
         if level >= logging.INFO:
             self._lines.append(line)
             self.num_written += 1

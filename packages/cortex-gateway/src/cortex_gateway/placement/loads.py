@@ -25,7 +25,7 @@ from cortex_gateway.placement.evictor import free_by_device, may_come_free, next
 from cortex_gateway.placement.explanation import in_figures, in_words, numbers_of
 from cortex_gateway.placement.state import PlacementState
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 1800.0
 UNLOAD_TIMEOUT_S = 120.0
@@ -177,7 +177,7 @@ class Loads:
             await self._load_making_room(node, model, spec)
             outcome = "loaded"
         except NeuronError as error:
-            log.warning(
+            logger.warning(
                 "loading %s on %s failed (status %s, %s): %s", model, node, error.status, error.kind, error.message
             )
             failure, may_wait = await self._failure(model, node, error)
@@ -196,11 +196,11 @@ class Loads:
                 )
                 self._metrics.load_finished(model, node, outcome, reason, self._clock() - started_at)
                 self._poller.nudge(node)
-        log.info("loaded %s on %s in %.1f s", model, node, self._clock() - started_at)
+        logger.info("loaded %s on %s in %.1f s", model, node, self._clock() - started_at)
 
     async def _load_making_room(self, node: str, model: str, spec: ModelSpec) -> None:
         for round_ in range(MAX_EVICTION_ROUNDS + 1):
-            log.info("loading %s on %s", model, node)
+            logger.info("loading %s on %s", model, node)
             try:
                 await self._while_reachable(node, self._client(node).load(spec, LOAD_TIMEOUT_S))
                 return
@@ -213,7 +213,7 @@ class Loads:
                 victim = next_victim(snapshot, model, _failure(model, node, error, free_mb), state)
                 if victim is None:
                     raise
-                log.info("%s does not fit on %s beside %s: %s", model, node, victim, error.message)
+                logger.info("%s does not fit on %s beside %s: %s", model, node, victim, error.message)
             await self.unload(node, victim, reason="refused")
 
     async def _while_reachable(self, node: str, call: Coroutine[Any, Any, None]) -> None:
@@ -260,7 +260,7 @@ class Loads:
             await self._client(node).unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
             succeeded = True
         except NeuronError as error:
-            log.warning("unloading %s from %s failed: %s", model, node, error.message)
+            logger.warning("unloading %s from %s failed: %s", model, node, error.message)
             raise
         finally:
             if not _is_left():
@@ -269,7 +269,7 @@ class Loads:
                 )
                 self._poller.nudge(node)
         self._metrics.evicted(model, node, reason)
-        log.info("unloaded %s from %s (%s)", model, node, reason)
+        logger.info("unloaded %s from %s (%s)", model, node, reason)
 
     async def _recycle(self, node: str, model: str, spec: ModelSpec) -> None:
         """One operation, from the outside: the model counts as loading from the first to the last moment."""
@@ -277,7 +277,7 @@ class Loads:
         try:
             await self._client(node).unload(self._name_on(node, model), UNLOAD_TIMEOUT_S)
         except NeuronError as error:
-            log.info("not recycling %s on %s now: %s", model, node, error.message)
+            logger.info("not recycling %s on %s now: %s", model, node, error.message)
             self._fleet.apply(OperationEnded(node=node, model=model, kind="load", at=self._clock(), succeeded=False))
             self._poller.nudge(node)
             raise RoomLost from error

@@ -13,7 +13,7 @@ from cortex_gateway.placement.loads import Loads
 from cortex_gateway.placement.maintenance import BeginDefrag, EndDefrag, Recycle, UnloadIdle, plan_maintenance
 from cortex_gateway.placement.state import PlacementState
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 INTERVAL_S = 2.0
 
@@ -46,16 +46,16 @@ class MaintenanceLoop:
         for chore in plan_maintenance(state):
             match chore:
                 case BeginDefrag():
-                    log.info("node %s: recycling its models after many evictions, each once it is idle", chore.node)
+                    logger.info("node %s: recycling its models after many evictions, each once it is idle", chore.node)
                     self._fleet.apply(DefragDue(node=chore.node, at=state.now))
                 case EndDefrag():
-                    log.info("node %s: all models recycled", chore.node)
+                    logger.info("node %s: all models recycled", chore.node)
                     self._fleet.apply(DefragDone(node=chore.node))
                 case UnloadIdle():
-                    log.info("%s on %s has been idle for %.0f s", chore.model, chore.node, chore.idle_s)
+                    logger.info("%s on %s has been idle for %.0f s", chore.model, chore.node, chore.idle_s)
                     started.append(self._loads.unload(chore.node, chore.model, reason="idle"))
                 case Recycle():
-                    log.info("recycling %s on %s", chore.model, chore.node)
+                    logger.info("recycling %s on %s", chore.model, chore.node)
                     started.append(self._loads.recycle(chore.node, chore.model, chore.spec))
         return started
 

@@ -26,7 +26,7 @@ from cortex_gateway.placement.queue import WaitingQueue
 from cortex_gateway.placement.router import NOWHERE, decide, decide_by_hand, failure_on, has_other
 from cortex_gateway.placement.state import PlacementState, Standing
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_CACHED_NAMES = 4096
 RETRY_WAITING_S = 10
@@ -463,7 +463,7 @@ class Placement:
         told = (hold.node, hold.reason)
         if self._told.get(model) != told and self._is_known(model):
             self._told[model] = told
-            log.info("requests for %s wait for %s", model, explain(model, hold, self.state()).text)
+            logger.info("requests for %s wait for %s", model, explain(model, hold, self.state()).text)
 
     def waiting_note(self, model: str) -> bytes:
         """What requests for the model wait for, as an SSE comment: how far its load is, or what is in its way. Empty if

@@ -31,7 +31,7 @@ def generated_tokens(events: AnswerStream) -> int:
     return sum(len(choice.token_ids) for batch in batches for choice in batch)
 
 
-def used(request: RequestState, now: float) -> estimate.Usage:
+def used(request: RequestState, now: float) -> estimate.MeteredTokens:
     """Nothing where no neuron worked for the client: refused, never sent, or failed before there was an answer.
 
     A client that hangs up pays for what was generated until then: in a stream what it was sent, else at most what
@@ -55,7 +55,7 @@ def used(request: RequestState, now: float) -> estimate.Usage:
         # Cut short: what an event near the cut says of the usage was true at its beginning.
         completion = max(completion, guessed.completion)
     prompt = guessed.prompt if usage.prompt_tokens is None else usage.prompt_tokens
-    return estimate.Usage(prompt, completion, usage.cached_tokens or 0)
+    return estimate.MeteredTokens(prompt, completion, usage.cached_tokens or 0)
 
 
 class Accounting:
@@ -83,7 +83,7 @@ class Accounting:
             request.trace_id = request.trace.trace_id
 
     def end(self, request: RequestState) -> None:
-        """Charge the key, count, log: exactly once."""
+        """MeteredTokens the key, count, log: exactly once."""
         now = request.loop.time()
         request.status = request.status or request.writer.status
         if request.grant is not None:

@@ -15,7 +15,7 @@ from cortex_gateway.relay.blame import Blame, Body, Life, Trial
 from cortex_gateway.relay.request_state import RequestState
 from cortex_gateway.relay.retries import BrokenStream, StaleRoute, Unanswered
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Deaths:
@@ -80,7 +80,7 @@ class Deaths:
             how.settle()
         lease.discard()  # whatever it answered
         what = "node" if how.engine is None else "the engine of node"
-        log.warning("request %s: %s %s ended under it after %.1f s", request.request_id, what, life.node, lived_s)
+        logger.warning("request %s: %s %s ended under it after %.1f s", request.request_id, what, life.node, lived_s)
         body = await self._digested(request)
         trial = self._give_up(request)
         if self._blame.died(body, trial, life._replace(engine=how.engine), lived_s):

@@ -53,7 +53,7 @@ from cortex_gateway.surfaces.surface import Surface
 from cortex_gateway.translation.errors import UpstreamFault
 from cortex_gateway.translation.translation import PassingThrough, Translation, is_translated
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class _Attempt:
@@ -189,7 +189,7 @@ class Relay:
         except ClientGone:
             raise
         except Exception as exc:
-            log.exception("request %s failed in the gateway", request.request_id)
+            logger.exception("request %s failed in the gateway", request.request_id)
             request.settle()
             request.outcome = "error"
             request.error = describe(exc)
@@ -315,7 +315,7 @@ class Relay:
         await request.writer.quiet()
         request.num_resumes += 1
         self._keep_alive(request, self._current.config.gateway.ping_interval_s)
-        log.warning("request %s: node %s was cut off, another goes on", request.request_id, request.node)
+        logger.warning("request %s: node %s was cut off, another goes on", request.request_id, request.node)
 
     # ------------------------------------------------------------------------------------------ an attempt
 
@@ -364,7 +364,7 @@ class Relay:
         except UpstreamFault as fault:
             lease.failed()
             series.errors.inc()
-            log.warning("request %s: node %s: %s", request.request_id, lease.neuron.name, fault)
+            logger.warning("request %s: node %s: %s", request.request_id, lease.neuron.name, fault)
             request.outcome = "upstream_failed"
             raise fault.error from None
         except asyncio.CancelledError:
@@ -399,7 +399,7 @@ class Relay:
     @staticmethod
     def _raise_lost(request: RequestState, cause: BaseException | None) -> NoReturn:
         """The request has left a node that does not answer any more."""
-        log.warning("request %s: node %s is lost, another is asked", request.request_id, request.node)
+        logger.warning("request %s: node %s is lost, another is asked", request.request_id, request.node)
         raise (StaleRoute if request.stream is None else BrokenStream) from cause
 
     def _broken_off(
@@ -416,7 +416,7 @@ class Relay:
             raise StaleRoute from exc
         lease.failed()
         series.errors.inc()
-        log.warning("request %s: node %s: %s", request.request_id, lease.neuron.name, describe(exc))
+        logger.warning("request %s: node %s: %s", request.request_id, lease.neuron.name, describe(exc))
         if is_unreached(exc) and request.num_attempts < MAX_ATTEMPTS + request.num_moves and self._has_other(request):
             request.has_been_refused = True
             raise (NotServed if request.stream is None else BrokenStream) from exc

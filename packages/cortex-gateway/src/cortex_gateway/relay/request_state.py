@@ -15,7 +15,7 @@ from cortex_gateway.http.asgi import RawHeaders, Scope
 from cortex_gateway.http.body import ClientGone, RequestBody
 from cortex_gateway.http.client_writer import ClientWriter, no_headers
 from cortex_gateway.http.headers import identity_headers
-from cortex_gateway.identity.estimate import Usage as Charge
+from cortex_gateway.identity.estimate import MeteredTokens
 from cortex_gateway.identity.identity import Grant
 from cortex_gateway.identity.principal import Principal
 from cortex_gateway.placement.decision import Hold, Load, RouteReason
@@ -146,7 +146,7 @@ class RequestState:
         self.limit_headers: Callable[[], RawHeaders] = no_headers
         self.sent_at: float | None = None
         self.generated: int | None = None
-        self.charged: Charge | None = None
+        self.charged: MeteredTokens | None = None
         self.node: str | None = None
         self.route: str | None = None
         self.num_attempts = 0

@@ -35,7 +35,7 @@ from cortex_gateway.translation.answer_stream import AnswerStream
 from cortex_gateway.translation.errors import RETRY_BUSY_S, UpstreamFault, retry_advice, retry_seconds
 from cortex_gateway.translation.translation import Translation, WholeAnswer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_BUFFERED_ANSWER = 2**20
 MAX_LOGGED_ERROR = 600
@@ -206,7 +206,7 @@ async def _refusal(
     if response.status == 429 and not is_neuron:
         lease.rest(retry_seconds(advice) or RETRY_BUSY_S)
     if response.status in REFUSALS_ELSEWHERE and not request.is_blamed and _may_ask_another(request) and has_other():
-        log.warning(
+        logger.warning(
             "request %s: node %s answered %d, another is asked", request.request_id, neuron.name, response.status
         )
         request.has_been_refused = True
@@ -215,7 +215,7 @@ async def _refusal(
     snippet = data[:MAX_LOGGED_ERROR].decode("utf-8", "replace")
     request.outcome = "upstream_error"
     request.error = snippet
-    log.warning("request %s: node %s answered %d: %s", request.request_id, request.node, response.status, snippet)
+    logger.warning("request %s: node %s answered %d: %s", request.request_id, request.node, response.status, snippet)
     if is_refused:
         raise gateway_refused()
     if request.translation is not None:

@@ -11,7 +11,7 @@ from cortex_core.gateway_config import GatewaySection
 from cortex_gateway.fleet.neuron import NeuronClient
 from cortex_gateway.relay.request_state import RequestState
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class UpstreamTimeout:
@@ -58,7 +58,7 @@ class UpstreamTimeout:
             heard_at, is_replaceable = self._heard_at(last)
             silent_s = heard_at + self._silence_s - now
             if silent_s <= 0 and is_replaceable():
-                log.warning("request %s: node %s fell silent", request.request_id, self._neuron.name)
+                logger.warning("request %s: node %s fell silent", request.request_id, self._neuron.name)
                 self._leave()
                 return
             waits.append(silent_s if silent_s > 0 else self._silence_s)
@@ -70,7 +70,7 @@ class UpstreamTimeout:
         if remaining > 0:
             self._handle = request.loop.call_later(remaining, self._check)
             return
-        log.warning(
+        logger.warning(
             "request %s: nothing moved on node %s for %g s", request.request_id, self._neuron.name, self._timeout_s
         )
         request.interrupt(

@@ -35,7 +35,7 @@ from cortex_gateway.http.headers import identity_headers
 from cortex_gateway.observability.access_log import AccessLog, AccessRecord
 from cortex_gateway.relay.request_state import CLIENT_GONE_STATUS, new_request_id
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SERVER, WHERE = "gateway", "gateway"
 MAX_SWALLOWED_BODY = 2**20
@@ -104,7 +104,7 @@ class Access:
         line = self._sparing.line(refused.advice, self._clock())
         if line is not None:
             client = scope["client"][0] if scope.get("client") else "unknown"
-            log.warning("refused %s: %s", client, line)
+            logger.warning("refused %s: %s", client, line)
 
     async def refuse(self, refused: Refused, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in the dialect of the path; one access line. A WebSocket's handshake is refused as all of them are."""
