@@ -95,9 +95,13 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A llguidance grammar (its serialised form, as `LLMatcher` takes it), compiled off the step thread."""
+    """A llguidance grammar (its serialised form, as `LLMatcher` takes it), compiled off the step thread.
+
+    param: the field of the request that asks for it, as the client calls it.
+    """
 
     grammar: str
+    param: str = ""
 
 
 class ContentDigest(msgspec.Struct, frozen=True, array_like=True):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.neuron.daemon.api.harness import RunningNeuron
+from tests.neuron.scripted_worker import REFUSE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -80,3 +81,23 @@ async def test_H1_a_schema_that_refers_to_itself_is_answered(neuron: RunningNeur
             "/v1/chat/completions", neuron.chat(tools=[tool], tool_choice="required", max_tokens=3)
         )
         assert status == 200, answer
+
+
+async def test_H1_what_only_the_engine_can_refuse_of_a_schema_is_refused_by_the_fields_name(
+    neuron: RunningNeuron,
+) -> None:
+    """A grammar that compiles may still go beyond a limit of the matcher, step by step."""
+    schema = {"type": "object"}
+    format_ = {"type": "json_schema", "name": "x", "schema": schema}
+    chat = neuron.chat(
+        top_k=REFUSE, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    )
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for path, body, param in (
+        ("/v1/chat/completions", chat, "response_format"),
+        ("/v1/chat/completions", neuron.chat(top_k=REFUSE, tools=[tool], tool_choice="required"), "tools"),
+        ("/v1/responses", {"input": "hi", "top_k": REFUSE, "text": {"format": format_}}, "text.format"),
+        ("/v1/messages", neuron.chat(top_k=REFUSE, output_config={"format": format_}), "output_config.format"),
+    ):
+        error = await refused(neuron, path, body, param)
+        assert "cannot be constrained" in error["message"]

@@ -112,7 +112,7 @@ class GrammarBuilder:
         failure = self._known_failure(grammar)
         if failure:
             raise invalid(f"the requested output cannot be constrained: {failure}", param=_param_of(request))
-        return GrammarSpec(grammar)
+        return GrammarSpec(grammar, request.client_param(_param_of(request)) or "")
 
     # ------------------------------------------------------------ rules
 

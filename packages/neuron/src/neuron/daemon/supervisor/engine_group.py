@@ -352,7 +352,7 @@ class EngineGroup:
                 error = (
                     engine_lost(failure.message, self.retry_after, ended_engine=sequence.generation.ended_engine)
                     if has_shrunk
-                    else sequence_error(failure)
+                    else sequence_error(failure, sequence.generate.grammar)
                 )
                 sequence.generation.fail(error, failed=sequence)
         if self._waiting:

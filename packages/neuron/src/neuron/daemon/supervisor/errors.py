@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cortex_core.errors import ENDED_ENGINE, ApiError, invalid, request_kills_engine
 
-from neuron.protocol import LogitsHealth, SequenceFailed
+from neuron.protocol import GrammarSpec, LogitsHealth, SequenceFailed
 
 
 class EngineLoadError(Exception):
@@ -56,10 +56,11 @@ def engine_stopped() -> ApiError:
     )
 
 
-def sequence_error(failure: SequenceFailed) -> ApiError:
-    """What one sequence's failure means to its client."""
+def sequence_error(failure: SequenceFailed, grammar: GrammarSpec | None = None) -> ApiError:
+    """What one sequence's failure means to its client. grammar: that it asked for."""
     if failure.kind == "invalid_grammar":
-        return invalid(failure.message, code="invalid_schema")
+        message = f"the requested output cannot be constrained: {failure.message}"
+        return invalid(message, param=(grammar and grammar.param) or None, code="invalid_schema")
     if failure.kind == "too_long":
         return invalid(failure.message, param="messages", code="context_length_exceeded")
     if failure.kind == "step":
