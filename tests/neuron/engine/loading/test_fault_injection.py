@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from neuron.engine.errors import DeviceError, ModelError
-from neuron.engine.loading import fault_injection
 from neuron.engine.loading.fault_injection import Faults
 from neuron.engine.step import engine
 
@@ -59,14 +58,6 @@ def test_out_of_memory_for_a_few_steps_loses_nobody(monkeypatch):
     assert answers.failures == {}
     for item in items:
         assert answers.tokens[item.request_id] == answer_alone(item.prompt_ids, 6)
-
-
-def test_slow_steps_say_the_same_and_only_those_of_requests_are_slow(monkeypatch):
-    slept: list[float] = []
-    monkeypatch.setattr(fault_injection.time, "sleep", slept.append)
-    slow = faulty_engine({"lever": "slow_step", "seconds": 0.5}, {"lever": "slow_step", "seconds": 1.0, "epochs": [1]})
-    assert run(slow, request(0, [1, 2, 3], 4)).tokens[0] == answer_alone([1, 2, 3], 4)
-    assert slept == [0.5] * 4
 
 
 def test_a_device_fault_ends_the_engine():

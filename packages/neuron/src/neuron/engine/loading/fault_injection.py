@@ -91,12 +91,6 @@ class Poison(_StepFault, frozen=True, kw_only=True, tag="poison"):
         return rows
 
 
-class SlowStep(_Fault, frozen=True, kw_only=True, tag="slow_step"):
-    """Each forward pass takes so much longer, as on a slower device."""
-
-    seconds: float
-
-
 class SlowDisk(_Fault, frozen=True, kw_only=True, tag="slow_disk"):
     """Each megabyte of weights takes so much longer to read."""
 
@@ -110,7 +104,7 @@ class FailLoad(_Fault, frozen=True, kw_only=True, tag="fail_load"):
     phase: LoadPhase = "weights"
 
 
-Fault = Kill | Hang | DeviceFault | OutOfMemory | Poison | SlowStep | SlowDisk | FailLoad
+Fault = Kill | Hang | DeviceFault | OutOfMemory | Poison | SlowDisk | FailLoad
 
 
 class _Debug(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -168,10 +162,9 @@ class Faults:
     def around(self, model: Model) -> Model:
         """The model with the faults that act in steps, once `arm` has been called; without any, the model itself."""
         faults = [fault for fault in self._faults if isinstance(fault, _StepFault)]
-        delay_s = sum(fault.seconds for fault in self._faults if isinstance(fault, SlowStep))
-        if not faults and not delay_s:
+        if not faults:
             return model
-        faulty = _FaultyModel(model, faults, delay_s)
+        faulty = _FaultyModel(model, faults)
         self._models.append(faulty)
         return faulty
 
@@ -182,10 +175,9 @@ class Faults:
 
 
 class _FaultyModel:
-    def __init__(self, model: Model, faults: Sequence[_StepFault], delay_s: float) -> None:
+    def __init__(self, model: Model, faults: Sequence[_StepFault]) -> None:
         self._model = model
         self._faults = faults
-        self._delay_s = delay_s
         self._number = 0
         self._poison: list[tuple[list[int], float]] = []
         self.is_armed = False
@@ -194,8 +186,6 @@ class _FaultyModel:
         if self.is_armed:
             self._number += 1
             self._poison = []
-            if self._delay_s:
-                time.sleep(self._delay_s)
             for fault in self._faults:
                 if fault.acts_in(self._number, ctx.batch.token_ids):
                     self._inject(fault, ctx.batch)
