@@ -72,12 +72,11 @@ class Daemon:
                 self.process.wait()
 
 
-def neuron_daemon(folder: Path, index: int, config: str = "", *options: str, python: str = sys.executable) -> Daemon:
-    """A neuron named n<index> that begins to load the demo model. config: more of its configuration file. options: of
-    its command line."""
+def neuron_daemon(folder: Path, index: int, config: str = "", *, python: str = sys.executable) -> Daemon:
+    """A neuron named n<index> that begins to load the demo model. config: more of its configuration file."""
     file = folder / f"neuron-{index}.toml"
     file.write_text(f'[[default_models]]\nmodel_id = "{MODEL}"\n{config}')
-    arguments = ["neuron", "serve", "--config", str(file), "--host", "127.0.0.1", "--port", "0", *options]
+    arguments = ["neuron", "serve", "--config", str(file), "--host", "127.0.0.1", "--port", "0"]
     return Daemon(f"n{index}", arguments, {"XDG_STATE_HOME": str(folder / f"state-{index}")}, python=python)
 
 

@@ -16,8 +16,9 @@ BACKLOG = 512
 class Link:
     """A TCP proxy to one server, on a port of its own. Runs in the loop that it was opened in.
 
-    Bytes that meet a cut wait, and arrive once it is healed, as TCP sends them again. tries: when requests with a body
-    were sent on to the server, by request id, in seconds of the loop's clock.
+    Bytes that meet a cut wait, and arrive once it is healed, as TCP sends them again. num_requests: those
+    with a body that have come here. tries: when each was first sent on to the server, by request id, in seconds of the
+    loop's clock.
     """
 
     def __init__(self, target: str) -> None:
@@ -31,7 +32,8 @@ class Link:
         self._accepting: asyncio.Task[None] | None = None
         self._filling: list[socket.socket] = []
         self._open: set[asyncio.Task[None]] = set()
-        self.tries: dict[str, list[float]] = {}
+        self.num_requests = 0
+        self.tries: dict[str, float] = {}
         self.heal()
 
     async def __aenter__(self) -> Self:
@@ -104,7 +106,6 @@ class Link:
         near_reader, near = await asyncio.open_connection(sock=connection)
         far: asyncio.StreamWriter | None = None
         try:
-            await self._there.wait()
             far_reader, far = await asyncio.open_connection(*self._target)
             await asyncio.gather(
                 self._pass(near_reader, far, self._there, is_there=True), self._pass(far_reader, near, self._back)
@@ -121,9 +122,11 @@ class Link:
     ) -> None:
         """Raises `ConnectionError` at the end of what is read: HTTP needs no half-closed connection."""
         while data := await reader.read(2**16):
+            named = _REQUEST_ID.search(data) if is_there and _REQUEST.search(data) else None
+            self.num_requests += named is not None
             await way.wait()
-            if is_there and _REQUEST.search(data) and (named := _REQUEST_ID.search(data)):
-                self.tries.setdefault(named[1].decode(), []).append(asyncio.get_running_loop().time())
+            if named is not None:
+                self.tries.setdefault(named[1].decode(), asyncio.get_running_loop().time())
             writer.write(data)
             await writer.drain()
         await way.wait()
