@@ -21,10 +21,8 @@ import pytest
 from cortex_core.config import ConfigError
 from cortex_core.gateway_config import load_gateway_config
 from cortex_gateway.configuration.current import read_configuration
-from cortex_gateway.routes.access import exposures
 from cortex_gateway.server import running
-from neuron.daemon.api.access import exposures as neuron_exposures
-from neuron.daemon.common.config import NeuronConfig, ServerSection, load_neuron_config
+from neuron.daemon.common.config import load_neuron_config
 
 from tests.access.proxy import PUBLIC_NAME, proxy_for
 from tests.access.raw import ask
@@ -307,35 +305,6 @@ def test_H6_a_setting_that_cannot_be_meant_is_refused_at_start(tmp_path: Path, l
     (tmp_path / "neuron.toml").write_text(f"[server]\n{line}\n")
     with pytest.raises(ConfigError, match=re.escape(said.replace("gateway.", "server."))):
         load_neuron_config(tmp_path / "neuron.toml", environ={})
-
-
-def test_O13_a_start_tells_what_is_open_to_a_network(tmp_path: Path) -> None:
-    def gateway(text: str, *addresses: str) -> str:
-        (tmp_path / "cortex.toml").write_text(text)
-        return "\n".join(exposures(load_gateway_config(tmp_path / "cortex.toml", environ={}), *addresses))
-
-    for address in ("127.0.0.1", "::1"):
-        assert gateway("", address, address) == ""
-    for address in ("0.0.0.0", "::", "192.0.2.7"):
-        told = gateway("", address, address)
-        assert "require_auth" in told and "metrics" in told and "admin" not in told
-    assert gateway("[entitlements]\nrequire_auth = true\n", "0.0.0.0", "127.0.0.1") == ""
-    keys = '[entitlements]\nrequire_auth = true\n[[entitlements.keys]]\nkey_id = "a"\nkey = "k"\nadmin = true\n'
-    assert "admin keys work" in gateway(keys, "0.0.0.0", "127.0.0.1")
-    proxied = '[gateway]\nallowed_hosts = ["cortex.example"]\n[entitlements]\nrequire_auth = true\n'
-    assert "admin_from_loopback" in gateway(proxied, "0.0.0.0", "127.0.0.1")
-    for key in ("allowed_hosts", "allow_origins"):
-        assert f"gateway.{key} holds `*`" in gateway(f'[gateway]\n{key} = ["*"]\n', "127.0.0.1", "127.0.0.1")
-
-    def told(address: str, **server: Any) -> str:
-        return "\n".join(neuron_exposures(NeuronConfig(server=ServerSection(**server)), address))
-
-    assert told("127.0.0.1") == told("::1") == ""
-    assert "server.secret" in told("0.0.0.0") and "server.secret" in told("::")
-    assert told("0.0.0.0", secret="env:X") == ""
-    assert "`warn`" in told("0.0.0.0", secret="env:X", secret_mode="warn")
-    for key in ("allowed_hosts", "allow_origins"):
-        assert f"server.{key} holds `*`" in told("127.0.0.1", **{key: ("*",)})
 
 
 async def test_O13_the_warnings_are_in_the_log_of_a_start(

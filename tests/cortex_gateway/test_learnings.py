@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from cortex_core.catalogue import Catalogue, ModelProfile
-from cortex_gateway.fleet.neuron import describe
 
 from tests.cortex_gateway.fake_neuron import ANTHROPIC_EVENTS, OPENAI_EVENTS, FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start
 
 CHAT = "/v1/chat/completions"
+
 MESSAGES = "/v1/messages"
 SECRET = "Traceback: /srv/secret.py line 7"
 
@@ -32,27 +31,6 @@ def access_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 async def at_rest(client: Client) -> None:
     async with asyncio.timeout(10):
         await client.started.gateway.relay.wait_idle()
-
-
-async def test_F27_a_gateway_uses_the_address_it_was_given_and_asks_no_neuron_for_one(
-    neuron: FakeNeuron, start: Start
-) -> None:
-    """Whatever a neuron believes its own name to be."""
-    neuron.discovery_extra = {"hostname": "localhost", "endpoint": "http://127.0.0.1:1", "url": "http://localhost:1"}
-    client = await start(neuron, catalogue=Catalogue(models=(ModelProfile(id=MODEL),)))
-    assert (await client.chat())[0] == 200
-    assert neuron.count(f"POST {CHAT}") == 1
-    assert not [call for call in neuron.calls if "endpoint" in call]
-    (node,) = json.loads(await (await client.get("/admin/fleet")).read())["nodes"]
-    assert node["endpoint"] == neuron.url
-
-
-async def test_F28_a_slash_at_the_end_of_an_endpoint_is_none_too_many(neuron: FakeNeuron, start: Start) -> None:
-    neuron.url += "/"
-    client = await start(neuron, catalogue=Catalogue(models=(ModelProfile(id=MODEL),)))
-    assert (await client.chat())[0] == 200
-    assert {"GET /models", "GET /discovery", "POST /models/load", f"POST {CHAT}"} <= set(neuron.calls)
-    assert not [call for call in neuron.calls if "//" in call]
 
 
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
@@ -142,32 +120,3 @@ async def test_G10_the_log_says_how_every_stream_ended(
     await at_rest(client)
     ended = [(line["stream"], line["outcome"]) for line in access_lines(caplog)]
     assert ended == [(True, "ok"), (True, "upstream_failed"), (True, "client_gone")]
-
-
-def test_G11_an_error_is_shown_with_all_that_caused_it() -> None:
-    try:
-        try:
-            try:
-                raise OSError(28, "no space left on device")
-            except OSError as inner:
-                raise ValueError("the cache cannot be written") from inner
-        except ValueError as middle:
-            raise RuntimeError("the model was not loaded") from middle
-    except RuntimeError as outer:
-        shown = describe(outer)
-    parts = ["the model was not loaded", "the cache cannot be written", "no space left on device"]
-    assert [shown.index(part) for part in parts] == sorted(shown.index(part) for part in parts)
-    assert "\n" not in shown
-
-
-async def test_G11_what_lies_behind_a_dead_connection_is_logged(
-    neuron: FakeNeuron, start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    neuron.have(MODEL)
-    caplog.set_level(logging.WARNING, "cortex_gateway")
-    client = await start(neuron)
-    neuron.is_down = True
-    status, document = await client.chat()
-    assert status == 502 and "Errno" not in json.dumps(document)
-    lines = [record.getMessage() for record in caplog.records if "node alpha" in record.getMessage()]
-    assert lines and any("Disconnected" in line or "Connection" in line for line in lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -14,17 +13,11 @@ import pytest
 from cortex_core.errors import ApiError
 from cortex_gateway.bodies import pool as pools
 from cortex_gateway.bodies import process as processes
-from cortex_gateway.bodies.messages import Facts, Job, Order, Read, Result, Translate, Translated
-from cortex_gateway.bodies.payload import Payload
+from cortex_gateway.bodies.messages import Facts, Job, Order, Read, Result
 from cortex_gateway.bodies.pool import BodyWorkers
-from cortex_gateway.bodies.process import PIECE_BYTES, BodyProcess
+from cortex_gateway.bodies.process import BodyProcess
 
-BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}).encode()
-MANY_MESSAGES = (
-    b'{"model":"m","max_tokens":5,"messages":['
-    + b",".join([b'{"role":"user","content":"%b"}' % (b"a" * 400)] * 9_000)
-    + b"]}"
-)
+from tests.cortex_gateway.bodies.harness import BODY, is_alive, read, translation
 
 
 @pytest.fixture
@@ -32,23 +25,6 @@ async def workers() -> AsyncIterator[BodyWorkers]:
     opened = BodyWorkers()
     yield opened
     await opened.close()
-
-
-async def read(workers: BodyWorkers, body: bytes = BODY, principal: str | None = "a") -> Facts:
-    facts, pieces = await workers.run(Read(len(body)), [body], num_bytes=len(body), principal=principal)
-    assert isinstance(facts, Facts) and pieces == []
-    return facts
-
-
-def translation(body: bytes) -> Translate:
-    return Translate(len(body), "messages", "m", "theirs", extensions=True, drops_attribution=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 async def test_H13_a_process_is_started_once_used_again_and_ended_at_last() -> None:
@@ -63,86 +39,6 @@ async def test_H13_a_process_is_started_once_used_again_and_ended_at_last() -> N
     assert not is_alive(pid) and workers.pids == []
     with pytest.raises(ApiError):
         await read(workers)
-
-
-async def test_H13_a_body_goes_and_comes_in_pieces_that_the_loop_can_hand_over(
-    workers: BodyWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handed: list[int] = []
-    real = asyncio.StreamWriter.write
-
-    def write(self: asyncio.StreamWriter, data: bytes) -> None:
-        handed.append(len(data))
-        real(self, data)
-
-    monkeypatch.setattr(asyncio.StreamWriter, "write", write)
-    sizes = []
-    for factor in (1, 2):
-        text = "lorem ipsum " * (200_000 * factor)
-        body = json.dumps({"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": text}]}).encode()
-        handed.clear()
-        payload = Payload([body])
-        result, pieces = await workers.run(translation(body), payload.slices(), num_bytes=len(body), principal=None)
-        assert isinstance(result, Translated) and sum(map(len, pieces)) == result.num_bytes
-        assert json.loads(b"".join(pieces))["messages"][0]["content"] == text
-        assert max(handed) <= PIECE_BYTES and max(map(len, pieces)) <= PIECE_BYTES
-        sizes.append(sum(handed) + sum(map(len, pieces)))
-    assert sizes[1] < 2.1 * sizes[0]
-
-
-async def test_H13_what_is_wrong_with_a_body_is_said_as_on_the_loop(workers: BodyWorkers) -> None:
-    for body, code in (
-        (b'{"model": 5}', "invalid_type"),
-        (b"{", "invalid_json"),
-        (b'{"a":' + b"[" * 5_000, "invalid_json"),
-    ):
-        with pytest.raises(ApiError) as refused:
-            await read(workers, body)
-        assert (refused.value.kind, refused.value.code) == ("invalid_request", code)
-    assert (await read(workers)).model == "m"
-    assert len(workers.pids) == 1
-
-
-async def test_H13_a_body_that_takes_too_much_processor_time_ends_its_process_alone(
-    workers: BodyWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await read(workers)
-    (before,) = workers.pids
-    monkeypatch.setattr(pools, "CPU_S", 0.0)
-    monkeypatch.setattr(pools, "CPU_S_PER_MB", 0.005)
-    with pytest.raises(ApiError) as refused:
-        await workers.run(translation(MANY_MESSAGES), [MANY_MESSAGES], num_bytes=len(MANY_MESSAGES), principal="a")
-    error = refused.value
-    assert (error.kind, error.code, error.status) == ("request_too_large", "body_budget_exceeded", 413)
-    assert "s of processor time" in error.message and error.extras["bytes"] == len(MANY_MESSAGES)
-    monkeypatch.undo()
-    assert (await read(workers)).model == "m"
-    assert not is_alive(before)
-
-
-async def test_H13_a_body_that_takes_too_much_memory_ends_its_process_alone(
-    workers: BodyWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "MEMORY_BYTES", 8 * 2**20)
-    with pytest.raises(ApiError) as refused:
-        await workers.run(translation(MANY_MESSAGES), [MANY_MESSAGES], num_bytes=len(MANY_MESSAGES), principal="a")
-    assert refused.value.code == "body_budget_exceeded" and "MiB of memory" in refused.value.message
-    assert (await read(workers)).model == "m"
-
-
-async def test_H13_a_process_that_does_not_answer_is_given_up(
-    workers: BodyWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await read(workers)
-    (pid,) = workers.pids
-    monkeypatch.setattr(pools, "WALL_FLOOR_S", 0.2)
-    monkeypatch.setattr(pools, "WALL_FACTOR", 0.0)
-    os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(ApiError) as refused:
-        await read(workers)
-    assert refused.value.code == "body_budget_exceeded" and not is_alive(pid)
-    monkeypatch.undo()
-    assert (await read(workers)).model == "m"
 
 
 async def test_H13_a_process_that_somebody_kills_costs_a_second_try_and_no_answer(workers: BodyWorkers) -> None:
@@ -269,23 +165,6 @@ async def test_H13_whose_turn_does_not_come_is_refused_and_leaves_none_behind(mo
     await workers.close()
 
 
-async def test_H13_a_process_finds_what_only_a_launcher_has_told_the_gateway_of(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """As installed from an RPM: the packages are in a folder that no interpreter looks into by itself."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    process = await BodyProcess.start()
-    environ = Path(f"/proc/{process.pid}/environ")
-    async with asyncio.timeout(20):
-        while not environ.read_bytes():  # the kernel shows it a moment after the program has been replaced
-            await asyncio.sleep(0.01)
-    given = environ.read_bytes().split(b"\0")
-    (path,) = [value.removeprefix(b"PYTHONPATH=") for value in given if value.startswith(b"PYTHONPATH=")]
-    assert path.decode().split(os.pathsep)[0] == str(tmp_path)
-    await process.stop()
-
-
 async def test_H13_a_process_that_has_nothing_to_do_is_ended(
     workers: BodyWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,14 +175,3 @@ async def test_H13_a_process_that_has_nothing_to_do_is_ended(
         while workers.pids or is_alive(pid):
             await asyncio.sleep(0.01)
     assert (await read(workers)).model == "m"
-
-
-async def test_H13_a_process_ends_with_its_gateway() -> None:
-    process = await BodyProcess.start()
-    pid = process.pid
-    process._writer.close()
-    async with asyncio.timeout(20):
-        while process._process.poll() is None:
-            await asyncio.sleep(0.01)
-    assert process._process.returncode == 0 and not is_alive(pid)
-    await process.stop()

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import zlib
 from typing import Any
 
 import pytest
 from cortex_core.errors import ApiError
-from cortex_gateway.http.asgi import Message
-from cortex_gateway.http.body import ClientGone, RequestBody
-from cortex_gateway.http.client_writer import ClientWriter
+from cortex_gateway.http.body import ClientGone
 
-
-class Server:
-    """The two ends an ASGI server gives an application."""
-
-    def __init__(self, *parts: bytes | None, then: Message | None = None) -> None:
-        self.messages: list[Message] = [
-            {"type": "http.disconnect"}
-            if part is None
-            else {"type": "http.request", "body": part, "more_body": index < len(parts) - 1}
-            for index, part in enumerate(parts)
-        ]
-        self.sent: list[Message] = []
-        self.num_received = 0
-
-    async def receive(self) -> Message:
-        self.num_received += 1
-        if not self.messages:
-            await asyncio.Event().wait()
-        return self.messages.pop(0)
-
-    async def send(self, message: Message) -> None:
-        self.sent.append(message)
-
-
-def body_of(server: Server, **limits: Any) -> RequestBody:
-    return RequestBody(server.receive, **{"max_bytes": 10, "timeout_s": 5.0, **limits})
+from tests.cortex_gateway.http.harness import Server, body_of
 
 
 async def test_parts_are_joined() -> None:
@@ -73,42 +45,6 @@ async def test_a_body_that_stalls_is_a_408() -> None:
 async def test_a_client_that_leaves_in_mid_body_is_gone() -> None:
     with pytest.raises(ClientGone):
         await body_of(Server(b"x", None)).read([])
-
-
-async def test_an_early_answer_goes_out_first_and_the_rest_of_the_body_is_swallowed() -> None:
-    server = Server(b"x" * 9, b"x" * 9, b"x" * 9)
-    body = body_of(server)
-    with pytest.raises(ApiError):
-        await body.read([])
-    await ClientWriter(server.send).answer(413, [], b"too large", unread=body)
-    assert server.sent[0]["status"] == 413
-    assert (b"connection", b"close") in server.sent[0]["headers"]
-    assert server.sent[1] == {"type": "http.response.body", "body": b"too large", "more_body": True}
-    assert server.sent[-1]["more_body"] is False
-    assert not server.messages
-
-
-async def test_an_endless_body_is_swallowed_only_up_to_a_bound() -> None:
-    server = Server()
-
-    async def receive() -> Message:
-        server.num_received += 1
-        await asyncio.sleep(0)
-        return {"type": "http.request", "body": b"x" * 5, "more_body": True}
-
-    body = RequestBody(receive, max_bytes=10, timeout_s=5)
-    await ClientWriter(server.send).answer(404, [], b"", unread=body)
-    assert server.sent[-1]["more_body"] is False
-    assert server.num_received < 30
-
-
-async def test_after_a_complete_body_the_answer_is_two_messages() -> None:
-    server = Server(b"x")
-    body = body_of(server)
-    await body.read([])
-    await ClientWriter(server.send).answer(200, [], b"ok", unread=body)
-    assert [message["type"] for message in server.sent] == ["http.response.start", "http.response.body"]
-    assert server.sent[0]["headers"] == [(b"content-length", b"2")]
 
 
 @pytest.mark.parametrize(("encoding", "encode"), [(b"gzip", gzip.compress), (b"deflate", zlib.compress)])

@@ -19,19 +19,18 @@ from cortex_core.fleet import ContextLimit
 from cortex_gateway.identity.identity import Identity
 from cortex_gateway.identity.sqlite_store import SqliteStore
 from cortex_gateway.identity.store import Hold, MemoryStore, Refused, Settlement, Share, Store
-from cortex_gateway.identity.store_time import Kept, Moment, Reading, Timekeeper
 from cortex_gateway.identity.windows import Slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Start
+from tests.cortex_gateway.identity.harness import HOUR
 
 from .fake_clock import NOW, FakeClock, Time, Used
 from .postgres_server import PostgresAt, PostgresServer
 from .test_gateway import CHAT, bearer, key
 
-HOUR = 3_600_000
 TTL = 60_000
 CAP = 20_000
 WINDOWS = {
@@ -330,31 +329,6 @@ async def test_H11_a_database_whose_clock_is_set_is_noticed_by_whoever_asks_firs
         assert len(await gateways[0].store.usage()) == 1
     for gateway in gateways:
         await gateway.store.close()
-
-
-# ---------------------------------------------------------------------------------------------- time itself
-
-
-def test_H11_steady_time_goes_on_by_what_has_elapsed_whatever_the_date() -> None:
-    keeper = Timekeeper()
-    first = keeper.tell(None, Reading(NOW, 7, "boot"))
-    keeper.agree(first)
-    told = keeper.tell(first.kept, Reading(NOW + HOUR + 10, 17, "boot"))
-    assert told.moment == Moment(NOW + 10, NOW + HOUR + 10) and told.carried_from == NOW + 10
-    again = keeper.tell(first.kept, Reading(NOW + HOUR + 20, 27, "boot"))
-    assert again.carried_from is not None, "what nobody has acted upon is told again"
-    keeper.agree(again)
-    assert keeper.tell(again.kept, Reading(NOW + HOUR + 30, 37, "boot")).carried_from is None
-
-
-def test_H11_after_another_boot_only_the_date_says_how_long_the_host_was_away() -> None:
-    kept = Kept(NOW - HOUR, NOW, 50, "boot")
-    assert Timekeeper().tell(kept, Reading(NOW + 9, 1, "other")).moment == Moment(NOW - HOUR + 9, NOW + 9)
-    set_back = Timekeeper().tell(kept, Reading(NOW - HOUR, 1, "other"))
-    assert set_back.moment == Moment(NOW - HOUR, NOW - HOUR) and set_back.carried_from == NOW
-
-
-# ---------------------------------------------------------------------------------------------- in a gateway
 
 
 def entry(**limits: Any) -> KeyEntry:

@@ -15,35 +15,21 @@ from typing import Any
 import pytest
 from aiohttp import web
 from cortex_core.catalogue import Catalogue, ModelProfile
-from cortex_core.entitlements import KeyEntry
 from cortex_core.fleet import ModelCost
 from cortex_gateway.identity.credentials import hash_text, new_key
 from cortex_gateway.identity.sqlite_store import SqliteStore
-from cortex_gateway.identity.store import KeyRecord, StoreError
+from cortex_gateway.identity.store import StoreError
 
 from tests.cortex_gateway.fake_neuron import OPENAI_EVENTS, FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start
+from tests.cortex_gateway.identity.harness import CHAT, MESSAGES, SECRET, ask, bearer
 
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-SECRET = new_key()
 CATALOGUE = Catalogue(models=(ModelProfile(id=MODEL, cost=ModelCost(input=1.0, output=10.0)),), aliases={"fast": MODEL})
 LIMIT = {"context": 200, "output": 50}
 
 
 def key(secret: str = SECRET, key_id: str = "ci", **limits: Any) -> dict[str, Any]:
     return {"key_id": key_id, "account_id": "acme", "hash": hash_text(secret), **limits}
-
-
-def bearer(secret: str = SECRET) -> dict[str, str]:
-    return {"authorization": f"Bearer {secret}"}
-
-
-async def ask(
-    client: Client, headers: dict[str, str] | None = None, *, path: str = CHAT, **fields: Any
-) -> tuple[int, dict[str, Any], dict[str, str]]:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 10, **fields}
-    async with client.post(path, body, headers=headers or {}) as response:
-        return response.status, json.loads(await response.read()), {k.lower(): v for k, v in response.headers.items()}
 
 
 async def settled(client: Client) -> None:
@@ -63,9 +49,6 @@ async def booked(path: Path) -> dict[str, int]:
         found[used.budget] = found.get(used.budget, 0) + used.amount
     await store.close()
     return found
-
-
-# ---------------------------------------------------------------------------------------------- who
 
 
 @pytest.mark.parametrize(
@@ -177,9 +160,6 @@ async def test_a_key_may_use_the_models_it_names_and_sees_no_others(neuron: Fake
         assert response.status == 404
 
 
-# ---------------------------------------------------------------------------------------------- rates
-
-
 async def test_requests_per_minute_are_counted_and_told(neuron: FakeNeuron, start: Start) -> None:
     neuron.have(MODEL)
     client = await start(neuron, entitlements={"keys": [key(requests_per_minute=2)]})
@@ -238,9 +218,6 @@ async def test_a_request_larger_than_the_minute_goes_when_nothing_else_does(neur
     assert (await ask(client, bearer(), max_tokens=128_000))[0] == 200
     await settled(client)
     assert (await ask(client, bearer(), max_tokens=128_000))[0] == 429
-
-
-# ---------------------------------------------------------------------------------------------- budgets
 
 
 @asynccontextmanager
@@ -463,34 +440,6 @@ async def test_without_its_store_nothing_is_spent_and_a_retry_is_advised(
         assert (await ask(client, bearer()))[0] == 200
 
 
-# ---------------------------------------------------------------------------------------------- keys of the store
-
-
-async def test_keys_come_and_go_while_the_gateway_runs(neuron: FakeNeuron, start: Start, tmp_path: Path) -> None:
-    neuron.have(MODEL)
-    path = tmp_path / "cortex.db"
-    client = await start(neuron, entitlements={"require_auth": True, "store": f"sqlite:{path}", "key_refresh_s": 0.05})
-    assert (await ask(client, bearer()))[0] == 401
-    store = SqliteStore(path)
-    await store.open()
-    await store.add_key(KeyRecord(KeyEntry(key_id="ci", hash=hash_text(SECRET)), 1))
-    await store.add_key(KeyRecord(KeyEntry(key_id="old", hash=hash_text("old")), 1, expires_ms=2))
-    await _until_status(client, bearer(), 200)
-    assert (await ask(client, bearer("old")))[0] == 401
-    await store.revoke_key("ci", 2)
-    await _until_status(client, bearer(), 401)
-    await store.close()
-
-
-async def _until_status(client: Client, headers: dict[str, str], status: int) -> None:
-    async with asyncio.timeout(20):
-        while (await ask(client, headers))[0] != status:
-            await asyncio.sleep(0.02)
-
-
-# ---------------------------------------------------------------------------------------------- operators
-
-
 async def test_admin_routes_answer_admin_keys_and_the_loopback(neuron: FakeNeuron, start: Start) -> None:
     neuron.have(MODEL)
     keys = [key(), key("boss", "boss", admin=True)]
@@ -512,9 +461,6 @@ async def test_admin_routes_answer_admin_keys_and_the_loopback(neuron: FakeNeuro
                 document = json.loads(await response.read())
                 assert response.status == (200 if allowed else 403), (headers, document)
                 assert allowed or document["error"]["code"] == "admin_forbidden"
-
-
-# ---------------------------------------------------------------------------------------------- secrets
 
 
 async def test_no_secret_appears_in_logs_metrics_or_answers(
@@ -541,9 +487,6 @@ async def test_no_secret_appears_in_logs_metrics_or_answers(
     assert "legacy" in everything and '"key":"ci"' in everything and 'key="ci"' in everything
     for secret in (SECRET, plain, wrong, hash_text(SECRET), hash_text(plain)):
         assert secret not in everything
-
-
-# ---------------------------------------------------------------------------------------------- cached prompts
 
 
 def salt_of(neuron: FakeNeuron) -> str | None:

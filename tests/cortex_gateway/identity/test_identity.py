@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from typing import Any
 
-import pytest
-from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry
+from cortex_core.entitlements import EntitlementsSection
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ContextLimit
 from cortex_gateway.identity.estimate import MeteredTokens
@@ -17,19 +14,9 @@ from cortex_gateway.identity.store import Hold, MemoryStore, Refused, StoreError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .fake_clock import FakeClock
+from tests.cortex_gateway.identity.harness import BODY, CAP, ENTRY, WINDOW
 
-CAP = 1000
-WINDOW = 300
-ENTRY = KeyEntry(
-    key_id="ci",
-    key="secret",
-    requests_per_minute=50,
-    tokens_per_minute=2000,
-    max_concurrent_requests=6,
-    budgets=(Budget(tokens=CAP),),
-)
-BODY = json.dumps({"model": "m", "messages": [], "max_tokens": WINDOW}).encode()
+from .fake_clock import FakeClock
 
 
 class SlowStore(MemoryStore):
@@ -131,78 +118,4 @@ async def _walk(steps: list[tuple[str, int]]) -> None:
     assert (meters.in_flight, meters.tokens.reserved, identity.bookkeeper.num_live) == (0, 0, 0)
     assert not store._holds
     assert sum(used.amount for used in await store.usage()) == spent
-    await identity.stop()
-
-
-async def test_a_live_reservation_is_renewed_and_expires_with_its_gateway() -> None:
-    renewed = asyncio.Event()
-
-    class Watched(MemoryStore):
-        async def renew(self, owner: str, ttl_ms: int) -> None:
-            await super().renew(owner, ttl_ms)
-            renewed.set()
-
-    store = Watched()
-
-    def gateway() -> Identity:
-        section = EntitlementsSection(store="sqlite:unused", keys=(ENTRY,), reservation_ttl_s=0.6)
-        limit = ContextLimit(context=CAP)
-        return Identity(section, store, limit_of=lambda model: limit, cost_of=lambda model: None)
-
-    body = json.dumps({"model": "m", "max_tokens": CAP}).encode()
-    first, second = gateway(), gateway()
-    for each in (first, second):
-        await each.start()
-    principal = await first.authenticate([(b"authorization", b"Bearer secret")])
-    other = await second.authenticate([(b"authorization", b"Bearer secret")])
-    assert principal is not None and other is not None
-    await first.admit(principal, "m", "m", body, is_metered=True)
-    for _ in range(4):  # longer than the reservation would live by itself
-        renewed.clear()
-        await renewed.wait()
-    with pytest.raises(ApiError) as refused:
-        await second.admit(other, "m", "m", body, is_metered=True)
-    assert refused.value.code == "rate_limit_exceeded"
-    for task in first.bookkeeper._tasks:
-        task.cancel()  # as a kill -9 does: nothing is given back, and nobody renews
-    async with asyncio.timeout(30):
-        while True:
-            with contextlib.suppress(ApiError):
-                grant = await second.admit(other, "m", "m", body, is_metered=True)
-                break
-            await asyncio.sleep(0.05)  # time itself is what is waited for
-    grant.settle(MeteredTokens(1, 1))
-    await second.stop()
-    await first.stop()
-
-
-async def test_settlements_that_cannot_be_written_are_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cortex_gateway.identity.bookkeeper.RETRY_S", 0.01)
-    tried = asyncio.Event()
-
-    class Broken(MemoryStore):
-        is_broken = True
-
-        async def settle(self, *arguments: Any) -> None:
-            tried.set()
-            if self.is_broken:
-                raise StoreError("disk full")
-            await super().settle(*arguments)
-
-    store = Broken()
-    identity = Identity(
-        EntitlementsSection(store="sqlite:unused", keys=(ENTRY,)),
-        store,
-        limit_of=lambda model: ContextLimit(context=WINDOW),
-        cost_of=lambda model: None,
-    )
-    await identity.start()
-    principal = await identity.authenticate([(b"x-api-key", b"secret")])
-    assert principal is not None
-    (await identity.admit(principal, "m", "m", BODY, is_metered=True)).settle(MeteredTokens(10, 20))
-    await tried.wait()
-    assert identity.bookkeeper.num_live == 1 and await store.usage() == []
-    store.is_broken = False
-    await identity.bookkeeper.written()
-    assert [used.amount for used in await store.usage()] == [30]
     await identity.stop()

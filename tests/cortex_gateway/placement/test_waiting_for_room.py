@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 from cortex_core.catalogue import Catalogue, ModelProfile
-from cortex_core.fleet import ModelInfo, ModelLoad
+from cortex_core.fleet import ModelLoad
 from cortex_gateway.fleet.activity import Activity
-from cortex_gateway.fleet.snapshot import HOST, LoadFailure, NodeSnapshot, Operation, Residence, Shortage
+from cortex_gateway.fleet.snapshot import HOST, Operation, Shortage
 from cortex_gateway.placement.decision import Hold, Load, Refuse
 from cortex_gateway.placement.evictor import account, may_yield, plan_room
 from cortex_gateway.placement.explanation import explain
@@ -23,20 +23,11 @@ from hypothesis import strategies as st
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start, until
+from tests.cortex_gateway.placement.harness import SIZES, decided, models, shortage
 
 from .fleets import INCOMING, fleet, node, situations, state
 from .simulation import Arrival, Node
 from .test_placement import admin, ask, node_of, sized
-
-
-def models(**vram_mb: int) -> Catalogue:
-    return Catalogue(models=tuple(ModelProfile(id=name, vram_mb=mb) for name, mb in vram_mb.items()))
-
-
-SIZES = models(m=20_000, a=16_000, b=4_000)
-
-
-# ---------------------------------------------------------------------------------------------- properties
 
 
 def without(drawn: PlacementState, statuses: tuple[str, ...]) -> PlacementState:
@@ -81,21 +72,6 @@ def test_O1_whoever_waits_for_room_could_be_loaded_were_ours_gone(drawn: Placeme
     assert wait.behind == tuple(yielding) and all(model in wait.text for model in yielding)
 
 
-@given(situations())
-def test_O1_every_wait_has_words_and_every_account_adds_up(drawn: PlacementState) -> None:
-    for model in (INCOMING, "org/m0", "org/m1"):
-        decision = decide(model, drawn)
-        if isinstance(decision, Hold):
-            wait = explain(model, decision, drawn)
-            assert wait.node == decision.node and len(wait.text) > 5 and wait.text.isprintable()
-        for each in drawn.snapshot.nodes.values():
-            found = account(model, each, drawn)
-            if found is not None:
-                figures = (found.free_mb, found.displaceable_mb, found.kept_mb, found.others_mb)
-                assert min(figures) >= 0
-                assert all(each.status(kept) not in ("failed", "unloaded", None) for kept in found.kept)
-
-
 @settings(max_examples=60)
 @given(
     st.lists(
@@ -116,16 +92,6 @@ def test_O1_a_model_that_others_leave_no_room_for_keeps_nobody_waiting(arrivals:
         assert {refused.model for refused in simulated.refused} == {"x"}
         longest = max(arrival.service_s for arrival in arrivals)
         assert all(refused.at - refused.arrived <= 10.0 * 3 + 2 * longest + 8.0 for refused in simulated.refused)
-
-
-# ---------------------------------------------------------------------------------------------- one by one
-
-
-def decided(
-    snapshot: NodeSnapshot, *, catalogue: Catalogue = SIZES, waited_s: float | None = None, **fields: Any
-) -> Any:
-    waiting = {} if waited_s is None else {"m": 100.0 - waited_s}
-    return decide("m", state(snapshot, catalogue=catalogue, waiting=waiting, **fields))
 
 
 @pytest.mark.parametrize("waited_s", [None, 0.0, 29.0, 31.0, 600.0])
@@ -164,45 +130,6 @@ def test_O1_a_recovering_model_frees_no_more_than_the_device_has() -> None:
     """Its engine is dead, and what it held may be free already."""
     there = node(having={"a": "recovering"}, free_mb=[18_000], total_mb=[19_000])
     assert not plan_room(ModelProfile(id="m", vram_mb=20_000), there, state(there, catalogue=SIZES)).fits_later
-
-
-def shortage(needed: int, free: int, *, is_passing: bool = False) -> LoadFailure:
-    return LoadFailure(
-        message="The model `m` could not be loaded on alpha: no room.",
-        code="insufficient_vram",
-        until=200.0,
-        lacks_memory=True,
-        shortage=Shortage(
-            needed_mb=needed, free_mb=free, required_mb={0: needed}, available_mb={0: free}, is_passing=is_passing
-        ),
-        free_mb={0: free},
-    )
-
-
-def test_O1_a_refusal_for_lack_of_memory_that_others_hold_is_told_with_its_numbers() -> None:
-    failed = node(having={"b": "loaded"}, free_mb=[4_000], load_failures={"m": shortage(20_000, 4_000)})
-    refused = decided(failed)
-    assert isinstance(refused, Refuse)
-    assert (refused.code, refused.retry_after) == ("insufficient_vram", 100)
-    assert refused.extras == {
-        "node": "alpha",
-        "needed_mb": 20_000,
-        "free_mb": 4_000,
-        "displaceable_mb": 4_000,
-        "kept_mb": 0,
-        "others_mb": 16_000,
-        "kept": (),
-    }
-    for number in ("20000 MB are needed", "4000 MB are free", "16000 MB by others"):
-        assert number in refused.message
-
-
-def test_O1_kept_models_are_named() -> None:
-    kept = Catalogue(models=(*SIZES.models, ModelProfile(id="p", vram_mb=10_000, pinned_on=("alpha",))))
-    failed = node(having={"p": "loaded"}, free_mb=[4_000], load_failures={"m": shortage(20_000, 4_000)})
-    refused = decided(failed, catalogue=kept)
-    assert isinstance(refused, Refuse)
-    assert (refused.extras["kept_mb"], refused.extras["kept"], refused.extras["others_mb"]) == (10_000, ("p",), 10_000)
 
 
 def test_O1_after_a_refusal_it_is_tried_as_soon_as_as_much_has_come_free() -> None:
@@ -261,35 +188,6 @@ def test_O1_who_cannot_be_placed_holds_up_nobody_behind() -> None:
     full = node(having={"a": "loaded"}, free_mb=[2_000])
     decision = decide("m", state(full, catalogue=catalogue, waiting={"n": 50.0, "m": 90.0}))
     assert isinstance(decision, Load) and decision.victims == ("a",)
-
-
-def test_O1_what_is_told() -> None:
-    def told(snapshot: NodeSnapshot, model: str = "m", **fields: Any) -> str:
-        drawn = state(snapshot, catalogue=SIZES, **fields)
-        hold = decide(model, drawn)
-        assert isinstance(hold, Hold), hold
-        return explain(model, hold, drawn).text
-
-    busy = Activity()
-    busy.begin("alpha", "a", 99.0)
-    full = node(having={"a": "loaded"}, free_mb=[6_000])
-    memory = "20000 MB are needed, 6000 MB are free, 16000 MB are held by models that may be displaced"
-    assert f"a (1 request at work); {memory}" in told(full, activity=busy)
-    new = msgspec.structs.replace(full, polled_at=95.0, residences={"a": Residence(begun=70.0, since=90.0)})
-    assert "a (new, stays for 10 s)" in told(new)
-    assert told(node(having={"m": "loading"})) == "its load on alpha"
-    failing = ModelInfo(id="m", status="recovering", error="killed by signal 9")
-    assert "being rebuilt: killed by signal 9" in told(node(models={"m": failing}))
-    assert "unload from alpha" in told(node(having={"m": "loaded"}, operations={"m": Operation("unload", 0.0)}))
-    assert "which b has waited for longer" in told(
-        node(having={"a": "loaded"}, free_mb=[2_000]), waiting={"b": 80.0, "m": 90.0}
-    )
-    claimed = told(full, model="a", activity=busy, waiting={"m": 60.0})
-    assert claimed == "its next turn on alpha, where m comes first"
-    assert "has not said yet" in told(node(health="unknown", discovery=None, models={}))
-
-
-# ---------------------------------------------------------------------------------------------- through a gateway
 
 
 async def test_O1_a_failed_load_of_a_model_that_no_longer_fits_answers_the_next_request_at_once(

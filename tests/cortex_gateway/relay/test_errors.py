@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from cortex_core.dialects.errors import anthropic_error_body, openai_error_body
 from cortex_core.errors import invalid, prompt_too_long
-from cortex_gateway.fleet.neuron import describe
 from cortex_gateway.relay.errors import as_api_error
 
 
@@ -26,13 +25,3 @@ def test_the_sentence_survives_in_anthropics() -> None:
 def test_a_body_of_any_shape_is_an_error_without_a_field(body: bytes) -> None:
     error = as_api_error(400, body, None)
     assert error.status == 400 and error.param is None
-
-
-def test_G11_an_exception_and_its_causes_are_one_line() -> None:
-    try:
-        try:
-            raise ValueError("not enough data:\n  at all")
-        except ValueError as cause:
-            raise ConnectionError("") from cause
-    except ConnectionError as exc:
-        assert describe(exc) == "ConnectionError <- ValueError: not enough data: at all"

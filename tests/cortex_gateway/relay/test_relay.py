@@ -7,39 +7,13 @@ import json
 import logging
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from cortex_core.catalogue import Catalogue, ModelProfile
 
-from tests.cortex_gateway.fake_neuron import (
-    ANTHROPIC_END,
-    ANTHROPIC_EVENTS,
-    JSON_ANSWER,
-    OPENAI_END,
-    OPENAI_EVENTS,
-    FakeNeuron,
-)
+from tests.cortex_gateway.fake_neuron import ANTHROPIC_END, ANTHROPIC_EVENTS, OPENAI_END, OPENAI_EVENTS, FakeNeuron
 from tests.cortex_gateway.gateway_client import MODEL, Client, Start, until
-
-CHAT = "/v1/chat/completions"
-MESSAGES = "/v1/messages"
-STREAMS = [(CHAT, OPENAI_EVENTS, OPENAI_END), (MESSAGES, ANTHROPIC_EVENTS, ANTHROPIC_END)]
-
-
-def body(**fields: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, **fields}
-
-
-def records(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "cortex_gateway.access"]
-    return [line for line in lines if line["method"] == "POST"]
-
-
-async def read_events(response: aiohttp.ClientResponse, num_bytes: int) -> bytes:
-    """Exactly what was written so far; hangs (and fails by timeout) if the gateway keeps some of it."""
-    async with asyncio.timeout(10):
-        return await response.content.readexactly(num_bytes)
+from tests.cortex_gateway.relay.harness import CHAT, MESSAGES, STREAMS, body, read_events, records
 
 
 async def released(client: Client) -> None:
@@ -47,47 +21,6 @@ async def released(client: Client) -> None:
     async with asyncio.timeout(10):
         await client.started.gateway.relay.wait_idle()
     assert client.started.gateway.fleet.activity.total_in_flight() == 0
-
-
-# ---------------------------------------------------------------------------------------------- passing through
-
-
-async def test_a_json_answer_passes_byte_for_byte_with_the_decision_in_its_headers(
-    neuron: FakeNeuron, start: Start
-) -> None:
-    neuron.have(MODEL)
-    client = await start(neuron)
-    sent = b'{ "model":"org/model" ,\n "messages":[{"role":"user","content":"\\u00e4 \xc3\xa4"}], "unknown": [1,2] }'
-    async with client.post(CHAT, sent, headers={"authorization": "Bearer k", "x-api-key": "k"}) as response:
-        assert response.status == 200
-        assert await response.read() == JSON_ANSWER
-        headers = response.headers
-    path, upstream, received = neuron.requests[0]
-    assert (path, received) == (CHAT, sent)
-    assert upstream["x-cortex-resolved-model"] == MODEL
-    assert upstream["x-cortex-hop"] == "1"
-    assert not {"authorization", "x-api-key"} & upstream.keys()
-    assert headers["x-request-id"] == headers["request-id"] == upstream["x-request-id"]
-    assert headers["x-request-id"].startswith("req_")
-    decided = {name: headers[f"x-cortex-{name}"] for name in ("node", "model", "route")}
-    assert decided == {"node": "alpha", "model": MODEL, "route": "loaded"}
-
-
-@pytest.mark.parametrize(("path", "events", "end"), STREAMS)
-async def test_events_pass_unchanged_and_at_once(
-    neuron: FakeNeuron, start: Start, path: str, events: list[bytes], end: bytes
-) -> None:
-    neuron.have(MODEL)
-    neuron.answer_gate.clear()
-    client = await start(neuron)
-    async with client.post(path, body(stream=True)) as response:
-        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert response.headers["cache-control"] == "no-cache"
-        assert response.headers["x-accel-buffering"] == "no"
-        early = b"".join(events)
-        assert await read_events(response, len(early)) == early
-        neuron.answer_gate.set()
-        assert await response.read() == end
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/completions", "/chat/completions", "/messages"])
@@ -118,54 +51,6 @@ async def test_a_surface_the_neuron_does_not_have_is_a_typed_404(neuron: FakeNeu
     async with client.post("/v1/responses", body()) as response:
         error = json.loads(await response.read())["error"]
     assert (response.status, error["type"]) == (404, "invalid_request_error")
-
-
-async def test_usage_is_metered_from_streams_whose_client_did_not_ask(
-    neuron: FakeNeuron, start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "cortex_gateway.access")
-    neuron.have(MODEL)
-    client = await start(neuron)
-    async with client.post(CHAT, body(stream=True)) as response:
-        await response.read()
-    await client.chat()
-    for name, count in (("prompt", 22), ("completion", 14), ("cached_prompt", 6)):
-        assert await client.metric(f"cortex_{name}_tokens_total", model=MODEL, node="alpha") == count
-    streamed, whole = records(caplog)
-    for line in (streamed, whole):
-        assert (line["status"], line["outcome"], line["node"]) == (200, "ok", "alpha")
-        assert (line["prompt_tokens"], line["completion_tokens"], line["cached_tokens"]) == (11, 7, 3)
-        assert line["ttft_ms"] <= line["duration_ms"]
-    assert streamed["stream"] is True and "stream" not in whole
-
-
-@pytest.mark.parametrize("num_bytes", [100_000, 3_000_000])
-async def test_a_large_answer_passes_whole(neuron: FakeNeuron, start: Start, num_bytes: int) -> None:
-    neuron.have(MODEL)
-    large = b'{"text":"' + b"x" * num_bytes + b'","usage":{"prompt_tokens":1,"completion_tokens":2}}'
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        return web.Response(body=large, content_type="application/json")
-
-    neuron.answer = answer
-    client = await start(neuron)
-    async with client.post(CHAT, body()) as response:
-        assert response.headers["content-length"] == str(len(large))
-        assert await response.read() == large
-    assert await client.metric("cortex_completion_tokens_total", model=MODEL) == 2
-
-
-async def test_a_request_of_an_origin_that_is_allowed_may_read_its_answer(neuron: FakeNeuron, start: Start) -> None:
-    neuron.have(MODEL)
-    client = await start(neuron, gateway={"allow_origins": ["https://page.example"]})
-    async with client.post(CHAT, body(), headers={"origin": "https://page.example"}) as response:
-        assert response.headers["access-control-allow-origin"] == "https://page.example"
-        assert response.headers["vary"] == "origin"
-    async with client.post(CHAT, body()) as response:
-        assert "access-control-allow-origin" not in response.headers
-
-
-# ---------------------------------------------------------------------------------------------- clients that leave
 
 
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
@@ -271,9 +156,6 @@ async def test_a_header_that_may_not_go_on_is_left_behind_and_the_request_goes_o
     assert "traceparent" not in headers and "anthropic-beta" in headers
 
 
-# ---------------------------------------------------------------------------------------------- waiting
-
-
 @pytest.mark.parametrize(
     ("path", "ping", "events", "end"),
     [
@@ -344,79 +226,6 @@ async def test_a_request_that_waits_longer_than_the_budget_gets_503_and_the_load
     assert neuron.count("POST /models/load") == 1
 
 
-# ---------------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_neurons_error_passes_with_status_headers_and_body(
-    neuron: FakeNeuron, start: Start, stream: bool
-) -> None:
-    neuron.have(MODEL)
-    document = b'{"error":{"message":"busy","type":"rate_limit_error","code":"rate_limit_exceeded","param":null}}'
-
-    async def refuse(request: web.Request) -> web.StreamResponse:
-        return web.Response(body=document, status=503, content_type="application/json", headers={"retry-after": "7"})
-
-    neuron.answer = refuse
-    client = await start(neuron)
-    async with client.post(CHAT, body(stream=stream)) as response:
-        assert (response.status, response.headers["retry-after"]) == (503, "7")
-        assert await response.read() == document
-        assert response.headers["x-request-id"].startswith("req_")
-
-
-@pytest.mark.parametrize("path", [CHAT, MESSAGES])
-async def test_an_error_that_is_no_json_becomes_one_in_the_routes_dialect(
-    neuron: FakeNeuron, start: Start, path: str
-) -> None:
-    neuron.have(MODEL)
-
-    async def refuse(request: web.Request) -> web.StreamResponse:
-        return web.Response(text="Internal Server Error", status=500)
-
-    neuron.answer = refuse
-    client = await start(neuron)
-    async with client.post(path, body()) as response:
-        document = json.loads(await response.read())
-    assert response.status == 500
-    assert "Internal Server Error" not in json.dumps(document)
-    assert ("type" in document) == (path == MESSAGES)
-
-
-@pytest.mark.parametrize(("path", "events", "end"), STREAMS)
-async def test_a_stream_that_breaks_ends_with_an_error_event_after_whole_events(
-    neuron: FakeNeuron,
-    start: Start,
-    caplog: pytest.LogCaptureFixture,
-    path: str,
-    events: list[bytes],
-    end: bytes,
-) -> None:
-    caplog.set_level(logging.INFO, "cortex_gateway.access")
-    neuron.have(MODEL)
-
-    async def break_off(request: web.Request) -> web.StreamResponse:
-        response = await neuron.begin_stream(request)
-        await response.write(events[0] + b'data: {"half')
-        assert request.transport is not None
-        request.transport.close()
-        return response
-
-    neuron.answer = break_off
-    client = await start(neuron)
-    async with client.post(path, body(stream=True)) as response:
-        text = await response.read()
-    assert text.startswith(events[0]) and b"half" not in text
-    last = text.removeprefix(events[0])
-    assert last.startswith(b"data: " if path == CHAT else b"event: error\ndata: ") and last.endswith(b"\n\n")
-    error = json.loads(last.split(b"data: ")[1])["error"]
-    assert error["message"] and error["type"] in ("server_error", "api_error")
-    assert b"[DONE]" not in text and b"message_stop" not in text
-    (line,) = records(caplog)
-    assert (line["status"], line["outcome"]) == (502, "upstream_failed")
-    assert await client.metric("cortex_request_errors_total", model=MODEL, node="alpha") == 1
-
-
 async def test_a_node_that_is_gone_is_a_502_and_is_looked_at_again(neuron: FakeNeuron, start: Start) -> None:
     neuron.have(MODEL)
     client = await start(neuron)
@@ -440,35 +249,6 @@ async def test_a_dead_kept_alive_connection_is_not_the_clients_problem(neuron: F
     status, _ = await client.chat()
     assert status == 200
     assert len(neuron.requests) == 2
-
-
-async def test_a_neuron_that_falls_silent_in_mid_stream_is_given_up(neuron: FakeNeuron, start: Start) -> None:
-    neuron.have(MODEL)
-    neuron.answer_gate.clear()
-    client = await start(neuron, gateway={"upstream_idle_timeout_s": 0.05})
-    async with client.post(CHAT, body(stream=True)) as response:
-        text = await response.read()
-    assert text.startswith(b"".join(OPENAI_EVENTS))
-    assert b'"code":"upstream_timeout"' in text
-    async with asyncio.timeout(10):
-        await neuron.request_aborted.wait()
-
-
-async def test_F29_a_stream_may_last_longer_than_the_idle_timeout(neuron: FakeNeuron, start: Start) -> None:
-    neuron.have(MODEL)
-
-    async def slowly(request: web.Request) -> web.StreamResponse:
-        response = await neuron.begin_stream(request)
-        for _ in range(10):
-            await response.write(b": ping\n\n")
-            await asyncio.sleep(0.05)
-        await response.write(OPENAI_END)
-        return response
-
-    neuron.answer = slowly
-    client = await start(neuron, gateway={"upstream_idle_timeout_s": 0.3})
-    async with client.post(CHAT, body(stream=True)) as response:
-        assert (await response.read()).endswith(OPENAI_END)
 
 
 async def test_a_model_that_was_unloaded_behind_our_back_is_loaded_again(neuron: FakeNeuron, start: Start) -> None:

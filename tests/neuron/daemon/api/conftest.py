@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,3 +22,10 @@ async def neuron(checkpoint: Path) -> AsyncIterator[RunningNeuron]:
     """One daemon for a module's tests, which leave it as they found it."""
     async with run_neuron(checkpoint) as running:
         yield running
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    fifo = tmp_path / "gate"
+    os.mkfifo(fifo)
+    return fifo

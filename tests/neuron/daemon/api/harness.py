@@ -11,7 +11,10 @@ from typing import Any
 
 import aiohttp
 import msgspec
-from cortex_core.fleet import ModelSpec
+from cortex_core.fleet import ModelInfo, ModelSpec
+from cortex_core.sse import SseDecoder, SseEvent
+from neuron.daemon.api.asgi import Message
+from neuron.daemon.api.exchange import Exchange
 from neuron.daemon.common.config import EngineSection, NeuronConfig, ServerSection
 from neuron.daemon.lifecycle.served_model import ServedModel
 from neuron.daemon.server import Daemon
@@ -19,6 +22,8 @@ from neuron.daemon.supervisor.process_group import WorkerCommand
 
 from tests.neuron.checkpoint_folders import write_checkpoint
 from tests.neuron.scripted_engine import scripted_command
+
+CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 
 
 def make_checkpoint(folder: Path) -> Path:
@@ -89,3 +94,87 @@ async def run_neuron(
             daemon.request_stop()
             daemon.request_stop()
             await serving
+
+
+class Server:
+    """What the exchange receives is put into `incoming`; what it sends is in `sent`."""
+
+    def __init__(self, *messages: Message) -> None:
+        self.incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent: list[Message] = []
+        self.may_send = asyncio.Event()
+        self.may_send.set()
+        for message in messages:
+            self.incoming.put_nowait(message)
+
+    async def send(self, message: Message) -> None:
+        await self.may_send.wait()
+        self.sent.append(message)
+
+    def exchange(self, method: str = "POST", path: str = "/v1/messages", **limits: Any) -> Exchange:
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "http_version": "1.1"}
+        return Exchange(scope, self.incoming.get, self.send, ServerSection(**limits))
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+
+def error_of(path: str, body: bytes) -> dict[str, Any]:
+    """The error object, after checking the envelope of the route's dialect."""
+    document = json.loads(body)
+    error = document["error"]
+    assert isinstance(error["message"], str) and error["message"]
+    assert "Traceback" not in error["message"] and "<html" not in body.decode().lower()
+    if path.removeprefix("/v1").startswith("/messages"):
+        assert document["type"] == "error" and document["request_id"].startswith("req_")
+    else:
+        assert set(error) >= {"message", "type", "param", "code"}
+        assert error["code"] is None or isinstance(error["code"], str)
+    return dict(error)
+
+
+def events_of(body: bytes) -> list[SseEvent]:
+    decoder = SseDecoder()
+    return [event for event in decoder.feed(body) if isinstance(event, SseEvent)]
+
+
+def text_of(body: bytes) -> str:
+    chunks = [json.loads(event.data) for event in events_of(body) if event.data != "[DONE]"]
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+def body_for(neuron: RunningNeuron, path: str, **settings: Any) -> dict[str, Any]:
+    if path == COMPLETIONS:
+        return {"model": neuron.model, "prompt": "hi", "max_tokens": 3, **settings}
+    return neuron.chat(**settings)
+
+
+def spelled(neuron: RunningNeuron, token_ids: list[int]) -> str:
+    assert neuron.served.text is not None
+    return b"".join(map(neuron.served.text.tokens.token_bytes, token_ids)).decode("utf-8", "replace")
+
+
+def said(path: str, body: bytes, stream: bool) -> tuple[str, str]:
+    """The text of an answer, and how it ended."""
+    chunks = [json.loads(event.data) for event in events_of(body) if event.data != "[DONE]"] if stream else []
+    if path == MESSAGES:
+        if not stream:
+            answer = json.loads(body)
+            return answer["content"][0]["text"], answer["stop_reason"]
+        text = "".join(chunk["delta"].get("text", "") for chunk in chunks if chunk["type"] == "content_block_delta")
+        (reason,) = (chunk["delta"]["stop_reason"] for chunk in chunks if chunk["type"] == "message_delta")
+        return text, reason
+    if not stream:
+        (choice,) = json.loads(body)["choices"]
+        return choice["text"] if path == COMPLETIONS else choice["message"]["content"], choice["finish_reason"]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(
+        choice.get("text") or "" if path == COMPLETIONS else choice["delta"].get("content") or "" for choice in choices
+    )
+    (reason,) = (choice["finish_reason"] for choice in choices if choice["finish_reason"])
+    return text, reason
+
+
+async def models_of(neuron: RunningNeuron) -> list[ModelInfo]:
+    return msgspec.convert(await neuron.get("/models"), list[ModelInfo])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, error_of, run_neuron
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -39,20 +39,6 @@ NO_REQUESTS = [
     b'{"model": NaN}',
     b"{}",
 ]
-
-
-def error_of(path: str, body: bytes) -> dict[str, Any]:
-    """The error object, after checking the envelope of the route's dialect."""
-    document = json.loads(body)
-    error = document["error"]
-    assert isinstance(error["message"], str) and error["message"]
-    assert "Traceback" not in error["message"] and "<html" not in body.decode().lower()
-    if path.removeprefix("/v1").startswith("/messages"):
-        assert document["type"] == "error" and document["request_id"].startswith("req_")
-    else:
-        assert set(error) >= {"message", "type", "param", "code"}
-        assert error["code"] is None or isinstance(error["code"], str)
-    return dict(error)
 
 
 async def assert_still_serves(neuron: RunningNeuron) -> None:
@@ -166,42 +152,3 @@ async def test_a_body_that_stalls_is_a_408(checkpoint: Any) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408")
         writer.close()
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/v1/nowhere", 404),
-        ("POST", "/v1/messages/nowhere", 404),
-        ("GET", "/v1/responses", 405),
-        ("GET", "/v1/responses/resp_1", 404),
-        ("GET", "/v1/chat/completions", 405),
-        ("GET", "/v1/messages", 405),
-        ("PUT", "/v1/messages", 405),
-        ("DELETE", "/v1/models", 405),
-        ("POST", "/health", 405),
-        ("GET", "/v1/models/nobody/here", 404),
-        ("GET", "/models/nobody%2Fhere/endpoint", 404),
-        ("GET", "/models/nobody%2Fhere/capabilities", 404),
-    ],
-)
-async def test_unknown_paths_and_methods_answer_in_the_dialect(
-    neuron: RunningNeuron, method: str, path: str, status: int
-) -> None:
-    async with neuron.client.request(method, neuron.url + path) as response:
-        assert response.status == status
-        error_of(path, await response.read())
-
-
-async def test_a_query_is_no_other_path_and_v1_is_optional(neuron: RunningNeuron) -> None:
-    for path in ("/v1/messages?beta=true", "/messages?beta=true", "/v1/messages/count_tokens?beta=true"):
-        assert (await neuron.post(path, neuron.chat()))[0] == 200
-    for path in ("/chat/completions", "/v1/tokenize"):
-        assert (await neuron.post(path, neuron.chat()))[0] == 200
-    async with neuron.client.head(neuron.url + "/") as response:
-        assert response.status == 200
-
-
-async def test_a_request_id_that_is_no_id_is_replaced(neuron: RunningNeuron) -> None:
-    _, headers, _ = await neuron.post("/v1/chat/completions", neuron.chat(), {"x-request-id": "no id <here>"})
-    assert headers["x-request-id"].startswith("req_")

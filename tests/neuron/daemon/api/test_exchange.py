@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from cortex_core.errors import ApiError
 from neuron.daemon.api.asgi import ClientGone, Message
-from neuron.daemon.api.exchange import Exchange
-from neuron.daemon.common.config import ServerSection
+
+from tests.neuron.daemon.api.harness import Server
 
 GONE: Message = {"type": "http.disconnect"}
 BODY: Message = {"type": "http.request", "body": b"{}", "more_body": False}
-
-
-class Server:
-    """What the exchange receives is put into `incoming`; what it sends is in `sent`."""
-
-    def __init__(self, *messages: Message) -> None:
-        self.incoming: asyncio.Queue[Message] = asyncio.Queue()
-        self.sent: list[Message] = []
-        self.may_send = asyncio.Event()
-        self.may_send.set()
-        for message in messages:
-            self.incoming.put_nowait(message)
-
-    async def send(self, message: Message) -> None:
-        await self.may_send.wait()
-        self.sent.append(message)
-
-    def exchange(self, method: str = "POST", path: str = "/v1/messages", **limits: Any) -> Exchange:
-        scope = {"type": "http", "method": method, "path": path, "headers": [], "http_version": "1.1"}
-        return Exchange(scope, self.incoming.get, self.send, ServerSection(**limits))
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(message.get("body", b"") for message in self.sent)
 
 
 async def test_a_client_that_leaves_cancels_what_is_awaited() -> None:
@@ -102,31 +77,6 @@ async def test_a_client_that_never_reads_counts_as_gone() -> None:
     server.may_send.clear()
     with pytest.raises(ClientGone):
         await exchange.send_chunk(b"data")
-
-
-async def test_an_early_answer_is_sent_before_the_rest_is_swallowed() -> None:
-    part: Message = {"type": "http.request", "body": b"x" * 600, "more_body": True}
-    server = Server(part, part)
-    exchange = server.exchange(max_body_bytes=1000)
-    with pytest.raises(ApiError) as caught:
-        await exchange.read_body()
-    failing = asyncio.create_task(exchange.fail(caught.value))
-    while b"request_too_large" not in server.body:
-        await asyncio.sleep(0)
-    assert not failing.done()  # it goes on reading what the client is still sending
-    server.incoming.put_nowait({**part, "more_body": False})
-    await failing
-    assert server.sent[0]["status"] == 413 and (b"connection", b"close") in server.sent[0]["headers"]
-
-
-async def test_bodies_that_do_not_end_are_swallowed_within_bounds() -> None:
-    endless: Message = {"type": "http.request", "body": b"x" * 1000, "more_body": True}
-    server = Server(*[endless] * 100)
-    exchange = server.exchange(max_body_bytes=1000)
-    with pytest.raises(ApiError) as caught:
-        await exchange.read_body()
-    await exchange.fail(caught.value)
-    assert server.sent[-1]["more_body"] is False
 
 
 @pytest.mark.parametrize(("path", "dialect"), [("/v1/messages", "anthropic"), ("/models/load", "openai")])

@@ -17,13 +17,6 @@ from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
 from tests.neuron.scripted_engine import eventually, scripted_with
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    fifo = tmp_path / "gate"
-    os.mkfifo(fifo)
-    return fifo
-
-
 async def read_events(response: aiohttp.ClientResponse) -> list[tuple[str, Any]]:
     assert response.status == 200 and response.content_type == "text/event-stream"
     events = []

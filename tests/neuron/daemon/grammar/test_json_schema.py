@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError as ReferenceError_
-from neuron.daemon.grammar.json_schema import SchemaError, check, resolve
-from neuron.daemon.grammar.schema_types import coerce, types_of
+from neuron.daemon.grammar.json_schema import SchemaError, check
 from neuron.daemon.text.limits import MAX_SCHEMA_DEPTH
 
 
@@ -78,48 +77,3 @@ def test_size_and_depth_are_bounded() -> None:
     endless["items"] = endless
     with pytest.raises(SchemaError):
         check(endless)
-
-
-def test_references_and_types() -> None:
-    root = {"$defs": {"a/b": {"type": ["string", "null"]}, "loop": {"$ref": "#/$defs/loop"}}}
-    assert resolve("#/$defs/a~1b", root) == {"type": ["string", "null"]}
-    assert resolve("#/$defs/none", root) is None
-    assert types_of({"$ref": "#/$defs/a~1b"}, root) == {"string", "null"}
-    assert types_of({"$ref": "#/$defs/loop"}, root) == frozenset()
-    assert types_of({"anyOf": [{"type": "integer"}, {"const": None}]}, root) == {"integer", "null"}
-    assert types_of({"enum": [1.5, True, "x", [], {}]}, root) == {"number", "boolean", "string", "array", "object"}
-    assert types_of({"properties": {}}, root) == {"object"}
-
-
-@pytest.mark.parametrize(
-    ("text", "schema", "value"),
-    [
-        ("12", {"type": "string"}, "12"),
-        ("12", {"type": "integer"}, 12),
-        (" 12 ", {"type": "integer"}, 12),
-        ("12.0", {"type": "integer"}, 12),
-        ("12.5", {"type": "integer"}, "12.5"),
-        ("12", {"type": "number"}, 12),
-        ("1e3", {"type": "number"}, 1000.0),
-        ("true", {"type": "boolean"}, True),
-        ("False", {"type": "boolean"}, False),
-        ("yes", {"type": "boolean"}, "yes"),
-        ('{"a": [1]}', {"type": "object"}, {"a": [1]}),
-        ("{'a': 1}", {"type": "object"}, "{'a': 1}"),
-        ("null", {"type": ["integer", "null"]}, None),
-        ("null", {"type": "string"}, "null"),
-        ("NaN", {"type": "number"}, "NaN"),
-        ("12", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, 12),
-        ("7", {"enum": ["7", "8"]}, "7"),
-        ("7", None, 7),
-        ("true", {}, True),
-        ('"quoted"', {}, '"quoted"'),
-        ("plain text", {}, "plain text"),
-        ("[1, 2]", None, [1, 2]),
-        ("null", None, None),
-    ],
-)
-def test_coercion(text: str, schema: Any, value: Any) -> None:
-    result = coerce(text, types_of(schema, schema or {}))
-    assert result == value
-    assert type(result) is type(value)

@@ -14,25 +14,12 @@ from cortex_core.errors import ApiError
 from neuron.daemon.grammar.constraints import GrammarBuilder
 from neuron.daemon.grammar.json_schema import SchemaError, check
 from neuron.daemon.grammar.schema_graph import demands
-from neuron.daemon.grammar.schema_types import ArgumentTypes, SchemaTypes, StepBudget, types_of
-from neuron.daemon.output.tool_formats import QwenXmlParser
 from neuron.daemon.prompt.model import TextModel
 from neuron.daemon.text import limits
 from neuron.daemon.text.prompts import Prompt
 
 from tests.counting import assert_linear, steps
-from tests.neuron.daemon.grammar.harness import builder, built, forced
-
-
-def chain(length: int, link: Any = None, **last: Any) -> dict[str, Any]:
-    """Definitions that each hold the next one as a property, or in the way that `link` says."""
-    link = link or (lambda reference: {"type": "object", "properties": {"a": reference}})
-    definitions = {f"d{n}": link({"$ref": f"#/$defs/d{n + 1}"}) for n in range(length)}
-    return {"$defs": {**definitions, f"d{length}": {"type": "object", **last}}, "$ref": "#/$defs/d0"}
-
-
-def fanned_out(width: int) -> dict[str, Any]:
-    return {"anyOf": [{"$ref": "#"}] * width}
+from tests.neuron.daemon.grammar.harness import NAMES, builder, built, chain, fanned_out, forced
 
 
 def refusal(*schemas: Any) -> ApiError:
@@ -43,75 +30,12 @@ def refusal(*schemas: Any) -> ApiError:
     return caught.value
 
 
-# ---------------------------------------------------------------- H1: types
-
-
 @pytest.mark.parametrize("width", [40, 400])
 def test_H1_a_forced_tool_whose_schema_refers_to_itself_is_answered(qwen: TextModel, width: int) -> None:
     request = forced(fanned_out(width))
     for _ in range(2):
         (choice,) = qwen.resolve(request, qwen.render(request), max_model_len=100_000)
         assert choice.grammar is not None
-
-
-def test_H1_a_reference_that_is_being_resolved_adds_nothing() -> None:
-    root: dict[str, Any] = {
-        "$defs": {
-            "a": {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "string"}]},
-            "b": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "integer"}, {"$ref": "#"}]},
-        },
-        "oneOf": [{"$ref": "#/$defs/a"}, {"properties": {}}],
-    }
-    assert types_of(root, root) == {"string", "integer", "object"}
-    assert types_of(root["$defs"]["b"], root) == {"string", "integer", "object"}
-    assert types_of({"anyOf": [{"title": "x"}], "properties": {}}, root) == {"object"}
-    assert types_of(fanned_out(40), fanned_out(40)) == frozenset()
-
-
-def test_H1_types_are_found_in_work_linear_in_the_schema() -> None:
-    def wide(n: int) -> int:
-        schema = fanned_out(n)
-        return steps(lambda: types_of(schema, schema))
-
-    def doubled(n: int) -> int:
-        """2^n paths lead to the last definition."""
-        schema = chain(n, lambda reference: {"anyOf": [reference, reference]}, title="x")
-        return steps(lambda: types_of(schema, schema))
-
-    assert_linear(wide, 200)
-    assert_linear(doubled, 200)
-
-
-def test_H1_types_are_remembered_and_their_steps_budgeted() -> None:
-    schema = {"properties": {"p": {"enum": ["x"] * 1000}, "q": {"enum": ["x"] * 1000}}}
-    types = SchemaTypes(schema)
-    first = steps(lambda: types.of(schema["properties"]["p"]))
-    assert types.of(schema["properties"]["p"]) == {"string"}
-    assert steps(lambda: types.of(schema["properties"]["p"])) < first / 100
-    budget = StepBudget(1500)
-    types = SchemaTypes(schema, budget)
-    assert types.of(schema["properties"]["p"]) == {"string"}
-    assert types.of(schema["properties"]["q"]) == frozenset(), "over the budget, the schema does not say"
-
-
-def test_H1_arguments_of_a_schema_that_nobody_checked_are_typed_within_a_budget() -> None:
-    """Under `auto` no schema is checked: 1,000 properties that each look through the same 20,000 values."""
-    values = {"enum": ["x"] * 20_000}
-    names = [f"p{n}" for n in range(1000)]
-    schema = {"properties": {name: {"anyOf": [{"$ref": "#/$defs/v"}, fanned_out(40)]} for name in names}}
-    root = {**schema, "$defs": {"v": values}}
-    types = ArgumentTypes(root, StepBudget())
-    parser = QwenXmlParser(lambda name: True, lambda name: types)
-
-    def work() -> None:
-        parser.feed("<function=f>")
-        for name in names:
-            parser.feed(f"<parameter={name}>7</parameter>")
-
-    assert steps(work) < 200 * len(names) + 20 * limits.MAX_TYPE_STEPS
-
-
-# ---------------------------------------------------------------- check
 
 
 def test_H1_a_schema_is_checked_before_anything_else_walks_it(qwen: TextModel) -> None:
@@ -171,9 +95,6 @@ def test_a_schema_is_checked_in_work_linear_in_its_size() -> None:
     assert_linear(nested, 200)
 
 
-# ---------------------------------------------------------------- what a compiler is spared
-
-
 def test_a_chain_of_references_does_not_overflow_the_compilers_stack() -> None:
     """900 definitions, each holding the next: 50 kB that ended the process. In one of its own here, as they did."""
     links = (None, lambda r: {"anyOf": [r, {"type": "null"}]}, lambda r: {"type": "array", "items": r})
@@ -187,29 +108,6 @@ def test_a_chain_of_references_does_not_overflow_the_compilers_stack() -> None:
         [sys.executable, "-c", program], input=json.dumps(schemas), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-300:]}"
-
-
-@pytest.mark.parametrize(
-    ("schema", "levels"),
-    [
-        ({}, 1),
-        ({"items": {"items": {}}}, 3),
-        (chain(9), 20),
-        ({"properties": {"a": {"$ref": "#"}}}, 2),
-        ({"$defs": {"x": {"$anchor": "here", "items": {}}}, "items": {"$ref": "#here"}}, 4),
-        ({"$defs": {"x": {"properties": {"y": {"$ref": "#/$defs/y"}}}, "y": {"items": {"$ref": "#/$defs/x"}}}}, 5),
-    ],
-)
-def test_levels_follow_references_and_count_a_cycle_once(schema: Any, levels: int) -> None:
-    assert demands(schema).levels == levels
-
-
-def test_a_part_that_calls_itself_a_document_does_not_hide_its_depth() -> None:
-    """Read from its own root, `#/$defs/d0` would be the head of a chain that the outer root's `d0` is not."""
-    inner = chain(1000)
-    harmless: dict[str, Any] = {name: {} for name in inner["$defs"]}
-    schema = {"$defs": {**harmless, "inner": {**inner, "$id": "http://example.org/inner"}}, "$ref": "#/$defs/inner"}
-    assert "$id" not in built(schema)
 
 
 def test_more_patterns_than_can_be_intersected_are_let_go() -> None:
@@ -226,37 +124,6 @@ def test_more_patterns_than_can_be_intersected_are_let_go() -> None:
     one_each = {"anyOf": [{"type": "string", "pattern": pattern} for pattern in patterns]}
     assert demands(one_each).patterns == 1
     assert patterns[-1] in built({"properties": {"a": one_each}})
-
-
-def test_pattern_properties_are_counted_through_all_of() -> None:
-    parts = [{"patternProperties": {f"^x{n}_{i}$": {} for i in range(30)}} for n in range(4)]
-    assert demands({"allOf": parts}).pattern_properties == 120
-    assert demands({"anyOf": parts}).pattern_properties == 30
-    built({"allOf": parts})
-
-
-def test_classes_that_ignore_case_are_counted() -> None:
-    """13 ms each where they span all letters."""
-    schema = {"type": "string", "pattern": "(?i:[\x00-\U0010ffff])" * 100}
-    assert demands(schema).folded_classes == 100
-    assert "(?i" not in built({"properties": {"a": schema}})
-    assert "(?i" in built({"properties": {"a": {"type": "string", "pattern": "(?i:[a-z]+)"}}})
-
-
-def test_definitions_that_are_merged_again_and_again_are_counted_each_time() -> None:
-    """60 pattern properties, put together with something else in 400 places: 34 kB, 6 s."""
-    sorted_by = {"type": "object", "patternProperties": {f"^x{n:02}$": {} for n in range(60)}}
-    required = {"type": "object", "required": NAMES[:900]}
-    for shared, places in ((sorted_by, 400), (required, 200)):
-        parts = {
-            f"q{n}": {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"y": {"const": n}}}]} for n in range(places)
-        }
-        schema = {"$defs": {"a": shared}, "type": "object", "properties": parts}
-        assert demands(schema).merge_work > limits.MAX_MERGE_WORK
-        assert "allOf" not in built(schema)
-    few = {"$defs": {"a": sorted_by}, "type": "object", "properties": dict(list(parts.items())[:5])}
-    assert demands(few).merge_work <= limits.MAX_MERGE_WORK
-    assert "allOf" in built(few)
 
 
 def test_multiples_of_large_numbers_are_not_told() -> None:
@@ -288,20 +155,6 @@ def test_a_long_enum_is_not_matched_value_by_value() -> None:
     schema = {"enum": [f"v{n}" for n in range(5000)], "pattern": "^(a|b)*a(a|b){15}$"}
     assert demands(schema).matched_values == 5000
     assert "v4999" in built({"properties": {"a": schema}})
-
-
-@pytest.mark.parametrize("n", [100])
-def test_demands_are_found_in_work_linear_in_the_schema(n: int) -> None:
-    def doubled(n: int) -> int:
-        schema = chain(n, lambda r: {"allOf": [r, r], "anyOf": [r, {"pattern": "a"}]}, pattern="b")
-        return steps(lambda: demands(schema))
-
-    assert_linear(doubled, n)
-
-
-# ---------------------------------------------------------------- limits, at them and beyond
-
-NAMES = [f"p{n}" for n in range(limits.MAX_SCHEMA_BRANCHES + 1)]
 
 
 def nested_deeply(depth: int) -> dict[str, Any]:

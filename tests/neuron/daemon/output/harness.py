@@ -12,6 +12,12 @@ from neuron.protocol import FinishKind
 
 from tests.neuron.daemon.prompt.checkpoints import WEATHER, ask
 
+OSLO = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>'
+XML = (
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+
 
 class Answer:
     """Events of one choice, merged: text, reasoning, calls as (name, arguments), finish reason."""

@@ -1,104 +1,17 @@
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 from cortex_core.conversation import ToolChoice, ToolDefinition
-from cortex_core.events import ReasoningDelta, ToolCallArguments, ToolCallStart
+from cortex_core.events import ReasoningDelta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neuron.daemon.prompt.model import TextModel
 from neuron.protocol import FinishKind
 
-from tests.neuron.daemon.output.harness import Answer, stream
-from tests.neuron.daemon.prompt.checkpoints import WEATHER, ask, byte_level_json, load
-
-OSLO = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>'
-XML = (
-    "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
-    "</function>\n</tool_call>"
-)
-
-
-@pytest.fixture(scope="module")
-def spelled(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
-    """A model whose vocabulary has no markers: they are read in the text."""
-    return load(tmp_path_factory.mktemp("spelled"), tokenizer_json=byte_level_json(()))
-
-
-@pytest.fixture(params=["tokens", "text"])
-def model(request: pytest.FixtureRequest, qwen: TextModel, spelled: TextModel) -> TextModel:
-    return qwen if request.param == "tokens" else spelled
-
-
-# ---------------------------------------------------------------- the two forms
-
-
-def test_a_json_call_streams_its_arguments(model: TextModel) -> None:
-    answer = stream(model, OSLO)
-    assert answer.calls == [("get_weather", '{"city": "Oslo", "days": 3}')]
-    assert answer.text == ""
-    assert answer.reason == "tool_calls"
-    assert sum(isinstance(event, ToolCallArguments) for event in answer.events) > 3
-
-
-def test_the_start_leaves_as_soon_as_the_name_is_known(qwen: TextModel) -> None:
-    request = ask(tools=(WEATHER,))
-    choice = qwen.event_stream(request, qwen.render(request)[0])
-    events = choice.feed(qwen.tokenizer.encode('<tool_call>\n{"name": "get_weather"'))
-    assert [type(event) for event in events] == [ToolCallStart]
-    events = choice.feed(qwen.tokenizer.encode(', "arguments": {"ci'))
-    assert all(isinstance(event, ToolCallArguments) for event in events)
-    assert "".join(event.fragment for event in events if isinstance(event, ToolCallArguments)) == '{"ci'
-
-
-def test_N17_an_xml_call_is_typed_by_the_schema(model: TextModel) -> None:
-    answer = stream(model, XML)
-    assert answer.calls == [("get_weather", '{"city": "Oslo", "days": 3}')]
-    assert answer.reason == "tool_calls"
-    assert answer.text == ""
-
-
-def xml_call(**values: str) -> str:
-    body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
-    return f"<tool_call>\n<function=get_weather>\n{body}</function>\n</tool_call>"
-
-
-def test_xml_values_of_every_type(qwen: TextModel) -> None:
-    answer = stream(
-        qwen,
-        xml_call(city="12", days="07", scale="1.5", hourly="True", tags='["a", "b"]', where='{"lat": 1}', other="[1]"),
-    )
-    expected = {
-        "city": "12",
-        "days": "07",
-        "scale": 1.5,
-        "hourly": True,
-        "tags": ["a", "b"],
-        "where": {"lat": 1},
-        "other": [1],
-    }
-    assert answer.arguments == [expected]
-
-
-def test_xml_values_that_do_not_fit_stay_text(qwen: TextModel) -> None:
-    answer = stream(qwen, xml_call(city="true", days="soon", hourly="maybe", tags="a, b", where="here"))
-    assert answer.arguments == [{"city": "true", "days": "soon", "hourly": "maybe", "tags": "a, b", "where": "here"}]
-
-
-def test_xml_text_keeps_its_lines_and_markup(qwen: TextModel) -> None:
-    code = 'if a < b:\n    print("<parameter=x>")\n\nreturn </div>\n'
-    assert stream(qwen, xml_call(city=code)).arguments == [{"city": code}]
-
-
-def test_xml_forgotten_closing_tags(qwen: TextModel) -> None:
-    text = (
-        "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n<parameter=days>\n2\n</parameter>\n</tool_call>"
-    )
-    assert stream(qwen, text).arguments == [{"city": "Oslo", "days": 2}]
-    text = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</function>\n</tool_call>"
-    assert stream(qwen, text).arguments == [{"city": "Oslo"}]
+from tests.neuron.daemon.output.harness import OSLO, XML, Answer, stream
+from tests.neuron.daemon.prompt.checkpoints import WEATHER, ask
 
 
 def test_a_call_without_arguments(model: TextModel) -> None:
@@ -107,46 +20,11 @@ def test_a_call_without_arguments(model: TextModel) -> None:
     assert stream(model, "<tool_call><function=now></function></tool_call>").calls == [("now", "{}")]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        '{"arguments": {"city": "Oslo"}, "name": "get_weather"}',
-        '{"name": "get_weather", "parameters": {"city": "Oslo"}}',
-        '{"id": "x", "name": "get_weather", "extra": [1, {"}": "]"}], "arguments": {"city": "Oslo"}}',
-        '{"name": "get_weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}',
-        '[{"name": "get_weather", "arguments": {"city": "Oslo"}}]',
-        '{"name": "get_weather", "arguments": {"city": "Oslo"}}}',
-        '\n\n  {"name" : "get_weather" , "arguments" :\n{"city": "Oslo"} }\n',
-        '{"name": "get_weather", "arguments": {"city": "Oslo"}',
-    ],
-)
-def test_json_calls_written_otherwise(model: TextModel, body: str) -> None:
-    answer = stream(model, f"<tool_call>{body}</tool_call>")
-    assert [name for name, _ in answer.calls] == ["get_weather"]
-    assert answer.arguments == [{"city": "Oslo"}]
-    assert answer.text == ""
-    assert answer.reason == "tool_calls"
-
-
-def test_a_forgotten_quote_does_not_swallow_the_closing_marker(model: TextModel) -> None:
-    answer = stream(model, '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo}}\n</tool_call>Well.')
-    assert answer.arguments == [{"city": "Oslo}}\n"}]
-    assert answer.text == "Well."
-
-
-def test_a_line_break_inside_a_json_string_becomes_an_escape(qwen: TextModel) -> None:
-    answer = stream(qwen, '<tool_call>{"name": "w", "arguments": {"code": "a\nb\tc"}}</tool_call>')
-    assert answer.arguments == [{"code": "a\nb\tc"}]
-
-
 @pytest.mark.parametrize("inner", ["</tool_call>", "<tool_call>", "<think>", "</think>", '\\"}}</tool_call>'])
 def test_markers_inside_of_an_argument_are_text(model: TextModel, inner: str) -> None:
     answer = stream(model, f'<tool_call>{{"name": "w", "arguments": {{"code": "x {inner} y"}}}}</tool_call>ok')
     assert answer.arguments == [{"code": f"x {inner} y".replace("\\", "")}]
     assert answer.text == "ok"
-
-
-# ---------------------------------------------------------------- text around calls, several calls
 
 
 def test_text_before_between_and_after_calls(model: TextModel) -> None:
@@ -164,13 +42,6 @@ def test_white_space_around_calls_is_no_text(model: TextModel) -> None:
 
 def test_without_a_call_white_space_stays(model: TextModel) -> None:
     assert stream(model, "a  \n b \n").text == "a  \n b \n"
-
-
-def test_two_functions_in_one_block(model: TextModel) -> None:
-    body = '{"name": "a", "arguments": {}}\n{"name": "b", "arguments": {"x": 1}}'
-    assert stream(model, f"<tool_call>{body}</tool_call>").calls == [("a", "{}"), ("b", '{"x": 1}')]
-    body = "<function=a></function>\n<function=b><parameter=x>1</parameter></function>"
-    assert stream(model, f"<tool_call>{body}</tool_call>").calls == [("a", "{}"), ("b", '{"x": 1}')]
 
 
 def test_a_missing_closing_marker(model: TextModel) -> None:
@@ -192,22 +63,6 @@ def test_without_parallel_calls_only_the_first_counts(model: TextModel) -> None:
     assert choice.feed(ids) == []
     answer = Answer(events + choice.finish("stop"))
     assert (len(answer.calls), answer.text, answer.reason) == (1, "", "tool_calls")
-
-
-def test_an_xml_function_without_its_marker(tmp_path_factory: pytest.TempPathFactory, model: TextModel) -> None:
-    folder = tmp_path_factory.mktemp("coder")
-    coder = load(folder, template="coder_xml", tokenizer_json=model.tokenizer_json)
-    bare = XML.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
-    for step in (1, 3, 1000):
-        answer = stream(coder, f"Well.\n{bare}\n</tool_call>\n{XML}\n{bare}\nDone.", sizes=(step,))
-        assert answer.arguments == [{"city": "Oslo", "days": 3}] * 3
-        assert answer.text == "Well.Done."
-        assert stream(coder, "a <function b </function>", sizes=(step,)).text == "a <function b </function>"
-        assert stream(coder, "a <function=", sizes=(step,)).text == "a <function="
-    assert stream(model, bare).text == bare
-
-
-# ---------------------------------------------------------------- what is no call
 
 
 @pytest.mark.parametrize(
@@ -262,9 +117,6 @@ def test_an_unknown_tool_is_passed_on_but_an_excluded_one_is_not(model: TextMode
 def test_without_tools_markers_mean_nothing(model: TextModel, fields: dict[str, Any]) -> None:
     answer = stream(model, OSLO, ask(**fields))
     assert (answer.text, answer.calls, answer.reason) == (OSLO, [], "stop")
-
-
-# ---------------------------------------------------------------- reasoning
 
 
 def test_a_thought_then_an_answer(model: TextModel) -> None:
@@ -335,22 +187,3 @@ def test_events_do_not_depend_on_the_chunking(
 @given(st.lists(PIECES, max_size=10).map("".join))
 def test_markers_as_text_and_as_tokens_agree(qwen: TextModel, spelled: TextModel, text: str) -> None:
     assert stream(qwen, text).key() == stream(spelled, text).key()
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.dictionaries(
-        st.text(max_size=5),
-        st.recursive(
-            st.none() | st.booleans() | st.integers() | st.text(max_size=9),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-            max_leaves=6,
-        ),
-        max_size=4,
-    ),
-    st.booleans(),
-)
-def test_any_arguments_come_through(qwen: TextModel, arguments: dict[str, Any], is_ascii: bool) -> None:
-    written = json.dumps({"name": "w", "arguments": arguments}, ensure_ascii=is_ascii)
-    answer = stream(qwen, f"<tool_call>\n{written}\n</tool_call>", sizes=(1, 3))
-    assert answer.arguments == [arguments]

@@ -10,25 +10,15 @@ from typing import Any
 import pytest
 from cortex_core.conversation import RawPrompt, Request, TextPart, ThinkingPart, ToolCallPart, ToolResultPart, Turn
 from cortex_core.errors import ApiError
-from neuron.checkpoint.files import max_bytes
 from neuron.daemon.prompt.chat_template import ChatTemplate, TemplateRenderError, chatml
-from neuron.daemon.prompt.messages import variants
 from neuron.daemon.prompt.model import TextModel
-from neuron.daemon.prompt.sentencepiece_model import SentencePieceModel, _merges
 from neuron.daemon.prompt.tokenizer import Tokenizer, TokenizerError
 from neuron.daemon.text import limits
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from tests.counting import assert_linear, copied, peak_bytes, steps
-from tests.neuron.daemon.prompt.checkpoints import (
-    ask,
-    byte_level_json,
-    load,
-    sentencepiece_model,
-    user,
-    write_checkpoint,
-)
+from tests.counting import assert_linear, peak_bytes, steps
+from tests.neuron.daemon.prompt.checkpoints import ask, byte_level_json, load, user, write_checkpoint
 
 WINDOW = 1000
 MOST = WINDOW * limits.MAX_BYTES_PER_TOKEN
@@ -47,9 +37,6 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
     """A model with a token of 64 blanks, so that no text is sure to be long."""
     added = ("<think>", " " * 64)
     return load(tmp_path_factory.mktemp("sparse"), tokenizer_json=byte_level_json(added))
-
-
-# ---------------------------------------------------------------- H9, H15: long texts
 
 
 def test_H9_what_has_too_many_bytes_for_the_window_is_neither_rendered_nor_tokenised(
@@ -146,26 +133,6 @@ def test_prompts_that_come_back_with_log_probabilities_are_bounded(sparse: TextM
         assert error.param == "prompt" and str(all_of_them) in error.message
 
 
-# ---------------------------------------------------------------- conversations
-
-
-def test_turns_of_one_role_are_merged_in_work_linear_in_them() -> None:
-    def merged(n: int) -> int:
-        def work(text: Any) -> None:
-            messages = [{"role": "user", "content": text("abcdefgh")} for _ in range(n)]
-            call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}
-            messages += [
-                {"role": "assistant", "content": text("x"), "reasoning_content": text("y"), "tool_calls": [call]}
-                for _ in range(n)
-            ]
-            for _ in variants(messages, keeps_inner_system=True):
-                continue
-
-        return copied(work) + steps(lambda: work(str)) + peak_bytes(lambda: work(str))
-
-    assert_linear(merged, 300)
-
-
 def test_calls_of_a_turn_are_written_in_pieces() -> None:
     def written(n: int) -> int:
         call = {"id": "c", "function": {"name": "f", "arguments": {}}}
@@ -196,9 +163,6 @@ def test_what_a_template_says_of_a_conversation_is_quoted_in_part() -> None:
 )
 def test_a_template_that_python_does_not_compile_is_ignored_as_one_that_jinja_does_not(source: str) -> None:
     assert ChatTemplate({"default": source}, {}).render([{"role": "user", "content": "hi"}]).startswith("<|im_start|>")
-
-
-# ---------------------------------------------------------------- tokenizers
 
 
 def test_ids_far_apart_are_no_table_of_their_span() -> None:
@@ -243,36 +207,3 @@ def test_odd_byte_pieces_are_text() -> None:
     tokenizer["decoder"] = {"type": "ByteFallback"}
     table = Tokenizer(Backend.from_str(json.dumps(tokenizer)), {})
     assert [table.token_bytes(n) for n in range(2)] == [b"<0xZZ>", b"A"]
-
-
-def test_a_long_piece_is_not_cut_in_every_way() -> None:
-    def cut(n: int) -> int:
-        model = SentencePieceModel(pieces=[("a" * n, 0.0, 1), ("a", 0.0, 1)])
-        vocab = {text: index for index, (text, _, _) in enumerate(model.pieces)}
-        return steps(lambda: _merges(model, vocab))
-
-    assert cut(limits.MAX_MERGED_CHARACTERS) > limits.MAX_MERGED_CHARACTERS
-    assert cut(limits.MAX_MERGED_CHARACTERS + 1) == cut(100_000) < 60
-
-
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_a_sentencepiece_file_that_is_none_is_refused(tmp_path: Path, model_type: str) -> None:
-    data = sentencepiece_model(model_type)
-    file = tmp_path / "tokenizer.model"
-    for damaged in (data[:-1], data[: len(data) // 2], b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x0f", b"\x12\x02\x08\x01"):
-        file.write_bytes(damaged)
-        with pytest.raises(TokenizerError):
-            Tokenizer.load(tmp_path)
-    with file.open("wb") as sparse_file:
-        sparse_file.truncate(max_bytes("tokenizer.model") + 1)
-    with pytest.raises(TokenizerError, match=str(max_bytes("tokenizer.model"))):
-        Tokenizer.load(tmp_path)
-
-
-def test_a_sentencepiece_file_that_makes_the_library_panic_is_refused(tmp_path: Path) -> None:
-    """A table of characters that is no table: the library panics, which is no `Exception`."""
-    piece = b"\x0a\x08" + b"\x0a\x01a\x15" + b"\x00\x00\x00\x00"
-    normalizer = b"\x1a\x0a" + b"\x12\x08" + b"\xff\xff\xff\x00" * 2
-    (tmp_path / "tokenizer.model").write_bytes(piece + normalizer)
-    with pytest.raises(TokenizerError):
-        Tokenizer.load(tmp_path)

@@ -1,34 +1,23 @@
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from cortex_core.errors import ApiError
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from neuron.daemon.output.detokenizer import Detokenizer
 from neuron.daemon.prompt.model import TextModel
-from neuron.daemon.prompt.sentencepiece_model import SentencePieceError, read_model
 from neuron.daemon.prompt.tokenizer import Tokenizer, TokenizerError
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
-from tests.neuron.daemon.prompt.checkpoints import byte_level_json, sentencepiece_model, write_checkpoint
+from tests.neuron.daemon.prompt.checkpoints import byte_level_json, write_checkpoint
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=60)
 EMOJI = "👩‍👩‍👧 \U0001f9d1🏽‍🚀 flags 🇩🇪"
-
-
-@pytest.fixture(scope="module", params=["bpe", "unigram"])
-def piece_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, bytes]:
-    data = sentencepiece_model(request.param)
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "tokenizer.model").write_bytes(data)
-    return Tokenizer.load(folder), data
 
 
 @given(TEXTS)
@@ -126,9 +115,6 @@ def test_a_folder_without_a_readable_tokenizer(tmp_path: Path, content: str | No
         Tokenizer.load(tmp_path)
 
 
-# ---------------------------------------------------------------- detokeniser
-
-
 @given(st.lists(st.integers(0, 700), max_size=60))
 def test_detokenizer_equals_full_decode(qwen: TextModel, ids: list[int]) -> None:
     detokenizer = Detokenizer(qwen.tokenizer.output_bytes)
@@ -162,51 +148,6 @@ def test_an_unfinished_character_shows_at_the_end_only(qwen: TextModel) -> None:
     assert "".join(detokenizer.add(token_id) for token_id in ids[:-1]) == "ok "
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.flush() == ""
-
-
-# ---------------------------------------------------------------- sentencepiece
-
-
-@settings(max_examples=150)
-@given(text=st.text(alphabet='the wOslo cloud{}":,get_athr\n\t 12+=üéß東кв🇩  ', max_size=50))
-def test_sentencepiece_ids_are_the_same(piece_model: tuple[Tokenizer, bytes], text: str) -> None:
-    tokenizer, data = piece_model
-    assume(not text.startswith(" "))  # where fast tokenizers differ from sentencepiece on purpose
-    reference = sentencepiece.SentencePieceProcessor(model_proto=data)
-    assert tokenizer.encode(text) == reference.encode(text)
-
-
-def test_sentencepiece_bytes_and_leading_space(piece_model: tuple[Tokenizer, bytes]) -> None:
-    tokenizer, _ = piece_model
-    assert tokenizer.strips_leading_space
-    ids = tokenizer.encode("hello 🇩🇪 world")
-    assert tokenizer.decode(ids) == "hello 🇩🇪 world"
-    chat = Detokenizer(tokenizer.output_bytes, strip_leading_space=True)
-    assert "".join(chat.add(i) for i in ids) + chat.flush() == "hello 🇩🇪 world"
-    raw = Detokenizer(tokenizer.output_bytes)
-    assert "".join(raw.add(i) for i in ids) + raw.flush() == " hello 🇩🇪 world"
-
-
-def test_sentencepiece_adds_no_space_after_a_special_token(piece_model: tuple[Tokenizer, bytes]) -> None:
-    tokenizer, _ = piece_model
-    ids = tokenizer.encode("a<tool_call>b</tool_call> c")
-    pieces = [tokenizer.token_bytes(i) for i in ids]
-    assert pieces == [b" a", b"<tool_call>", b"b", b"</tool_call>", b" c"]
-
-
-def test_sentencepiece_serialises_for_grammars(piece_model: tuple[Tokenizer, bytes]) -> None:
-    tokenizer, data = piece_model
-    model = read_model(data)
-    assert json.loads(tokenizer.tokenizer_json)["model"]["byte_fallback"] is True
-    assert model.byte_fallback
-    assert tokenizer.vocab_size == len(model.pieces)
-    assert tokenizer.token_id("<tool_call>") == [text for text, _, _ in model.pieces].index("<tool_call>")
-
-
-@pytest.mark.parametrize("data", [b"", b"\xff" * 20, b"\x0a\x7fabc", b"hello world"])
-def test_what_is_no_sentencepiece_model(data: bytes) -> None:
-    with pytest.raises(SentencePieceError):
-        read_model(data)
 
 
 def test_F8_a_tokenizer_that_panics_fails_one_request(qwen: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:

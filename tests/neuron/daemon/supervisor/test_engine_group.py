@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -14,8 +13,9 @@ from cortex_core.errors import ApiError
 from neuron.daemon.supervisor.engine_group import EngineGroup, GroupDied, GroupFailed, GroupLoaded, GroupLoading
 from neuron.protocol import EngineStats
 
+from tests.neuron.daemon.supervisor.harness import is_alive, tokens_of
 from tests.neuron.scripted_engine import Events, eventually, make_group, mute_command, request
-from tests.neuron.scripted_worker import DIE, FAULT, HOLD, NOISE, REFUSE, SILENT, TALK
+from tests.neuron.scripted_worker import HOLD, REFUSE, SILENT
 
 
 @pytest.fixture
@@ -32,25 +32,8 @@ async def group(tmp_path: Path, events: Events) -> AsyncIterator[EngineGroup]:
     await group.stop()
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def open_fds() -> set[str]:
     return {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.exists()}
-
-
-async def tokens_of(group: EngineGroup, *prompt_ids: int, max_tokens: int = 4) -> list[int]:
-    tokens: list[int] = []
-    async with await group.generate([request(*prompt_ids, max_tokens=max_tokens)]) as generation:
-        async for batch in generation:
-            for _, update in batch:
-                tokens += update.token_ids
-    return tokens
 
 
 async def test_a_group_loads_generates_and_leaves_nothing_behind(tmp_path: Path, events: Events) -> None:
@@ -139,15 +122,6 @@ async def test_F10_a_killed_engine_is_noticed_and_comes_back(group: EngineGroup,
     assert await tokens_of(group, 9, max_tokens=2) == [100, 101]
 
 
-@pytest.mark.parametrize("script", [DIE, FAULT, NOISE])
-async def test_every_way_to_end_is_a_restart(group: EngineGroup, events: Events, script: int) -> None:
-    (pid,) = group.pids
-    async with await group.generate([request(script)]):
-        await events.until(GroupLoaded, 2)
-    assert not is_alive(pid)
-    await eventually(lambda: group.num_live == 0)
-
-
 async def test_requests_without_a_group_to_wait_for_are_told_to_come_back(tmp_path: Path, events: Events) -> None:
     group = make_group(tmp_path, events, debug={"load": "silent"})
     group.start()
@@ -221,13 +195,6 @@ async def test_stopping_ends_requests_in_flight(group: EngineGroup) -> None:
         await stopping
     with pytest.raises(ApiError):
         await group.generate([request(9)])
-
-
-async def test_what_the_engine_says_is_logged(group: EngineGroup, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="neuron.engine"):
-        await tokens_of(group, TALK)
-        await eventually(lambda: "the engine says hello" in caplog.text)
-    assert "[test/model rank 0]" in caplog.text
 
 
 async def test_the_last_statistics_stay(group: EngineGroup) -> None:

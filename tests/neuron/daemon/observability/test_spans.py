@@ -14,12 +14,17 @@ import pytest
 from cortex_core.telemetry import TelemetrySection
 from neuron.daemon.common.config import EngineSection, NeuronConfig
 
-from tests.neuron.daemon.api.harness import RunningNeuron, run_neuron
+from tests.neuron.daemon.api.harness import RunningNeuron, make_checkpoint, run_neuron
 from tests.otlp_collector import Collector, Span
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HEADERS = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1"}
 CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "checkpoint")
 
 
 @pytest.fixture
