@@ -9,6 +9,7 @@ from cortex_core.errors import ApiError
 from cortex_gateway.http.asgi import Message
 from cortex_gateway.http.body import RequestBody
 from cortex_gateway.http.client_writer import ClientWriter
+from cortex_gateway.http.framing import Framing
 
 from tests.cortex_gateway.http.harness import Server, body_of
 
@@ -47,3 +48,16 @@ async def test_after_a_complete_body_the_answer_is_two_messages() -> None:
     await ClientWriter(server.send).answer(200, [], b"ok", unread=body)
     assert [message["type"] for message in server.sent] == ["http.response.start", "http.response.body"]
     assert server.sent[0]["headers"] == [(b"content-length", b"2")]
+
+
+async def test_a_ping_that_falls_due_as_the_answer_comes_begins_it_with_its_headers() -> None:
+    """Between the moment that it was due and the one that it is sent, nobody wants any more of them."""
+    server, loop = Server(), asyncio.get_running_loop()
+    writer = ClientWriter(server.send, Framing(keep_alive=b": ping\n\n"))
+    answer_came = loop.create_future()
+    loop.call_later(0, answer_came.set_result, None)  # before the ping, in the same turn of the loop
+    writer.keep_alive(0, 60, headers=lambda: [(b"x-request-id", b"req_1")], note=lambda: b": loading\n\n")
+    await answer_came
+    assert await writer.quiet()
+    assert (b"x-request-id", b"req_1") in server.sent[0]["headers"]
+    assert server.sent[1]["body"] == b": loading\n\n: ping\n\n"

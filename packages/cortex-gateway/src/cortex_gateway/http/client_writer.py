@@ -149,20 +149,21 @@ class ClientWriter:
         if remaining <= 0 and not self.is_sending and self._pinging is None:
             # Only ever waited for, never cancelled: a message cut off halfway would leave the server's connection in a
             # state in which nothing more can be sent.
-            self._pinging = self._loop.create_task(self._ping())
+            self._pinging = self._loop.create_task(self._ping(self._headers, self._note))
             silence_s = self._interval_s
         self._handle = self._loop.call_later(remaining if remaining > 0 else self._interval_s, self._check, silence_s)
 
-    async def _ping(self) -> None:
+    async def _ping(self, headers: Callable[[], RawHeaders], note: Callable[[], bytes]) -> None:
+        """headers, note: as they were when it fell due, for nobody may want any more of them by now."""
         keep_alive = self.framing.keep_alive
         assert keep_alive is not None
         self.is_sending = True
         try:
             if not self.status:
                 self.status = 200
-                headers = [*self.framing.headers, *self._headers()]
-                await self._send_message({"type": "http.response.start", "status": 200, "headers": headers})
-            data = self._note() + keep_alive
+                begun = [*self.framing.headers, *headers()]
+                await self._send_message({"type": "http.response.start", "status": 200, "headers": begun})
+            data = note() + keep_alive
             await self._send_message({"type": "http.response.body", "body": data, "more_body": True})
         except OSError:
             self._is_lost = True  # whoever sends next finds out
