@@ -71,6 +71,7 @@ class FakeNeuron:
         self.is_down = False
         self.is_old = False
         self.features: list[str] = []
+        self.version_status = 200
         self.models_hang = False
         self.num_loads = 0
         self.health_fails = False
@@ -177,7 +178,8 @@ class FakeNeuron:
         return web.json_response(list(self.models.values()))
 
     async def _version(self, request: web.Request) -> web.Response:
-        return web.json_response({"package_version": "0.1.0", "features": self.features})
+        document = {"package_version": "0.1.0", "features": self.features}
+        return web.json_response(document, status=self.version_status)
 
     async def _load(self, request: web.Request) -> web.Response:
         spec = await request.json()

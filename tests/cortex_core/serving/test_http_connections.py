@@ -24,7 +24,7 @@ async def test_O2_heads_that_do_not_end_and_idle_connections_have_a_deadline() -
         async def drip() -> None:
             while True:
                 slow[1].write(b"x")
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # a slow client
 
         dripping = asyncio.create_task(drip())
         async with asyncio.timeout(20):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from cortex_core.fleet import ModelSpec
 from cortex_gateway.fleet.snapshot import NodeSnapshot
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron
@@ -38,6 +39,29 @@ async def test_discovery_is_asked_once_and_again_after_a_restart(neuron: FakeNeu
     neuron.health_extra = {"uptime_secs": 0}
     await refresh(client)
     assert neuron.count("GET /discovery") == 2
+
+
+async def test_a_build_that_did_not_say_what_it_reads_is_asked_again_until_it_does(
+    neuron: FakeNeuron, start: Start
+) -> None:
+    neuron.version_status = 503
+    neuron.features = ["load.dtype"]
+    client = await start(neuron)
+    order = ModelSpec(MODEL, dtype="float32")
+    assert alpha(client).features is None and not alpha(client).reads(order)
+    neuron.version_status = 200
+    await refresh(client)
+    assert alpha(client).features == {"load.dtype"} and alpha(client).reads(order)
+    asked = neuron.count("GET /version")
+    await refresh(client)
+    assert neuron.count("GET /version") == asked
+    neuron.version_status = 503
+    neuron.health_extra = {"uptime_secs": 0}  # another process, maybe an older one
+    await refresh(client)
+    assert alpha(client).features is None
+    neuron.version_status = 404
+    await refresh(client)
+    assert alpha(client).features == frozenset(), "it says nothing of itself, and is not asked for ever"
 
 
 async def test_F23_a_node_is_routable_until_the_third_miss_and_comes_back(neuron: FakeNeuron, start: Start) -> None:

@@ -40,7 +40,7 @@ async def test_keys_come_and_go_while_the_gateway_runs(neuron: FakeNeuron, start
 async def _until_status(client: Client, headers: dict[str, str], status: int) -> None:
     async with asyncio.timeout(20):
         while (await ask(client, headers))[0] != status:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # the keyring looks by itself
 
 
 class Keys(MemoryStore):

@@ -30,7 +30,7 @@ async def test_F29_a_stream_may_last_longer_than_the_idle_timeout(neuron: FakeNe
         response = await neuron.begin_stream(request)
         for _ in range(10):
             await response.write(b": ping\n\n")
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # together longer than the timeout, each shorter
         await response.write(OPENAI_END)
         return response
 

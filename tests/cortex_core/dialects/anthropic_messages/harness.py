@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
-import pytest
 from cortex_core.conversation import Request
 from cortex_core.dialects import anthropic_messages
-from cortex_core.errors import ApiError
+
+from tests.cortex_core.dialects.harness import refused_by
 
 WEATHER = {"name": "get_weather", "description": "d", "input_schema": {"type": "object", "properties": {}}}
 
@@ -18,13 +19,7 @@ def parse(**fields: Any) -> Request:
     return anthropic_messages.parse(json.dumps(body).encode())
 
 
-def refused(**fields: Any) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        parse(**fields)
-    assert caught.value.status == 400
-    assert caught.value.param is not None
-    assert caught.value.message.startswith(caught.value.param), "the envelope has no param: the message names it"
-    return caught.value
+refused = partial(refused_by, parse)
 
 
 def user(*blocks: Any) -> list[dict[str, Any]]:

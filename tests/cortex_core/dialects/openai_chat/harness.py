@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
-import pytest
 from cortex_core.conversation import Request
 from cortex_core.dialects import openai_chat
-from cortex_core.errors import ApiError
+
+from tests.cortex_core.dialects.harness import refused_by
 
 
 def parse(**fields: Any) -> Request:
@@ -16,10 +17,4 @@ def parse(**fields: Any) -> Request:
     return openai_chat.parse(json.dumps(body).encode())
 
 
-def refused(**fields: Any) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        parse(**fields)
-    assert caught.value.status == 400
-    assert caught.value.param is not None
-    assert caught.value.message.startswith(caught.value.param), "the message names the field"
-    return caught.value
+refused = partial(refused_by, parse)

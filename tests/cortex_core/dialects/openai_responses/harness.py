@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
-import pytest
 from cortex_core.conversation import Request
 from cortex_core.dialects import openai_responses
-from cortex_core.errors import ApiError
 from cortex_core.events import Event, Usage
 
 from tests.cortex_core.dialects.event_streams import collected, sse_events, stream_bytes
+from tests.cortex_core.dialects.harness import refused_by
 
 WEATHER = {"type": "function", "name": "get_weather", "parameters": {"type": "object"}, "strict": True}
 SHELL = {"type": "custom", "name": "sh"}
@@ -31,13 +31,7 @@ def parse(**fields: Any) -> Request:
     return openai_responses.parse(json.dumps({"model": "m", "input": "hi", **fields}).encode())
 
 
-def refused(**fields: Any) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        parse(**fields)
-    assert caught.value.status == 400
-    assert caught.value.param is not None
-    assert caught.value.message.startswith(caught.value.param), "the message names the field"
-    return caught.value
+refused = partial(refused_by, parse)
 
 
 IDENTITY: dict[str, Any] = {

@@ -187,7 +187,7 @@ async def test_a_body_that_nobody_reads_is_not_taken_in(served: Server) -> None:
     async with asyncio.timeout(60):
         while (left := writer.transport.get_write_buffer_size()) < before or left == size:
             before = left
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.3)  # no event tells that nothing more goes out
     assert before > size // 2, "most of it still waits at the client"
     reading.set()
     async with asyncio.timeout(60):

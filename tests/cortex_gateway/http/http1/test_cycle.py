@@ -86,7 +86,7 @@ async def test_an_application_waits_for_a_client_that_does_not_read_and_learns_t
     async with asyncio.timeout(60):
         while sent > before or sent == 0:
             before = sent
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.3)  # no event tells that nothing more is taken
     assert sent < 500
     writer.transport.abort()
     async with asyncio.timeout(20):

@@ -137,7 +137,13 @@ class NeuronClient:
         return await self._get("/discovery", DiscoveryResponse, timeout_s)
 
     async def features(self, timeout_s: float) -> frozenset[str]:
-        return frozenset((await self._get("/version", BuildInfo, timeout_s)).features)
+        """Of its build; none of one that says nothing of itself. Raises `NeuronError`."""
+        try:
+            return frozenset((await self._get("/version", BuildInfo, timeout_s)).features)
+        except NeuronError as error:
+            if error.status in (404, 405):
+                return frozenset()
+            raise
 
     async def health(self, timeout_s: float) -> HealthResponse:
         return await self._get("/health", HealthResponse, timeout_s)

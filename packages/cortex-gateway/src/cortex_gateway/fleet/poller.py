@@ -254,8 +254,8 @@ class Poller:
                 )
             )
             return False
-        discovery, features = node.discovery, None
-        if discovery is None or (health is not None and is_another(node, health)):
+        discovery, features = node.discovery, node.features
+        if discovery is None or features is None or (health is not None and is_another(node, health)):
             discovery, features = await asyncio.gather(self._discovery(neuron), self._features(neuron))
         neuron.answered_at = started_at
         if not self._is_configured(neuron):

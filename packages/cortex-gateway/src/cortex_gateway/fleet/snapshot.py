@@ -88,7 +88,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     refusal: the code of the error with which it refuses this gateway.
     generation counts the processes that were seen here one after the other, by their `instance` or, where they say
     none, by their uptime; is_gone: the last one has ended, for nothing listens there.
-    features: those of its build; a field of a load order that none of them names is not sent there.
+    features: those of its build, None while it has not said; a field of a load order that none of them names does not
+    go there.
     polled_at and operated_at are monotonic seconds: the start of the last answered poll, and the end of the last
     load or unload. A poll that began before an operation ended describes the past and is not applied.
     """
@@ -109,7 +110,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     generation: int = 0
     is_gone: bool = False
     is_draining: bool = False
-    features: frozenset[str] = frozenset()
+    features: frozenset[str] | None = None
     discovery: DiscoveryResponse | None = None
     activation: Activation = Activation()
     operations: dict[str, Operation] = {}
@@ -133,8 +134,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
         return self.kind == "neuron"
 
     def reads(self, spec: ModelSpec) -> bool:
-        """Whether its build knows all that the order asks for: it would ignore the rest."""
-        return needed_features(spec) <= self.features
+        """Whether its build is known to know all that the order asks for: it would ignore the rest."""
+        return needed_features(spec) <= (self.features or frozenset())
 
     def status(self, model: str) -> ModelStatus | None:
         """Where the model stands here: own operations, then the neuron's list, then its activation queue."""

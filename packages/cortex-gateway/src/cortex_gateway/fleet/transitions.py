@@ -174,12 +174,11 @@ def _polled(node: NodeSnapshot, event: Polled) -> NodeSnapshot:
         unloaded={model: info for model, info in node.unloaded.items() if model not in event.models},
         residences=_residences(node, event),
         load_failures=_failures_still_true(node, event),
+        features=event.features,
         polled_at=event.started_at,
     )
     if event.discovery is not None:
         after = msgspec.structs.replace(after, discovery=event.discovery)
-    if event.features is not None:
-        after = msgspec.structs.replace(after, features=event.features)
     if event.health is not None:
         health = event.health
         after = msgspec.structs.replace(

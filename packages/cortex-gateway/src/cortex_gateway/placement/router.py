@@ -315,7 +315,7 @@ def _cold_load(profile: ModelProfile, routable: list[NodeSnapshot], state: Place
 def _too_old(model: str, node: NodeSnapshot, spec: ModelSpec) -> Refuse:
     return Refuse(
         kind="overloaded",
-        message=f"`{model}`: {too_old(node.name, needed_features(spec) - node.features)}",
+        message=f"`{model}`: {too_old(node.name, needed_features(spec).difference(node.features or ()))}",
         code=UNSUPPORTED_LOAD_FIELD,
         retry_after=RETRY_FAILED_S,
     )

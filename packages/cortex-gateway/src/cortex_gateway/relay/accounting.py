@@ -83,7 +83,7 @@ class Accounting:
             request.trace_id = request.trace.trace_id
 
     def end(self, request: RequestState) -> None:
-        """MeteredTokens the key, count, log: exactly once."""
+        """Charge the key, count, log: exactly once."""
         now = request.loop.time()
         request.status = request.status or request.writer.status
         if request.grant is not None:

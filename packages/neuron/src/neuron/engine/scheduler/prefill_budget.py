@@ -82,7 +82,7 @@ def _towards(known: float, seen: float) -> float:
 
 
 def shares(budget: int, lengths: Sequence[int]) -> list[int]:
-    """Tokens for each prompt, given what each still needs, in order of arrival (and priority).
+    """Tokens for each prompt, given what each still needs, in order of arrival.
 
     The first has what it needs up to half of the budget, at least; then the shortest of the others come, each with all
     that is left of the budget or all that it needs; what they leave is the first one's, too.
