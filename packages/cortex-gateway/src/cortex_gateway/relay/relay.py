@@ -245,13 +245,15 @@ class Relay:
         """Ask one node after another, as long as there is reason to."""
         assert request.model is not None
         model = request.resolved = self._placement.resolve(request.model)
-        if self._deaths.suspects:
+        has_awaited = bool(self._deaths.suspects)
+        if has_awaited:
             await self._deaths.check(request)
         if request.principal is not None:
+            has_awaited = True
             request.grant = await self._identity.admit(
                 request.principal, request.model, model, request.payload, is_metered=request.surface.generates
             )
-        if not request.payload.is_quick:
+        if has_awaited and not request.payload.is_quick:  # else the turn in which it was read still lasts
             await self._large_bodies.turn(request.payload)
         while True:
             lease = await self._lease(request, model)
