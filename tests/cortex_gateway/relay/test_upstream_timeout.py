@@ -14,7 +14,7 @@ from tests.cortex_gateway.relay.harness import CHAT, body
 async def test_a_neuron_that_falls_silent_in_mid_stream_is_given_up(neuron: FakeNeuron, start: Start) -> None:
     neuron.have(MODEL)
     neuron.answer_gate.clear()
-    client = await start(neuron, gateway={"upstream_idle_timeout_s": 0.05})
+    client = await start(neuron, gateway={"upstream_idle_timeout_s": 0.5})
     async with client.post(CHAT, body(stream=True)) as response:
         text = await response.read()
     assert text.startswith(b"".join(OPENAI_EVENTS))
