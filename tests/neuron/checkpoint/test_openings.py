@@ -31,11 +31,10 @@ KNOWN = {
     ("engine/weights/pipeline.py", "_copy_runs"): "maps what the reader has opened, in the engine",
     ("daemon/memory/weight_cache.py", "_copy_file"): "a descriptor of the place",
     # the cache of downloads, as it is written
-    ("daemon/hub/download.py", "_fetch"): "the growing part, in the cache's own folder",
+    ("daemon/hub/download.py", "_fetch_once"): "the growing part, in the cache's own folder",
     ("daemon/hub/download.py", "_try_lock"): "locks of the cache",
     # not of a checkpoint
     ("daemon/lifecycle/state_file.py", "open"): "the neuron's own state",
-    ("daemon/lifecycle/state_file.py", "read_state"): "the neuron's own state",
     ("daemon/lifecycle/state_file.py", "write_state"): "the neuron's own state",
     ("daemon/text_workers/limits.py", "_data_bytes"): "/proc",
     ("daemon/text_workers/host.py", "_fork"): "shared memory without a file",
