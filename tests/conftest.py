@@ -25,7 +25,8 @@ pytest.register_assert_rewrite(
 # Folders whose tests are about processes, or take their time by design.
 NOT_QUICK = {"bench", "chaos", "e2e", "fuzz", "hostile", "kernels", "parity"}
 STARTS_PROCESSES = re.compile(
-    r"\b(subprocess|multiprocessing|Popen|fork|TextPool|EngineGroup|ProcessGroup|run_neuron|BodyWorkers|BodyProcess)\b"
+    r"\b(subprocess|multiprocessing|Popen|fork|TextPool|await ServedText\.open|EngineGroup|ProcessGroup|run_neuron"
+    r"|BodyWorkers|BodyProcess)\b"
 )
 IMPORT_OF_TESTS = re.compile(r"^from (tests(?:\.\w+)*) import (.*)$", re.M)
 SLOW = TESTS / "slow_tests.txt"

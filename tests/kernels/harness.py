@@ -7,6 +7,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# One unit in the last place of values below 8.
+ULP = {torch.float32: 4e-6, torch.float16: 2**-8, torch.bfloat16: 2**-5}
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -29,3 +34,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def fused_in_interpreter(module: str, name: str, device: torch.device) -> Callable[..., Any]:
     return getattr(import_module(f"neuron.engine.kernels.{module}"), name)
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=ULP[expected.dtype])

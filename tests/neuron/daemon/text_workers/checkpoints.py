@@ -1,16 +1,10 @@
-"""Checkpoints whose own programs are hostile, and a way to have them served."""
+"""Checkpoints whose own programs are hostile."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-
-from neuron.daemon.text_workers.served_text import ServedText
-from neuron.daemon.text_workers.settings import TextSettings
-from neuron.daemon.text_workers.worker_handle import LostReason
 
 from tests.neuron.daemon.prompt.checkpoints import byte_level_json, write_checkpoint
 
@@ -28,9 +22,6 @@ ALLOCATES = (
 ALLOCATES_WHEN_COMPILED = "{% set x = 'x' * 5000000000 %}"
 """Jinja computes what is constant when it compiles."""
 
-SMALL = TextSettings(max_workers=2, cpu_s=0.5, memory_bytes=256 * 2**20)
-"""Budgets that a test can wait for, in processor time."""
-
 
 def checkpoint(folder: Path, *, template: str = PLAIN, tokenizer_json: str | None = None) -> Path:
     write_checkpoint(folder, template=None, tokenizer_json=tokenizer_json)
@@ -44,17 +35,6 @@ def backtracking_tokenizer() -> str:
     split = {"type": "Split", "pattern": {"Regex": "(a|a)+$|(a|aa)+$"}, "behavior": "Isolated", "invert": False}
     document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, document["pre_tokenizer"]]}
     return json.dumps(document)
-
-
-@asynccontextmanager
-async def served(folder: Path, settings: TextSettings = SMALL, **options: Any) -> AsyncIterator[ServedText]:
-    ends: list[LostReason] = []
-    text = await ServedText.open(str(checkpoint(folder, **options)), settings, label="m", on_end=ends.append)
-    text.ends = ends  # type: ignore[attr-defined]
-    try:
-        yield text
-    finally:
-        await text.close()
 
 
 def chat(content: str, **fields: Any) -> bytes:

@@ -8,7 +8,8 @@ import pytest
 from neuron.daemon.text_workers.host_process import TextLoadError
 from neuron.daemon.text_workers.served_text import ServedText
 
-from tests.neuron.daemon.text_workers.checkpoints import ALLOCATES_WHEN_COMPILED, ALWAYS_LOOPS, PLAIN, SMALL, checkpoint
+from tests.neuron.daemon.text_workers.checkpoints import ALLOCATES_WHEN_COMPILED, ALWAYS_LOOPS, PLAIN, checkpoint
+from tests.neuron.daemon.text_workers.harness import SMALL
 
 
 @pytest.mark.parametrize(

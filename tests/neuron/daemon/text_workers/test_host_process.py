@@ -7,8 +7,8 @@ import os
 import signal
 from pathlib import Path
 
-from tests.neuron.daemon.text_workers.checkpoints import LOOPS, PLAIN, served
-from tests.neuron.daemon.text_workers.harness import prepare, refusal
+from tests.neuron.daemon.text_workers.checkpoints import LOOPS, PLAIN
+from tests.neuron.daemon.text_workers.harness import prepare, refusal, served
 from tests.neuron.scripted_engine import eventually
 
 

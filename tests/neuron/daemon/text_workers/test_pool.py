@@ -13,8 +13,8 @@ from neuron.daemon.text_workers.limits import cpu_budget_s
 from neuron.daemon.text_workers.messages import Count, Tokenize
 from neuron.daemon.text_workers.settings import TextSettings
 
-from tests.neuron.daemon.text_workers.checkpoints import LOOPS, PLAIN, chat, served
-from tests.neuron.daemon.text_workers.harness import WINDOW, prepare, refusal
+from tests.neuron.daemon.text_workers.checkpoints import LOOPS, PLAIN, chat
+from tests.neuron.daemon.text_workers.harness import WINDOW, prepare, refusal, served
 
 
 async def test_H9_long_work_of_one_principal_leaves_room_for_another(tmp_path: Path) -> None:

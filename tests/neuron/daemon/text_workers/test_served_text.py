@@ -7,8 +7,8 @@ from pathlib import Path
 
 from neuron.daemon.text_workers.messages import Count, Detokenize, Tokenize
 
-from tests.neuron.daemon.text_workers.checkpoints import chat, served
-from tests.neuron.daemon.text_workers.harness import WINDOW, prepare
+from tests.neuron.daemon.text_workers.checkpoints import chat
+from tests.neuron.daemon.text_workers.harness import WINDOW, prepare, served
 
 
 async def test_requests_are_prepared_counted_and_tokenised(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from tests.neuron.daemon.text_workers.checkpoints import ALLOCATES, LOOPS, PLAIN, served
-from tests.neuron.daemon.text_workers.harness import prepare, refusal
+from tests.neuron.daemon.text_workers.checkpoints import ALLOCATES, LOOPS, PLAIN
+from tests.neuron.daemon.text_workers.harness import prepare, refusal, served
 
 
 async def test_H8_a_template_that_loops_ends_its_worker_and_no_other_request(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from neuron.daemon.text_workers.settings import TextSettings
 
-from tests.neuron.daemon.text_workers.checkpoints import LOOPS, PLAIN, served
-from tests.neuron.daemon.text_workers.harness import prepare, refusal
+from tests.neuron.daemon.text_workers.checkpoints import LOOPS, PLAIN
+from tests.neuron.daemon.text_workers.harness import prepare, refusal, served
 from tests.neuron.scripted_engine import eventually
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from neuron.engine.errors import DeviceError
@@ -27,9 +26,6 @@ from neuron.engine.parallel.messages import (
     Stop,
     ZeroPages,
 )
-from neuron.engine.scheduler.scheduler import Chunk, StepPlan
-from neuron.engine.scheduler.sequence import Sequence
-from neuron.engine.step.batch import BatchBuilder
 from neuron.engine.step.engine import Engine
 from neuron.engine.step.leader import StepLeader, StepTooLarge
 from neuron.protocol import EngineConfig, Generate, SamplingParams
@@ -149,9 +145,6 @@ def test_what_ranks_hold_together_is_the_least_pages_and_all_bytes(links: tuple[
     assert outcome == [Figures(70, 4000, 32)]
 
 
-# ---------------------------------------------------------------- whether a step is launched
-
-
 def test_only_a_step_larger_than_any_before_is_asked_about(links: tuple[LeaderLink, FollowerLink]) -> None:
     link, follower = links
     leader = StepLeader(link)
@@ -179,26 +172,6 @@ def test_F4_a_step_that_does_not_fit_on_one_rank_is_begun_by_none(
         leader.launch(1, BATCH, [], lambda tokens, rows: 0 if short == 0 else tokens)
     follower.receive()
     assert not follower.expect(Proceed).is_go
-
-
-# ---------------------------------------------------------------- the same batch on the other side
-
-
-def test_an_unpacked_batch_is_the_batch_that_was_packed() -> None:
-    def builder() -> BatchBuilder:
-        return BatchBuilder(max_tokens=64, max_sequences=8, max_pages=16, page_size=4, device=torch.device("cpu"))
-
-    chunks = []
-    for number, (start, length, samples) in enumerate([(7, 1, True), (0, 9, False), (4, 3, True)]):
-        sequence = Sequence(Generate(number, list(range(20)), SamplingParams(), 4), number)
-        sequence.pages.extend(range(1 + 5 * number, 6 + 5 * number))
-        chunks.append(Chunk(sequence, start, length, samples))
-    ours, theirs = builder(), builder()
-    batch = ours.build(StepPlan(1, chunks, 1, 13))
-    copy = theirs.unpack(ours.pack(batch))
-    for name in batch.__slots__:
-        expected, got = getattr(batch, name), getattr(copy, name)
-        assert torch.equal(expected, got) if isinstance(expected, torch.Tensor) else expected == got, name
 
 
 # ---------------------------------------------------------------- real ranks

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.neuron.engine.toy import toy_engine
+from tests.neuron.engine.worker.harness import CONFIG, LOADED, Session
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
@@ -36,3 +39,19 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def start(monkeypatch):
+    sessions = []
+
+    def start(load=lambda config, progress: (toy_engine(epoch=3), LOADED)) -> Session:
+        session = Session(monkeypatch, load)
+        sessions.append(session)
+        session.daemon.send(CONFIG)
+        return session
+
+    yield start
+    for session in sessions:
+        session.daemon.close()
+        session.wait_for_exit()

@@ -2,78 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 
 import pytest
 from neuron.engine.errors import ModelError, RequestError
 from neuron.engine.worker import device_thread
 from neuron.engine.worker.channels import Inbox
-from neuron.engine.worker.main import serve
-from neuron.protocol import (
-    Cancel,
-    EngineConfig,
-    EngineFault,
-    EngineProgress,
-    GrammarSpec,
-    Hello,
-    Loaded,
-    LoadFailed,
-    Ping,
-    Pong,
-    Shutdown,
-    StepOutput,
-)
+from neuron.protocol import Cancel, EngineFault, EngineProgress, GrammarSpec, Loaded, LoadFailed, Shutdown, StepOutput
 
 from tests.neuron.engine.toy import Answers, ToyModel, answer_alone, request, toy_engine
-from tests.neuron.engine.worker.daemon_side import DaemonSide
-
-CONFIG = EngineConfig(model_id="toy", path="/nowhere", epoch=3)
-LOADED = Loaded(3, "Toy", "float32", 200, 101, 64, 4, 128, 0, 0.0)
-
-
-class Session:
-    def __init__(self, monkeypatch, load) -> None:
-        self.threads: list[str] = []
-
-        def loader(config, progress):
-            self.threads.append(threading.current_thread().name)
-            return load(config, progress)
-
-        monkeypatch.setattr(device_thread, "load", loader)
-        ours, theirs = socket.socketpair()
-        self.daemon = DaemonSide(ours)
-        self.exit_code: int | None = None
-
-        def run() -> None:
-            with theirs:
-                self.exit_code = serve(theirs, epoch=3, rank=0)
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-        hello = self.daemon.receive()
-        assert isinstance(hello, Hello) and (hello.epoch, hello.rank) == (3, 0)
-
-    def wait_for_exit(self) -> int | None:
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-        return self.exit_code
-
-
-@pytest.fixture
-def start(monkeypatch):
-    sessions = []
-
-    def start(load=lambda config, progress: (toy_engine(epoch=3), LOADED)) -> Session:
-        session = Session(monkeypatch, load)
-        sessions.append(session)
-        session.daemon.send(CONFIG)
-        return session
-
-    yield start
-    for session in sessions:
-        session.daemon.close()
-        session.wait_for_exit()
+from tests.neuron.engine.worker.harness import CONFIG, LOADED, Session
 
 
 def finished(number: int):
@@ -140,15 +78,6 @@ def test_F3_a_cancelled_request_is_never_mentioned_again_and_its_pages_are_free(
     assert answers_of(frames).tokens[1] == answer_alone([3], 2)
 
 
-def test_the_end_of_the_socket_ends_the_engine_mid_work(start):
-    session = start()
-    session.daemon.receive()
-    session.daemon.send(request(0, range(20), 150))
-    session.daemon.receive()
-    session.daemon.close()
-    assert session.wait_for_exit() == 0
-
-
 def test_a_failed_load_is_reported_with_its_kind(start):
     def load(config, progress):
         progress(EngineProgress("weights", 1, 2))
@@ -190,13 +119,6 @@ def test_a_lost_device_is_a_fault_and_exit_code_three(start):
     assert session.wait_for_exit() == 3
 
 
-def test_a_frame_that_does_not_decode_ends_the_engine(start):
-    session = start()
-    session.daemon.receive()
-    session.daemon._socket.sendall(b"\x03\x00\x00\x00abc")
-    assert session.wait_for_exit() == 3
-
-
 def test_wrong_books_are_rebuilt_when_idle(start):
     engine = toy_engine(epoch=3)
     session = start(lambda config, progress: (engine, LOADED))
@@ -207,26 +129,6 @@ def test_wrong_books_are_rebuilt_when_idle(start):
     session.daemon.send(request(1, [1], 2))
     last = session.daemon.until(finished(1))[-1]
     assert last.stats.free_pages == last.stats.total_pages
-
-
-def test_F12_pings_are_answered_while_the_device_thread_is_stuck(monkeypatch):
-    model = ToyModel()
-    is_stuck, may_go_on = threading.Event(), threading.Event()
-
-    def hang(batch):
-        is_stuck.set()
-        may_go_on.wait()
-
-    model.on_forward = hang
-    session = Session(monkeypatch, lambda config, progress: (toy_engine(model), LOADED))
-    session.daemon.send(CONFIG, request(1, [1, 2], 2))
-    session.daemon.until(lambda frame: isinstance(frame, Loaded))
-    assert is_stuck.wait(20)
-    session.daemon.send(Ping(7), Ping(8))
-    assert [session.daemon.receive(), session.daemon.receive()] == [Pong(7), Pong(8)]
-    may_go_on.set()
-    session.daemon.send(Shutdown())
-    assert session.wait_for_exit() == 0
 
 
 def test_while_a_grammar_compiles_the_daemon_hears_from_the_engine(monkeypatch):
