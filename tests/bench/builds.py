@@ -7,9 +7,10 @@
 WORKTREE is a checkout of the build to compare with (`git worktree add WORKTREE 7d1037b`) that has an environment of its
 own (`uv sync --locked` in it). Each build measures itself with its own `gateway.py` or `engine.py`, so that a build
 whose modules have moved needs nothing from this one; here they only take turns. `gateway` starts fresh processes for
-each round: CPU per request, streamed chunk and prompt of 200 kB. `engine` keeps one worker process of each build:
-CPU and seconds of the same greedy work, given as `STREAMSxPROMPT+NEW` (streams at once, tokens of each prompt, tokens
-of each answer), the answers compared; at the end the CPU around the model in a step, and what the workers hold.
+each round and lets the two take turns in slices of seconds: CPU per request, streamed chunk and prompt of 200 kB.
+`engine` keeps one worker process of each build: CPU and seconds of the same greedy work, given as `STREAMSxPROMPT+NEW`
+(streams at once, tokens of each prompt, tokens of each answer), the answers compared; at the end the CPU around the
+model in a step, and what the workers hold.
 `short`: a prompt of `--long` tokens alone, then the same beside 20 requests of up to 64 tokens that come one after the
 other while it is computed: how long each waits for its first token, beside the median step of the long prompt alone,
 and what the long one costs then.
@@ -41,13 +42,29 @@ HERE = Path(__file__).parents[2]
 
 _GATEWAY = """
 import json, sys, tempfile
+from contextlib import ExitStack
 from pathlib import Path
 import gateway
 options = gateway.parser(None).parse_args([])
-for line in sys.stdin:
-    with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(gateway.one_round(json.loads(line), options, Path(scratch))), flush=True)
+with ExitStack() as stack:
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked == "fresh":
+            stack.close()
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            backend = stack.enter_context(gateway.child("_backend", "--events", 100, "--interval", 0.02))
+            url = f"http://127.0.0.1:{gateway.first_line(backend)}"
+            pid, port = stack.enter_context(gateway.subject("cortex", url, scratch / "log", options))
+            print("0", flush=True)
+        else:
+            print(json.dumps(gateway.measure(pid, port, **asked)), flush=True)
 """
+_SLICES = 4
+_GATEWAY_KINDS: dict[str, dict[str, float]] = {
+    "request": {"clients": 32, "seconds": 1.5},
+    "chunk": {"clients": 64, "seconds": 2.5},
+    "prompt": {"clients": 8, "seconds": 1.5},
+}
 
 _ENGINE = """
 import json, os, random, sys, tempfile, time, hashlib
@@ -192,11 +209,13 @@ def gateway(options: argparse.Namespace) -> bool:
     with ExitStack() as stack:
         sides = both(stack, options.base, _GATEWAY)
         for number in range(1, options.rounds + 1):
-            found = in_turn(sides, "cortex", number)
+            in_turn(sides, "fresh", number)
             words = []
-            for kind, base in found["base"].items():
-                measured.setdefault(kind, []).append(found["here"][kind] / base)
-                words.append(f"{kind} {base:.1f} -> {found['here'][kind]:.1f}")
+            for kind, load in _GATEWAY_KINDS.items():
+                slices = [in_turn(sides, {"kind": kind, **load}, turn) for turn in range(_SLICES)]
+                base, here = (statistics.fmean(each[name] for each in slices) for name in ("base", "here"))
+                measured.setdefault(kind, []).append(here / base)
+                words.append(f"{kind} {base:.1f} -> {here:.1f} ({here / base:.3f})")
             print(f"{number:4}  us of CPU: {', '.join(words)}", flush=True)
     verdicts = [verdict(f"CPU per {kind}", ratios, options.bar) for kind, ratios in measured.items()]
     return all(verdicts)

@@ -14,6 +14,7 @@ from pathlib import Path
 from cortex_core.catalogue import Catalogue, load_catalogue
 from cortex_core.config import ConfigError
 from cortex_core.gateway_config import GatewayConfig, Http1Parser
+from cortex_core.serving import garbage
 from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
 from cortex_core.serving.heartbeat import Heartbeat
@@ -190,6 +191,7 @@ async def _serve(
                 num_models,
                 "" if num_models == 1 else "s",
             )
+            garbage.settle()
             heartbeat.serving()
             stopping = asyncio.ensure_future(asked_to_stop.wait())
             failing = asyncio.ensure_future(started.wait_failed())

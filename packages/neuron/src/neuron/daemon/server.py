@@ -24,6 +24,7 @@ from typing import Any
 from cortex_core.config import ConfigError
 from cortex_core.errors import ApiError
 from cortex_core.fleet import DiscoveryResponse, ModelSpec
+from cortex_core.serving import garbage
 from cortex_core.serving.connection_table import ConnectionTable
 from cortex_core.serving.descriptors import connection_limit, descriptor_limit, raise_descriptor_limit
 from cortex_core.serving.heartbeat import Heartbeat
@@ -262,6 +263,7 @@ def serve(config: NeuronConfig, *, on_ready: Callable[[str], None]) -> int:
             return 1
         heartbeat.when_asked_to_end(daemon.request_stop)
         on_ready(url)
+        garbage.settle()
         await daemon.serve()
         return 0
 
