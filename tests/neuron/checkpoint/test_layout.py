@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from neuron.checkpoint import layout
 from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.folder import weight_paths
@@ -195,3 +196,35 @@ def test_experts_and_codes_are_counted_in_bytes_of_their_own(checkpoints: Path) 
         for found in footprints(config, model, given):
             assert found.experts == 500 * 2
             assert found.weights == 500 * 2 + 1000 + 50 + 10 * 2
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "stored", "devices", "slow", "fast"),
+    [
+        ("auto", "bfloat16", (), "float32", "bfloat16"),
+        ("auto", "float16", (), "float32", "float32"),
+        ("auto", "float32", (), "float32", "float32"),
+        ("auto", None, (), "float32", "float32"),
+        ("float32", "bfloat16", (), "float32", "float32"),
+        ("bfloat16", "float32", (), "bfloat16", "bfloat16"),
+        ("auto", "float16", (0,), "float16", "float16"),
+        ("auto", None, (0,), "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_dtype_is_what_the_processor_does_well(
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Any,
+    stored: str | None,
+    devices: tuple[int, ...],
+    slow: str,
+    fast: str,
+    is_fast: bool,
+) -> None:
+    """float16 and float32 have more digits than bfloat16: nobody loses them without having asked for it."""
+    monkeypatch.setattr(layout, "multiplies_bfloat16", lambda: is_fast)
+    path = checkpoints / NAMES[0]
+    model = dataclasses.replace(read_config(hf_config(path)), dtype=stored)
+    config = EngineConfig(model_id="tiny", path=str(path), dtype=asked, devices=devices)
+    assert layout.dtype_of(config, model) == (fast if is_fast else slow)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
+_CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -66,3 +68,16 @@ def num_physical_cores() -> int:
     number = max(len(cores), 1)
     quota = _cgroup_cpus()
     return number if quota is None else min(number, quota)
+
+
+@cache
+def multiplies_bfloat16(*, cpuinfo: Path = _CPUINFO) -> bool:
+    """Whether the processor has products of bfloat16 of its own (AMX or AVX512-BF16). Without them the library computes
+    them slower than float32's. False for processors other than x86: there nothing was measured."""
+    try:
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                return not {"amx_bf16", "avx512_bf16"}.isdisjoint(line.split())
+    except OSError:
+        pass
+    return False

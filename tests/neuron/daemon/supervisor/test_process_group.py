@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from neuron.daemon.supervisor.allocator import SETTINGS
 from neuron.daemon.supervisor.channel import ChannelClosed
 from neuron.daemon.supervisor.errors import EngineLoadError
 from neuron.daemon.supervisor.process_group import LaunchSettings, ProcessGroup
@@ -185,3 +186,19 @@ async def test_who_does_not_belong_to_the_group_is_not_let_in(ranks: Ranks) -> N
         await ranks.until(lambda: len(ranks.process_group.channels) == 2)
     with pytest.raises(ChannelClosed):
         _ = ranks.process_group.channel
+
+
+@pytest.mark.parametrize("of_operator", ["", "8"])
+async def test_every_rank_gets_the_allocators_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_operator: str
+) -> None:
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    if of_operator:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", of_operator)
+    async with Ranks(tmp_path, 2) as ranks:
+        await ranks.until(lambda: len(ranks.process_group.pids) == 2)
+        for pid in ranks.process_group.pids:
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found = dict(each.decode().split("=", 1) for each in environ if each.startswith(b"MALLOC_"))
+            assert found == ({"MALLOC_ARENA_MAX": of_operator} if of_operator else SETTINGS)

@@ -18,6 +18,7 @@ from neuron.checkpoint.safetensors_header import BITS, CONVERTED, TensorHeader
 from neuron.checkpoint.sharding import Rank, ranks_of, shard_columns, shard_heads
 from neuron.checkpoint.tensor_names import Role, is_unread, role_of
 from neuron.checkpoint.weight_files import headers_of
+from neuron.host_memory import multiplies_bfloat16
 from neuron.protocol import CacheGroup, EngineConfig
 
 _MIB = 2**20
@@ -126,10 +127,13 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
 
 
 def dtype_of(config: EngineConfig, model: ModelConfig) -> str:
-    """As what the weights are loaded: `auto` is float32 on a CPU and the checkpoint's own dtype on a device."""
+    """As what the weights are loaded. `auto` is the checkpoint's own dtype on a device; on a CPU it is float32, unless
+    the checkpoint is of bfloat16 and the processor multiplies that faster."""
     if config.dtype != "auto":
         return config.dtype
-    return (model.dtype or "bfloat16") if config.devices else "float32"
+    if config.devices:
+        return model.dtype or "bfloat16"
+    return "bfloat16" if model.dtype == "bfloat16" and multiplies_bfloat16() else "float32"
 
 
 def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:

@@ -13,7 +13,7 @@ from cortex_core.errors import ApiError
 
 from neuron.checkpoint.config import ModelConfig
 from neuron.checkpoint.errors import UnsupportedSharding
-from neuron.checkpoint.layout import Footprint, StoredTensor, footprints, rank_sizes
+from neuron.checkpoint.layout import Footprint, StoredTensor, dtype_of, footprints, rank_sizes
 from neuron.checkpoint.preflight import refusal
 from neuron.checkpoint.sharding import ranks_of
 from neuron.daemon.admission.capacity import KVCapacity, KVNeed
@@ -250,7 +250,7 @@ class _Problem:
                 if _divides(self._model, wider) and self.fits(spread):
                     options.append({"tensor_parallel": wider, "devices": list(spread.devices)})
                     break
-        elif config.dtype not in ("bfloat16", "float16") and self.fits(replace(config, dtype="bfloat16")):
+        elif dtype_of(config, self._model) == "float32" and self.fits(replace(config, dtype="bfloat16")):
             options.append({"engine.dtype": "bfloat16"})
         victims = _victims(case, residents)
         if victims:

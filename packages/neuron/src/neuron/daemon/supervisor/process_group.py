@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from neuron.daemon.supervisor.allocator import allocator_environ
 from neuron.daemon.supervisor.channel import ChannelClosed, EngineChannel
 from neuron.daemon.supervisor.errors import EngineLoadError
 from neuron.daemon.supervisor.process import EngineProcess
@@ -219,7 +220,7 @@ class ProcessGroup:
         self._socket_path.unlink(missing_ok=True)
 
     def _spawn(self) -> None:
-        environ = child_environ(os.environ)
+        environ = child_environ(os.environ) | allocator_environ(os.environ)
         for rank in range(self.config.tensor_parallel_size):
             command = self._settings.command(self._socket_path, self.config.epoch, rank)
             process = EngineProcess.spawn(
