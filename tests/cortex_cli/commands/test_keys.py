@@ -51,6 +51,7 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(folder: Path) -> None:
     made = cortex(
         "keys", "create", "ci", "--account", "acme", "--model", "org/*", "--model", "fast",
         "--requests-per-minute", "60", "--tokens-per-minute", "5000", "--max-concurrent-requests", "4",
+        "--priority", "low",
         "--budget", "2M", "--budget", "500k/rolling:24h", "--budget", "$5.5/30d", "--expires", "90d", cwd=folder,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
@@ -59,7 +60,7 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(folder: Path) -> None:
     assert all(secret.encode() not in file.read_bytes() for file in folder.iterdir())
     found = listed(folder)["ci"]
     assert (found["account_id"], found["state"], found["from"], found["admin"]) == ("acme", "valid", "store", False)
-    assert found["models"] == ["org/*", "fast"]
+    assert (found["models"], found["priority"]) == (["org/*", "fast"], "low")
     assert found["limits"] == {"requests_per_minute": 60, "tokens_per_minute": 5000, "max_concurrent_requests": 4}
     assert found["budgets"] == [
         {"budget": "tokens/balance", "used": 0, "cap": 2_000_000},

@@ -39,6 +39,7 @@ KEYS = st.lists(
         requests_per_minute=LIMIT,
         tokens_per_minute=LIMIT,
         max_concurrent_requests=LIMIT,
+        priority=st.sampled_from(["low", "normal", "high"]),
         budgets=BUDGETS,
     ),
     max_size=3,
@@ -186,7 +187,7 @@ def without_an_open_key(value: Configuration, index: int) -> Configuration | Non
         return None
     entry = key(value, index)
     limits = (entry.requests_per_minute, entry.tokens_per_minute, entry.max_concurrent_requests, *entry.budgets)
-    if "*" in entry.models and all(limit is None for limit in limits):
+    if "*" in entry.models and entry.priority != "low" and all(limit is None for limit in limits):
         return None
     return changed(value, keys=tuple(other for other in section.keys if other is not entry))
 
@@ -233,6 +234,8 @@ LOOSER: dict[str, Step] = {
     "any number of tokens": looser_limit("tokens_per_minute", lambda limit: None),
     "more at once": looser_limit("max_concurrent_requests", lambda limit: limit + 1),
     "any number at once": looser_limit("max_concurrent_requests", lambda limit: None),
+    "before others": of_a_key(lambda entry: None if entry.priority == "high" else {"priority": "high"}),
+    "no longer behind others": of_a_key(lambda entry: {"priority": "normal"} if entry.priority == "low" else None),
     "admin": of_a_key(lambda entry: None if entry.admin else {"admin": True}),
     "all models": of_a_key(lambda entry: None if "*" in entry.models else {"models": ("*",)}),
     "another model": of_a_key(lambda entry: None if "*" in entry.models else {"models": (*entry.models, "other/b")}),
@@ -310,6 +313,7 @@ TIGHTER: dict[str, Step] = {
     "requests": of_a_key(lambda entry: {"requests_per_minute": lower(entry.requests_per_minute)}),
     "tokens": of_a_key(lambda entry: {"tokens_per_minute": lower(entry.tokens_per_minute)}),
     "at once": of_a_key(lambda entry: {"max_concurrent_requests": lower(entry.max_concurrent_requests)}),
+    "behind others": of_a_key(lambda entry: {"priority": "low"}),
     "no admin": of_a_key(lambda entry: {"admin": False}),
     "fewer models": of_a_key(lambda entry: {"models": entry.models[:1]}),
     "no models": of_a_key(lambda entry: {"models": ()}),

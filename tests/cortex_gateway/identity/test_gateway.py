@@ -536,3 +536,43 @@ async def test_H10_an_account_is_not_led_where_another_ones_prompt_is_known(
     assert [await route("sk-one-one") for _ in range(2)] == ["loaded", "prefix"]
     assert [await route("sk-other-other") for _ in range(2)] == ["loaded", "prefix"]
     assert await route("sk-two-two") == "prefix"
+
+
+PRIORITIES = [
+    key("sk-usual", "usual"),
+    key("sk-batch", "batch") | {"priority": "low"},
+    key("sk-ours", "ours") | {"priority": "high"},
+]
+
+
+@pytest.mark.parametrize(
+    ("secret", "asked", "sent"),
+    [
+        ("sk-usual", None, None),
+        ("sk-usual", "high", None),
+        ("sk-usual", "low", "low"),
+        ("sk-batch", None, "low"),
+        ("sk-batch", "high", "low"),
+        ("sk-ours", None, None),
+        ("sk-ours", "high", "high"),
+        ("sk-ours", "low", "low"),
+        (None, "high", None),
+        (None, "highest", None),
+    ],
+)
+async def test_a_requests_priority_is_at_most_that_of_its_key(
+    neuron: FakeNeuron, start: Start, secret: str | None, asked: str | None, sent: str | None
+) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron, entitlements={"keys": PRIORITIES})
+    headers = ({} if asked is None else {"x-cortex-priority": asked}) | (bearer(secret) if secret else {})
+    assert (await ask(client, headers))[0] == 200
+    assert neuron.requests[-1][1].get("x-cortex-priority") == sent
+
+
+async def test_a_priority_that_is_none_is_refused_with_the_words_there_are(neuron: FakeNeuron, start: Start) -> None:
+    neuron.have(MODEL)
+    client = await start(neuron, entitlements={"keys": PRIORITIES})
+    status, body, _ = await ask(client, bearer("sk-ours") | {"x-cortex-priority": "highest"})
+    assert (status, body["error"]["param"]) == (400, "x-cortex-priority")
+    assert "low, normal, high" in body["error"]["message"] and not neuron.requests

@@ -51,7 +51,7 @@ class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     key_id names the key wherever it shows, account_id whose it is (several keys may share one; neurons are fair
     between accounts); each defaults to the other. hash is `sha256:` and the digest of the secret. key is the
     secret itself and hard_cap with window a token budget: both as the reference system's files have them.
-    models are names or patterns (`*`, `?`) of models or aliases.
+    models are names or patterns (`*`, `?`) of models or aliases. priority is the highest that its requests may have.
     """
 
     key_id: Label | None = None
@@ -63,6 +63,7 @@ class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
     max_concurrent_requests: Count | None = None
+    priority: Literal["low", "normal", "high"] = "normal"
     budgets: tuple[Budget, ...] = ()
     hard_cap: Count | None = None
     window: Window = Window()

@@ -35,6 +35,9 @@ HOP_HEADER = "x-cortex-hop"
 RESUME_HEADER = "x-cortex-resume"
 CACHE_SALT_HEADER = "x-cortex-cache-salt"
 """Requests with different ones share no cached prefix: a gateway sends one for each account."""
+PRIORITY_HEADER = "x-cortex-priority"
+"""A client's wish towards a gateway, which lowers it to what the key may; towards a neuron what it has come to."""
+PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 SECRET_HEADER = "x-cortex-secret"  # noqa: S105  (its name)
 
 CLAIMS = frozenset(
@@ -45,6 +48,7 @@ CLAIMS = frozenset(
         HOP_HEADER.encode(),
         RESUME_HEADER.encode(),
         CACHE_SALT_HEADER.encode(),
+        PRIORITY_HEADER.encode(),
     )
 )
 """Who asks, and what only a gateway has a use for. Not the resolved model: a body may name any model as well."""

@@ -34,8 +34,8 @@ sides compile under the same bounds."""
 class EngineConfig(msgspec.Struct, frozen=True, tag="config", array_like=True):
     """The first frame: everything a group needs to load one model; the daemon keeps it to rebuild the group.
 
-    path: checkpoint folder (HF layout). devices: CUDA indexes, empty = CPU. dtype: `auto` takes the checkpoint's
-    on CUDA and float32 on the CPU. kv_cache_bytes: None sizes the cache from free memory (CUDA) or
+    path: checkpoint folder (HF layout). devices: CUDA indexes, empty = CPU. dtype: for `auto` see
+    `checkpoint.layout.dtype_of`. kv_cache_bytes: None sizes the cache from free memory (CUDA) or
     `kv_cache_tokens` (CPU). max_step_tokens is the token budget of one step; prefill chunks fill what decodes
     leave of it. tokenizer_json: the fast tokenizer's serialised form, for grammar masks. group_dir: with more than
     one rank, a private folder of this epoch where the ranks meet (rendezvous store and sockets between them).
@@ -119,7 +119,7 @@ class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
     tokens in all (resumed ones included), or when the grammar is complete. prompt_logprobs asks for the
     log-probability of every prompt token (completions with echo); it disables the prefix cache for the request.
     cache_salt: requests with different ones do not share cached prefixes. contents: of positions whose tokens do not
-    say what stands there, in order.
+    say what stands there, in order. priority: above 0 comes before others of its time, below 0 behind them.
     """
 
     request_id: int
@@ -132,6 +132,7 @@ class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
     prompt_logprobs: bool = False
     cache_salt: str = ""
     contents: tuple[ContentDigest, ...] = ()
+    priority: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):

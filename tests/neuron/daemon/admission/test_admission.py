@@ -397,3 +397,41 @@ async def test_no_seats_without_identity_is_a_refusal_that_says_why() -> None:
     assert caught.value.status == 401 and "API key" in caught.value.message
     with come(admission, "a") as ticket:
         assert ticket.is_seated
+
+
+async def test_seats_are_shared_by_priority_and_nobody_starves() -> None:
+    """Three principals that ask for more than there is, all the time: of 28 seats, high has 16, normal 8, low 4."""
+    admission = desk(in_flight=28, queue=300)
+    waiting = {}
+    for name, priority in (("low", -1), ("normal", 0), ("high", 1)):
+        tickets = [admission.apply(name, priority) for _ in range(40)]
+        waiting[name] = tickets
+    blocker = [come(admission, "other") for _ in range(28)]
+    for tickets in waiting.values():
+        for ticket in tickets:
+            ticket.request(ONE)
+    leave(*blocker)
+    assert {name: sum(ticket.is_seated for ticket in tickets) for name, tickets in waiting.items()} == {
+        "low": 4,
+        "normal": 8,
+        "high": 16,
+    }
+
+
+async def test_of_ones_own_requests_the_one_with_priority_is_first() -> None:
+    admission = desk(in_flight=1, queue=10)
+    working = come(admission, "a")
+    tickets = {}
+    for priority in (-1, 0, 1, 0):
+        ticket = admission.apply("a", priority)
+        ticket.request(ONE)
+        tickets.setdefault(priority, []).append(ticket)
+    order = []
+    current = working
+    for _ in range(4):
+        leave(current)
+        (current,) = [
+            ticket for same in tickets.values() for ticket in same if ticket.is_seated and ticket not in order
+        ]
+        order.append(current)
+    assert order == [*tickets[1], *tickets[0], *tickets[-1]]

@@ -8,8 +8,11 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from neuron.daemon.admission.admission import Ticket
+from neuron.daemon.supervisor.generation import Generation
 
 from tests.neuron.daemon.api.harness import (
     CHAT,
@@ -171,3 +174,26 @@ async def test_one_log_line_tells_how_each_request_ended(
     assert "chat_completion: done" in lines["req_1"] and "completion_tokens=3" in lines["req_1"]
     assert "outcome=model_not_found" in lines["req_2"] and "asked=x\\ny/z" in lines["req_2"]
     assert "messages: " in lines["req_3"] and "outcome=invalid_schema" in lines["req_3"]
+
+
+@pytest.mark.parametrize(("word", "priority"), [("high", 1), ("low", -1), ("normal", 0), ("urgent", 0), (None, 0)])
+async def test_what_a_gateway_says_of_priority_reaches_queue_and_engine(
+    neuron: RunningNeuron, monkeypatch: pytest.MonkeyPatch, word: str | None, priority: int
+) -> None:
+    admission, (_, group) = neuron.served.admission, neuron.served.serving()
+    apply, generate = admission.apply, group.generate
+    seen: list[int] = []
+
+    def applied(principal: str | None, priority: int = 0) -> Ticket:
+        seen.append(priority)
+        return apply(principal, priority)
+
+    async def generated(frames: Any, **settings: Any) -> Generation:
+        seen.extend(frame.priority for frame in frames)
+        return await generate(frames, **settings)
+
+    monkeypatch.setattr(admission, "apply", applied)
+    monkeypatch.setattr(group, "generate", generated)
+    headers = {} if word is None else {"x-cortex-priority": word}
+    assert (await neuron.post(CHAT, neuron.chat(n=2), headers))[0] == 200
+    assert seen == [priority] * 3

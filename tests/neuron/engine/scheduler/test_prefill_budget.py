@@ -167,3 +167,31 @@ def test_who_is_passed_keeps_its_claim_on_pages() -> None:
         for each in [chunk.sequence for chunk in plan.chunks if chunk.num_sampled and chunk.sequence.arrival < 2]:
             scheduler.finish(each)
     raise AssertionError("the third prompt was never begun")
+
+
+def test_a_prompt_of_higher_priority_is_the_first_one() -> None:
+    scheduler = scheduler_of(tokens=64)
+    scheduler.add(prompt(0, 10_000))
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(sequence(1, list(range(5_000, 0, -1)), priority=1))
+    assert tokens_of(scheduler.schedule()) == {1: 32, 0: 32}
+
+
+@given(priorities=st.lists(st.sampled_from([-1, 0, 1]), min_size=2, max_size=120))
+def test_each_is_passed_by_a_bounded_number_of_later_ones(priorities: list[int]) -> None:
+    """By 64 for each step of priority between them, and by none of its own or a lower one."""
+    scheduler = scheduler_of(tokens=64, max_running=1)
+    for arrival, priority in enumerate(priorities):
+        scheduler.add(sequence(arrival, [arrival] * 5, priority=priority))
+    order = []
+    while (plan := scheduler.schedule()) is not None:
+        (chunk,) = plan.chunks
+        order.append(chunk.sequence.arrival)
+        scheduler.finish(chunk.sequence)
+    assert sorted(order) == list(range(len(priorities)))
+    for place, arrival in enumerate(order):
+        before = [other for other in order[:place] if other > arrival]
+        for step in (1, 2):
+            passing = [other for other in before if priorities[other] - priorities[arrival] == step]
+            assert all(other - arrival < 64 * step + 1 for other in passing)
+        assert all(priorities[other] > priorities[arrival] for other in before)

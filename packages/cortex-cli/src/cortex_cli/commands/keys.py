@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -78,6 +78,12 @@ def keys() -> None:
 @click.option("--tokens-per-minute", type=click.IntRange(1), help="Tokens, prompt and answer, in any minute.")
 @click.option("--max-concurrent-requests", type=click.IntRange(1), help="Requests at once.")
 @click.option(
+    "--priority",
+    type=click.Choice(["low", "normal", "high"]),
+    default="normal",
+    help="The highest priority that its requests may have. Default: normal.",
+)
+@click.option(
     "--budget",
     "budgets",
     type=BudgetSpec(),
@@ -96,6 +102,7 @@ def create(
     requests_per_minute: int | None,
     tokens_per_minute: int | None,
     max_concurrent_requests: int | None,
+    priority: Literal["low", "normal", "high"],
     budgets: tuple[Budget, ...],
     expires: int | None,
     as_toml: bool,
@@ -117,6 +124,7 @@ def create(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         max_concurrent_requests=max_concurrent_requests,
+        priority=priority,
         budgets=budgets,
     )
     try:
@@ -279,6 +287,7 @@ def _described(
         "key_id": entry.name,
         "account_id": entry.account,
         "admin": entry.admin,
+        "priority": entry.priority,
         "state": state,
         "from": origin,
         "models": entry.models,

@@ -19,6 +19,7 @@ from cortex_core.catalogue import Catalogue
 from cortex_core.entitlements import Budget, EntitlementsSection, KeyEntry
 from cortex_core.fleet import ModelCost
 from cortex_core.gateway_config import NeuronEntry
+from cortex_core.hop import PRIORITIES
 
 from cortex_gateway.configuration.current import Configuration
 from cortex_gateway.configuration.diff import difference, settings_of
@@ -259,7 +260,8 @@ def _keys(old: EntitlementsSection, new: EntitlementsSection, gone: Iterable[Key
 
 def _is_limited(entry: KeyEntry) -> bool:
     limits = (entry.requests_per_minute, entry.tokens_per_minute, entry.max_concurrent_requests)
-    return "*" not in entry.models or bool(entry.all_budgets) or any(limit is not None for limit in limits)
+    is_last = entry.priority == "low"
+    return "*" not in entry.models or bool(entry.all_budgets) or is_last or any(limit is not None for limit in limits)
 
 
 def _key(old: KeyEntry, new: KeyEntry) -> Iterator[str]:
@@ -273,6 +275,8 @@ def _key(old: KeyEntry, new: KeyEntry) -> Iterator[str]:
         was, now = getattr(old, limit), getattr(new, limit)
         if more_or_none(was, now):
             yield f"{where}: {limit}: {was} would become {_shown(now)}"
+    if PRIORITIES[new.priority] > PRIORITIES[old.priority]:
+        yield f"{where}: priority: {old.priority} would become {new.priority}"
     budgets = {budget.name: budget for budget in new.all_budgets}
     for budget in old.all_budgets:
         kept = budgets.get(budget.name)

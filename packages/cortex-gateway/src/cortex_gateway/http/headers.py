@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
 
-from cortex_core.hop import CACHE_SALT_HEADER, HOP_HEADER, RESOLVED_MODEL_HEADER
+from cortex_core.hop import CACHE_SALT_HEADER, HOP_HEADER, PRIORITY_HEADER, RESOLVED_MODEL_HEADER
 from multidict import CIMultiDict
 
 from cortex_gateway.http.asgi import RawHeaders
@@ -71,6 +71,7 @@ def request_headers(
     principal: Iterable[tuple[str, str]] = (),
     secrets: Mapping[str, str] = MappingProxyType({}),
     cache_salt: str = "",
+    priority: str = "normal",
 ) -> CIMultiDict[str]:
     """The headers a neuron gets: those of the client's that are listed, and ours.
 
@@ -84,6 +85,8 @@ def request_headers(
     forwarded.add(HOP_HEADER, "1")
     if cache_salt:
         forwarded.add(CACHE_SALT_HEADER, cache_salt)
+    if priority != "normal":
+        forwarded.add(PRIORITY_HEADER, priority)
     forwarded.update(secrets)
     if model.isprintable():
         forwarded.add(RESOLVED_MODEL_HEADER, model)

@@ -8,12 +8,15 @@ import re
 from datetime import UTC, datetime
 
 from cortex_core.entitlements import Budget, KeyEntry, Window
+from cortex_core.errors import invalid
+from cortex_core.hop import PRIORITIES, PRIORITY_HEADER
 
 from cortex_gateway.http.asgi import RawHeaders
 from cortex_gateway.identity.clock import Clock
 from cortex_gateway.identity.estimate import cap_of
 from cortex_gateway.identity.windows import Meter, Slots
 
+_PRIORITY = PRIORITY_HEADER.encode()
 MINUTE = Window(kind="rolling", seconds=60)
 
 
@@ -37,6 +40,7 @@ class Principal:
     """Who asks: one valid key."""
 
     __slots__ = (
+        "_max_priority",
         "_pattern",
         "account_id",
         "budgets",
@@ -55,6 +59,7 @@ class Principal:
         self.is_admin = entry.admin
         self.expires_ms = expires_ms
         self.max_concurrent = entry.max_concurrent_requests
+        self._max_priority: str = entry.priority
         self.meters = meters
         meters.adapt(entry)
         self.budgets: tuple[tuple[Budget, Slots, int], ...] = tuple(
@@ -73,6 +78,13 @@ class Principal:
     def may_use(self, *names: str) -> bool:
         """Whether one of a model's names (as asked for, as resolved) is allowed."""
         return self._pattern is None or any(self._pattern.match(name) for name in names)
+
+    def priority(self, headers: RawHeaders) -> str:
+        """What a request asks for, or less. Raises `ApiError` for a word that is none."""
+        asked = next((value for name, value in headers if name == _PRIORITY), b"normal").decode("latin-1")
+        if asked not in PRIORITIES:
+            raise invalid(f"{PRIORITY_HEADER} is one of {', '.join(PRIORITIES)}", param=PRIORITY_HEADER)
+        return min(asked, self._max_priority, key=PRIORITIES.__getitem__)
 
     @property
     def may_use_all(self) -> bool:

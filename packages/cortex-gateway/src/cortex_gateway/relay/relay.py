@@ -207,6 +207,7 @@ class Relay:
         if principal is not None:
             if not self._current.config.entitlements.share_prefixes:
                 request.cache_salt = principal.cache_salt
+            request.priority = principal.priority(request.headers)
             request.limit_headers = partial(limit_headers, principal, request.surface.dialect, self._identity.clock)
 
     async def _read(self, request: RequestState) -> None:
@@ -452,6 +453,7 @@ class Relay:
             principal=principal,
             secrets=neuron.secret_headers,
             cache_salt=request.cache_salt,
+            priority=request.priority,
         )
         stream = request.stream
         if stream is not None and stream.head is not None:

@@ -59,6 +59,7 @@ class RequestState:
     asked.
 
     cache_salt: requests with different ones share no cached prefix, and none is routed by what the other has asked.
+    priority: one of `hop.PRIORITIES`, as far as the key allows it.
 
     stream: what has been relayed of a stream, over all the neurons that wrote it; None before the first byte.
     translation: how a server that is no neuron is asked, where one is. trace: its spans, where telemetry is on;
@@ -102,6 +103,7 @@ class RequestState:
         "path",
         "payload",
         "principal",
+        "priority",
         "request_id",
         "resolved",
         "route",
@@ -143,6 +145,7 @@ class RequestState:
         self.principal: Principal | None = None
         self.grant: Grant | None = None
         self.cache_salt = ""
+        self.priority = "normal"
         self.limit_headers: Callable[[], RawHeaders] = no_headers
         self.sent_at: float | None = None
         self.generated: int | None = None

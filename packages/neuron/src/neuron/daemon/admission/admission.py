@@ -7,7 +7,9 @@ moment leaves no trace (F16).
 
 Fairness is per principal (an account or key, see `Exchange.principal`): the next seat goes to the principal with the
 fewest requests at work, among equals to the one whose last turn is longest ago, and who is next is not overtaken while
-its pages are not free. So while a principal with nothing at work waits, every other one gets at most one turn. Requests
+its pages are not free. So while a principal with nothing at work waits, every other one gets at most one turn. Priority
+works within that: a principal's own requests are taken by it, and what it has at work counts half with a high priority
+and twice with a low one, so that seats are shared one to two to four, and nobody starves. Requests
 without identity live on what is left: they are seated while no identified request waits, and one seat and one place
 stay out of their reach (F21). When every place is taken, the principal with the longest queue loses its youngest
 request to a newcomer that has fewer waiting (longest queue drop, Suter et al. 1998).
@@ -65,8 +67,9 @@ class _Line:
         self.queued: dict[int, Ticket] = {}
 
     def head(self) -> Ticket | None:
-        """The first that has said what it needs."""
-        return next((ticket for ticket in self.queued.values() if ticket.need is not None), None)
+        """The first that has said what it needs, of those with the highest priority."""
+        ready = (ticket for ticket in self.queued.values() if ticket.need is not None)
+        return max(ready, key=lambda ticket: ticket.priority, default=None)
 
 
 class Admission:
@@ -128,8 +131,11 @@ class Admission:
 
     # ------------------------------------------------------------------ in
 
-    def apply(self, principal: str | None) -> Ticket:
-        """A place, at once. Raises `ApiError`: closed, no place left, or too many of this principal's (429)."""
+    def apply(self, principal: str | None, priority: int = 0) -> Ticket:
+        """A place, at once. priority: one of `cortex_core.hop.PRIORITIES`.
+
+        Raises `ApiError`: closed, no place left, or too many of this principal's (429).
+        """
         if self._closed is not None:
             raise self._closed()
         line = self._lines.get(principal) or _Line(self._num_seated, is_anonymous=principal is None)
@@ -150,7 +156,7 @@ class Admission:
         self._lines[principal] = line
         self._num_arrivals += 1
         self._num_queued += 1
-        ticket = line.queued[self._num_arrivals] = Ticket(self, principal, line, self._num_arrivals)
+        ticket = line.queued[self._num_arrivals] = Ticket(self, principal, line, self._num_arrivals, priority)
         return ticket
 
     def _displace(self, newcomer: _Line) -> bool:
@@ -195,7 +201,7 @@ class Admission:
             head = line.head()
             if head is None:
                 continue
-            rank = line.in_flight, line.turn, head.arrival
+            rank = line.in_flight << (1 - head.priority), line.turn, head.arrival
             if line.is_anonymous:
                 anonymous = head
             elif best is None or rank < best_rank:
@@ -349,10 +355,11 @@ class Admission:
 class Ticket:
     """One request's place, later its seat and its pages; leaving the context gives all of it back."""
 
-    def __init__(self, admission: Admission, principal: str | None, line: _Line, arrival: int) -> None:
+    def __init__(self, admission: Admission, principal: str | None, line: _Line, arrival: int, priority: int) -> None:
         self.principal = principal
         self.line = line
         self.arrival = arrival
+        self.priority = priority
         self.need: KVNeed | None = None
         self.reserved_pages = 0
         self.unseen_pages = 0

@@ -20,7 +20,7 @@ from cortex_core.dialects.errors import (
     status_of,
 )
 from cortex_core.errors import ApiError
-from cortex_core.hop import CACHE_SALT_HEADER
+from cortex_core.hop import CACHE_SALT_HEADER, PRIORITIES, PRIORITY_HEADER
 
 from neuron.daemon.api.asgi import ClientGone, RawHeaders, Receive, Scope, Send
 from neuron.daemon.api.body import RequestBody
@@ -96,6 +96,11 @@ class Exchange:
         """With whom cached prefixes are not to be shared, as a gateway says; empty without."""
         value = self.header(CACHE_SALT_HEADER.encode())
         return "" if not value else _digest(value)
+
+    @property
+    def priority(self) -> int:
+        """As a gateway says: 0 is everybody's, above comes before, below behind."""
+        return PRIORITIES.get((self.header(PRIORITY_HEADER.encode()) or b"").decode("latin-1"), 0)
 
     @property
     def is_hop(self) -> bool:

@@ -82,7 +82,7 @@ class Inference:
             model = services.manager.get(exchange.resolved_model or record.asked_model)
             record.found(model.id)
             text, group = model.serving()
-            with model.admission.apply(record.principal) as ticket:
+            with model.admission.apply(record.principal, exchange.priority) as ticket:
                 request, choices = await text.prepare(
                     self._route, body, max_model_len=model.max_model_len, principal=record.principal
                 )
@@ -91,7 +91,7 @@ class Inference:
                 if model.loaded is not None and text.tokens.vocab_size > model.loaded.vocab_size:
                     _check_ids(request, choices, model.loaded.vocab_size)
                 with request.own_words():
-                    choices = _salted(choices, exchange.cache_salt, request.cache_salt)
+                    choices = _marked(choices, exchange, request.cache_salt)
                     events, head = self._begun(request, choices, text, record, state)
                     ticket.request(model.need(events.needs(), num_choices=request.num_choices))
                     if request.stream:
@@ -151,12 +151,14 @@ class Inference:
         record.end("ok")
 
 
-def _salted(choices: list[Choice], of_account: str, of_client: str) -> list[Choice]:
-    """Choices that share cached prefixes only with those of equal salts: the gateway's for an account, the client's."""
-    if not of_account and not of_client:
+def _marked(choices: list[Choice], exchange: Exchange, salt_of_client: str) -> list[Choice]:
+    """Choices of the priority that a gateway gives, and that share cached prefixes only with those of equal salts: the
+    gateway's for an account, the client's."""
+    of_account, priority = exchange.cache_salt, exchange.priority
+    if not of_account and not salt_of_client and not priority:
         return choices
-    salt = f"{of_account}:{of_client}"
-    return [msgspec.structs.replace(choice, cache_salt=salt) for choice in choices]
+    salt = f"{of_account}:{salt_of_client}" if of_account or salt_of_client else ""
+    return [msgspec.structs.replace(choice, cache_salt=salt, priority=priority) for choice in choices]
 
 
 def _check_ids(request: Request, choices: list[Choice], vocab_size: int) -> None:

@@ -48,6 +48,7 @@ class Choice(msgspec.Struct, frozen=True):
     grammar: GrammarSpec | None = None
     prompt_logprobs: bool = False
     cache_salt: str = ""
+    priority: int = 0
 
     def generate(self, request_id: int, output_ids: tuple[int, ...] = ()) -> Generate:
         """The frame that starts this choice, or resumes it after `output_ids`."""
@@ -61,6 +62,7 @@ class Choice(msgspec.Struct, frozen=True):
             output_ids=output_ids,
             prompt_logprobs=self.prompt_logprobs,
             cache_salt=self.cache_salt,
+            priority=self.priority,
         )
 
 

@@ -2,7 +2,8 @@
 
 Continuous batching with one token budget per step (Sarathi-Serve, Agrawal et al. 2024): first one token for each
 decoding sequence, then chunks of prompts, those that came first and the shortest (`prefill_budget`). New sequences come
-from a first-come queue, in which a short one may pass long ones that have to wait for their turn in any case.
+from a first-come queue, in which a short one may pass long ones that have to wait for their turn in any case, and one
+of higher priority a bounded number of those before it (`Sequence.place`).
 A sequence is admitted when pages for all its tokens are free, and takes them at once; only decoding can run out of
 pages later, and then the latest arrival gives up its pages and is computed again from its tokens.
 
@@ -83,8 +84,8 @@ class StepPlan:
         return StepPlan(self.step, chunks, num_decodes, sum(chunk.num_tokens for chunk in chunks))
 
 
-def _by_arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _by_place(sequence: Sequence) -> tuple[int, int]:
+    return sequence.place
 
 
 class Scheduler:
@@ -156,7 +157,7 @@ class Scheduler:
     # ------------------------------------------------------------------ in and out
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence at its place in the order of arrival.
+        """Queue a sequence at its place.
 
         Raises `RequestError`: `too_long` if it can never fit, `internal` for an id that is in use.
         """
@@ -169,7 +170,7 @@ class Scheduler:
                 f"{self.max_model_len} positions and a KV cache of {self._pool.num_usable * self._page_size} tokens",
             )
         self._by_id[sequence.request_id] = sequence
-        insort(self._waiting, sequence, key=_by_arrival)
+        insort(self._waiting, sequence, key=_by_place)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever its state, and let go of its pages. One that is out already is ignored."""
@@ -326,11 +327,11 @@ class Scheduler:
         self._let_go(sequence)
         sequence.num_computed = sequence.num_scheduled = 0
         sequence.status = Status.WAITING
-        insort(self._waiting, sequence, key=_by_arrival)
+        insort(self._waiting, sequence, key=_by_place)
         self.num_preemptions += 1
 
     def _admit(self, budget: int, prefills: list[Sequence]) -> list[Sequence]:
-        """Start waiting sequences in order of arrival, until budget, seats or pages are used up; returns all prefills
+        """Start waiting sequences in their order, until budget, seats or pages are used up; returns all prefills
         of the step in that order.
 
         Beside the first prompt there is one more that does not fit into the step. What does not fit is passed by what
@@ -371,7 +372,7 @@ class Scheduler:
             sequence.pages.extend(matched)
             sequence.pages.extend(self._pool.allocate(missing))
             del self._waiting[position]
-            insort(self._running, sequence, key=_by_arrival)
+            insort(self._running, sequence, key=_by_place)
             sequence.status = Status.RUNNING
             sequence.num_computed = sequence.num_scheduled = len(matched) * self._page_size
             if sequence.num_cached is None:
@@ -384,7 +385,7 @@ class Scheduler:
                 left -= length
             else:
                 has_long = True
-            insort(prefills, sequence, key=_by_arrival)
+            insort(prefills, sequence, key=_by_place)
         return prefills
 
     def _let_go(self, sequence: Sequence) -> None:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from neuron.engine.scheduler.token_bias import TokenBias
 
 
+PASSED_BY_PRIORITY = 64
+"""A step of priority is worth so many places in the order of arrival: whoever has less of it is passed by so many later
+ones at most, and never starves."""
+
+
 class Status(Enum):
     """Stations of a sequence in the scheduler."""
 
@@ -30,7 +35,7 @@ class Sequence:
     tokens: prompt and output ids in one list. num_computed: how many of them have their K and V in `pages`; the last
     sampled token has not, it is the next step's input. pages: int32 array of page numbers in order.
     num_cached: prompt tokens found in the prefix cache at the first admission, None before. arrival: position in the
-    order of arrival, which decides admission and, reversed, preemption.
+    order of arrival. place: the same with priority taken into account; it decides admission and, reversed, preemption.
 
     Of steps that were launched and whose results have not been read: num_scheduled: tokens whose K and V they write at
     the latest, num_computed where there are none. num_pending: tokens they sample, which the device knows and the host
@@ -55,6 +60,7 @@ class Sequence:
         "num_scheduled",
         "page_hashes",
         "pages",
+        "place",
         "prompt_logprobs",
         "request_id",
         "sampling",
@@ -67,6 +73,7 @@ class Sequence:
     def __init__(self, request: Generate, arrival: int) -> None:
         self.request_id = request.request_id
         self.arrival = arrival
+        self.place = (arrival - PASSED_BY_PRIORITY * request.priority, arrival)
         self.tokens: list[int] = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
