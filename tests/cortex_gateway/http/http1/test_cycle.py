@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from cortex_gateway.http.asgi import Receive, Scope, Send
+from cortex_gateway.http.http1.cycle import RequestCycle
 
 from tests.cortex_gateway.http.http1.harness import CLOSING, SMUGGLED, Server, post
 
@@ -158,3 +159,66 @@ async def test_a_body_that_is_not_its_length_breaks_off(strict: Server, length: 
     strict.app = answer
     body = (await strict.ask(post() + SMUGGLED)).partition(b"\r\n\r\n")[2]
     assert body == b"" and len(strict.scopes) == 1
+
+
+class WrittenLine:
+    """A connection that remembers each write."""
+
+    is_blocked = is_lost = is_last = False
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.write = self.writes.append
+
+    async def drained(self) -> None:
+        return
+
+    def body_was_taken(self) -> None:
+        return
+
+    def was_answered(self, cycle: RequestCycle) -> None:
+        return
+
+    def own_headers(self) -> list[tuple[bytes, bytes]]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("bodies", "writes"),
+    [
+        ([(b"all", False)], [b"HEAD3\r\nall\r\n0\r\n\r\n"]),
+        ([(b"", False)], [b"HEAD0\r\n\r\n"]),
+        ([(b"a", True), (b"b", False)], [b"HEAD1\r\na\r\n", b"1\r\nb\r\n0\r\n\r\n"]),
+        ([(b"", True), (b"b", True), (b"", True), (b"", False)], [b"HEAD", b"1\r\nb\r\n", b"0\r\n\r\n"]),
+    ],
+)
+async def test_a_head_goes_out_with_the_first_of_the_body(
+    bodies: list[tuple[bytes, bool]], writes: list[bytes]
+) -> None:
+    """An answer that is there at once is one write, and a body without bytes sends the head by itself."""
+    line = WrittenLine()
+    cycle = RequestCycle(line, {"method": "GET", "http_version": "1.1"}, wants_continue=False)
+    await cycle.send({"type": "http.response.start", "status": 200, "headers": []})
+    assert line.writes == [] and not cycle.is_started
+    for data, more in bodies:
+        await cycle.send({"type": "http.response.body", "body": data, "more_body": more})
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert [each.replace(head, b"HEAD") for each in line.writes] == writes
+    assert cycle.is_started and cycle.is_answered
+    with pytest.raises(RuntimeError):
+        await cycle.send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+async def test_what_fails_between_head_and_body_is_a_500() -> None:
+    line = WrittenLine()
+    cycle = RequestCycle(line, {"method": "GET", "http_version": "1.1"}, wants_continue=False)
+
+    async def fails(scope: Scope, receive: Receive, send: Send, *_: object) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ValueError
+
+    async def log() -> None:
+        return
+
+    await cycle.run(fails, log)
+    assert b"".join(line.writes).startswith(b"HTTP/1.1 500 ") and cycle.is_answered

@@ -70,6 +70,10 @@ class ClientWriter:
         self.status = status
         return self._send({"type": "http.response.start", "status": status, "headers": headers})
 
+    def flush(self) -> Coroutine[Any, Any, None]:
+        """The head that was started goes out now, and not with the first of the body."""
+        return self.write(NOTHING)
+
     def write(self, data: bytes) -> Coroutine[Any, Any, None]:
         return self._send({"type": "http.response.body", "body": data, "more_body": True})
 

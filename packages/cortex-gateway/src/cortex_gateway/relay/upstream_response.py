@@ -76,6 +76,8 @@ async def relay_response(
     if stream is not None:
         if not has_started:
             await writer.start(response.status, _stream_headers(request, response))
+            if not first:
+                await writer.flush()
         request.stream = stream
         if translation is not None:
             writer.keep_alive(ping_interval_s, ping_interval_s)

@@ -36,8 +36,9 @@ class RequestCycle:
     """The connection feeds it; `receive` and `send` are the application's.
 
     is_whole: the request's body has come to its end. is_started, is_answered: the answer's head, and all of it, were
-    written. is_gone: the client has closed its side, or the connection is lost. is_cut: the connection has ended this
-    request by itself; nothing more is written for it.
+    written; the head goes out with the first of the body, in one write where both come at once. is_gone: the client has
+    closed its side, or the connection is lost. is_cut: the connection has ended this request by itself; nothing more is
+    written for it.
     """
 
     __slots__ = (
@@ -49,6 +50,7 @@ class RequestCycle:
         "_line",
         "_moved",
         "_on_disconnect",
+        "_unsent_head",
         "is_answered",
         "is_cut",
         "is_gone",
@@ -74,6 +76,7 @@ class RequestCycle:
         self._is_chunked = False
         self._is_without_body = False
         self._left: int | None = None
+        self._unsent_head = b""
         self._moved: asyncio.Event | None = None
         self._on_disconnect: Callable[[], None] | None = None
         scope["extensions"] = {SHORTCUT: self}
@@ -139,16 +142,15 @@ class RequestCycle:
         if line.is_lost or self.is_cut:
             raise ConnectionResetError("the client has closed the connection")
         kind = message["type"]
-        if kind == "http.response.body" and self.is_started and not self.is_answered:
+        head = self._unsent_head
+        if kind == "http.response.body" and (head or self.is_started) and not self.is_answered:
             data = message.get("body", b"")
             if message.get("more_body", False):
-                if data:
-                    line.write(self._framed(data))
+                self._write(head, self._framed(data) if data else b"")
             else:
-                self._finish(data)
-        elif kind == "http.response.start" and not self.is_started:
-            line.write(self._head(message["status"], message.get("headers", ())))
-            self.is_started = True
+                self._finish(head, data)
+        elif kind == "http.response.start" and not head and not self.is_started:
+            self._unsent_head = self._head(message["status"], message.get("headers", ()))
         else:
             raise RuntimeError(f"{kind} is not what an answer goes on with here")
         if line.is_blocked:
@@ -200,14 +202,21 @@ class RequestCycle:
                 raise RuntimeError("the answer is longer than its content-length")
         return bytes(data)
 
-    def _finish(self, data: bytes) -> None:
+    def _write(self, head: bytes, data: bytes) -> None:
+        if head:
+            self.is_started = True
+            self._unsent_head = b""
+            data = head + data
+        if data:
+            self._line.write(data)
+
+    def _finish(self, head: bytes, data: bytes) -> None:
         last = self._framed(data) if data else b""
         if self._is_chunked and not self._is_without_body:
             last += b"0\r\n\r\n"
         elif self._left and not self._is_without_body:
             raise RuntimeError("the answer is shorter than its content-length")
-        if last:
-            self._line.write(last)
+        self._write(head, last)
         self.is_answered = True
         self._has_moved()
         self._line.was_answered(self)
