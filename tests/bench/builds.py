@@ -7,7 +7,8 @@
 WORKTREE is a checkout of the build to compare with (`git worktree add WORKTREE 7d1037b`) that has an environment of its
 own (`uv sync --locked` in it). Each build measures itself with its own `gateway.py` or `engine.py`, so that a build
 whose modules have moved needs nothing from this one; here they only take turns. `gateway` starts fresh processes for
-each round and lets the two take turns in slices of seconds: CPU per request, streamed chunk and prompt of 200 kB.
+each round and loads both at once, so that what disturbs one disturbs the other: CPU per request, streamed chunk and
+prompt of 200 kB.
 `engine` keeps one worker process of each build: CPU and seconds of the same greedy work, given as `STREAMSxPROMPT+NEW`
 (streams at once, tokens of each prompt, tokens of each answer), the answers compared; at the end the CPU around the
 model in a step, and what the workers hold.
@@ -59,11 +60,10 @@ with ExitStack() as stack:
         else:
             print(json.dumps(gateway.measure(pid, port, **asked)), flush=True)
 """
-_SLICES = 4
 _GATEWAY_KINDS: dict[str, dict[str, float]] = {
-    "request": {"clients": 32, "seconds": 1.5},
-    "chunk": {"clients": 64, "seconds": 2.5},
-    "prompt": {"clients": 8, "seconds": 1.5},
+    "request": {"clients": 32, "seconds": 5.0},
+    "chunk": {"clients": 64, "seconds": 6.0},
+    "prompt": {"clients": 8, "seconds": 5.0},
 }
 
 _ENGINE = """
@@ -166,8 +166,14 @@ class Build:
         self._answers: IO[str] = process.stdout
 
     def measure(self, what: Any) -> Any:
+        self.ask(what)
+        return self.answer()
+
+    def ask(self, what: Any) -> None:
         self._asks.write(json.dumps(what) + "\n")
         self._asks.flush()
+
+    def answer(self) -> Any:
         line = self._answers.readline()
         if not line:
             raise SystemExit("a build ended; its words are above")
@@ -197,6 +203,13 @@ def in_turn(sides: dict[str, Build], what: Any, number: int) -> dict[str, Any]:
     return {name: sides[name].measure(what) for name in names}
 
 
+def at_once(sides: dict[str, Build], what: Any) -> dict[str, Any]:
+    """What disturbs one disturbs the other."""
+    for side in sides.values():
+        side.ask(what)
+    return {name: side.answer() for name, side in sides.items()}
+
+
 def verdict(what: str, ratios: list[float], bar: float | None) -> bool:
     low, high = interval(ratios)
     said = "" if bar is None else f", bar {bar}: {'met' if high <= bar else 'MISSED'}"
@@ -209,11 +222,11 @@ def gateway(options: argparse.Namespace) -> bool:
     with ExitStack() as stack:
         sides = both(stack, options.base, _GATEWAY)
         for number in range(1, options.rounds + 1):
-            in_turn(sides, "fresh", number)
+            at_once(sides, "fresh")
             words = []
             for kind, load in _GATEWAY_KINDS.items():
-                slices = [in_turn(sides, {"kind": kind, **load}, turn) for turn in range(_SLICES)]
-                base, here = (statistics.fmean(each[name] for each in slices) for name in ("base", "here"))
+                found = at_once(sides, {"kind": kind, **load})
+                base, here = found["base"], found["here"]
                 measured.setdefault(kind, []).append(here / base)
                 words.append(f"{kind} {base:.1f} -> {here:.1f} ({here / base:.3f})")
             print(f"{number:4}  us of CPU: {', '.join(words)}", flush=True)

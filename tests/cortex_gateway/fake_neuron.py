@@ -265,8 +265,9 @@ class FakeNeuron:
         return response
 
     @staticmethod
-    async def begin_stream(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
+    async def begin_stream(request: web.Request, **headers: str) -> web.StreamResponse:
+        more = {name.replace("_", "-"): value for name, value in headers.items()}
+        response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", **more})
         await response.prepare(request)
         return response
 

@@ -40,3 +40,5 @@ def test_streams_of_a_neuron_that_is_lost_are_completed_by_the_other(
     for (path, body), before, after in zip(asked, undisturbed, disturbed, strict=True):
         assert comparable(path, after) == comparable(path, before), (path, body)
     assert not any(b"cortex-" in raw for raw in disturbed)
+    output = "".join(fleet.gateway.output)
+    assert '"resumes":1' in output and '"mixed"' not in output, "both neurons serve the same files alike"

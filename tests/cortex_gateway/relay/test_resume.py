@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from cortex_core.hop import (
 
 from tests.cortex_gateway.fake_neuron import FakeNeuron, Handler
 from tests.cortex_gateway.gateway_client import MODEL, Start
+from tests.cortex_gateway.relay.harness import records
 
 HEAD = StreamHead("chatcmpl-1", 5, (7,))
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -30,11 +32,11 @@ def write(token_id: int) -> bytes:
     return b"data: %d\n\n" % token_id + tokens_comment([ChoiceTokens(0, [token_id])])
 
 
-def speaking(ids: list[int], *, then: bytes | None, head: StreamHead = HEAD) -> Handler:
+def speaking(ids: list[int], *, then: bytes | None, head: StreamHead = HEAD, **headers: str) -> Handler:
     """A neuron that writes these tokens and ends the stream with `then`, or is cut off."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        response = await FakeNeuron.begin_stream(request)
+        response = await FakeNeuron.begin_stream(request, **headers)
         await response.write(stream_comment(head) + b"".join(map(write, ids)))
         if then is None:
             await response.write(b"data: half an eve")
@@ -71,6 +73,39 @@ async def test_the_client_reads_one_stream(neuron: FakeNeuron, second: FakeNeuro
     state, original = resumed(second)
     assert (state.head, ids_of(state.batches), original) == (HEAD, [1, 2], BODY)
     assert "x-cortex-resume" not in neuron.requests[0][1]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "is_mixed"),
+    [("f1", "f1", False), ("f1", "f2", True), ("f1", None, True), (None, "f1", True), (None, None, True)],
+)
+async def test_it_is_known_where_a_stream_goes_on_with_something_else(
+    neuron: FakeNeuron,
+    second: FakeNeuron,
+    start: Start,
+    caplog: pytest.LogCaptureFixture,
+    first: str | None,
+    then: str | None,
+    is_mixed: bool,
+) -> None:
+    def named(fingerprint: str | None) -> dict[str, str]:
+        return {} if fingerprint is None else {"x_cortex_fingerprint": fingerprint}
+
+    caplog.set_level(logging.INFO)
+    neuron.have(MODEL)
+    neuron.answer = speaking([1, 2], then=None, **named(first))
+    second.have(MODEL)
+    second.answer = speaking([3], then=END, **named(then))
+    client = await start(neuron, second)
+    async with client.post("/v1/chat/completions", BODY) as response:
+        neuron.models.clear()
+        assert (await response.read()).endswith(END)
+        assert "x-cortex-fingerprint" not in response.headers
+    (line,) = records(caplog)
+    assert (line["resumes"], line.get("mixed", False)) == (1, is_mixed)
+    assert ("serves" in caplog.text and "otherwise" in caplog.text) is is_mixed
+    async with client.session.get(client.started.metrics_url + "/metrics") as scraped:
+        assert ("cortex_mixed_streams_total{" in await scraped.text()) is is_mixed
 
 
 async def test_a_stream_that_is_cut_off_twice_goes_on_twice(

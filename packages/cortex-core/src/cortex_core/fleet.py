@@ -230,6 +230,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     Every field is written, defaults too: what a peer must read (`status`, `devices`) may not hinge on its value.
     spec: how it was loaded, so that whoever unloads it can bring back the same thing (G4); None from older peers.
     pinned: an operator asked that nothing displaces it here. dtype: what its weights and cache are held as.
+    fingerprint: of all that its answers depend on, beside the request; equal where another node gives the same answers.
     """
 
     id: str
@@ -249,6 +250,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     spec: ModelSpec | None = None
     pinned: bool = False
     dtype: str | None = None
+    fingerprint: str | None = None
 
 
 class ModelLocation(msgspec.Struct, frozen=True, omit_defaults=True):

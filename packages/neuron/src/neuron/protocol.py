@@ -203,7 +203,8 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     weight_bytes and kv_bytes_per_token are sums over ranks; num_pages the minimum, which all of them use.
     step_deadline_s: see EngineStats. read_bytes, read_seconds: what all ranks read of the checkpoint, and how long the
     slowest took until it was in place; 0 where nothing was read. read_from_memory: from copies in memory.
-    cache_groups: what kv_bytes_per_token is made of.
+    cache_groups: what kv_bytes_per_token is made of. computed_by: device and library, as far as they decide the last
+    bits of results.
     """
 
     epoch: int
@@ -221,6 +222,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", array_like=True):
     read_seconds: float = 0.0
     read_from_memory: bool = False
     cache_groups: tuple[CacheGroup, ...] = ()
+    computed_by: str = ""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed", array_like=True):

@@ -45,6 +45,15 @@ async def test_a_gateway_gets_usage_in_a_comment(neuron: RunningNeuron, path: st
     assert headers["x-request-id"] == "req_abc"
 
 
+async def test_a_gateway_is_told_what_a_stream_is_served_with(neuron: RunningNeuron) -> None:
+    request = body_for(neuron, CHAT, stream=True)
+    _, plain, _ = await neuron.post(CHAT, request)
+    _, headers, _ = await neuron.post(CHAT, request, {"x-cortex-hop": "1"})
+    assert "x-cortex-fingerprint" not in plain
+    (model,) = json.loads((await neuron.get("/models"))[2])
+    assert headers["x-cortex-fingerprint"] == model["fingerprint"] and len(model["fingerprint"]) == 16
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_error_before_the_first_token_is_an_http_error(neuron: RunningNeuron, stream: bool) -> None:
     for changes, expected in (

@@ -40,40 +40,48 @@ def test_the_first_has_half_and_no_token_is_left_while_somebody_wants_it(budget:
 @pytest.mark.parametrize("per_token", [0.0001, 0.002, 0.05])
 def test_a_step_keeps_its_time_while_others_wait(per_token: float) -> None:
     budget = PrefillBudget(max_tokens=2048, seconds_per_token=per_token)
-    for num_decodes, others_wait, bound_s in ((0, False, ALONE_S), (0, True, WAITED_FOR_S), (3, False, WAITED_FOR_S)):
-        tokens = budget.tokens(num_decodes, others_wait=others_wait)
+    for num_decodes, num_prompts, bound_s in ((0, 1, ALONE_S), (0, 2, WAITED_FOR_S), (3, 1, WAITED_FOR_S)):
+        tokens = budget.tokens(num_decodes, num_prompts)
         assert tokens == 2048 or bound_s / 2 < tokens * per_token <= bound_s or tokens == 16
 
 
 def test_decodes_on_a_cpu_come_at_even_intervals() -> None:
     budget = PrefillBudget(max_tokens=2048, seconds_per_token=0.001, step_seconds=0.2, keeps_decodes_even=True)
-    assert 0.5 < budget.tokens(32, others_wait=True) * 0.001 / (0.2 * DECODE_SHARE) <= 1
+    assert 0.5 < budget.tokens(32, 1) * 0.001 / (0.2 * DECODE_SHARE) <= 1
     for _ in range(20):
         budget.learn(0, 32, 0.001)
-    assert budget.tokens(32, others_wait=True) * 0.001 <= SHORTEST_S
+    assert budget.tokens(32, 1) * 0.001 <= SHORTEST_S
     for _ in range(20):
         budget.learn(0, 32, 10.0)
-    assert budget.tokens(32, others_wait=True) * 0.001 <= WAITED_FOR_S
-    assert budget.tokens(0, others_wait=False) == 2048
+    assert budget.tokens(32, 1) * 0.001 <= WAITED_FOR_S
+    assert budget.tokens(0, 1) == 2048
+
+
+def test_many_prompts_beside_few_decodes_are_not_cut_into_small_pieces() -> None:
+    """Sixteen requests that come at once: when the first one decodes, the others' prompts are still to be computed."""
+    budget = PrefillBudget(max_tokens=2048, seconds_per_token=0.001, step_seconds=0.02, keeps_decodes_even=True)
+    tokens = [budget.tokens(num_decodes, 16 - num_decodes) for num_decodes in range(16)]
+    assert tokens[0] == tokens[1] == 256 and tokens[15] == 16, tokens
+    assert tokens == sorted(tokens, reverse=True)
 
 
 def test_the_budget_follows_the_speed_that_is_seen() -> None:
     budget = PrefillBudget(max_tokens=2048, seconds_per_token=0.01)
-    assert budget.tokens(0, others_wait=True) == 32
+    assert budget.tokens(0, 2) == 32
     for _ in range(10):
         budget.learn(256, 0, 256 * 0.001)
-    assert budget.tokens(0, others_wait=True) == 256
+    assert budget.tokens(0, 2) == 256
     for _ in range(10):
         budget.learn(256, 8, 256 * 0.004)  # contexts have grown
-    assert budget.tokens(0, others_wait=True) == 64
+    assert budget.tokens(0, 2) == 64
     budget.learn(3, 0, 5.0)  # a chunk of three tokens says nothing of a token
-    assert budget.tokens(0, others_wait=True) == 64
+    assert budget.tokens(0, 2) == 64
 
 
 def test_what_memory_allows_comes_before_what_time_does() -> None:
     budget = PrefillBudget(max_tokens=2048)
     budget.max_tokens = 48
-    assert budget.tokens(0, others_wait=False) == budget.most == 48
+    assert budget.tokens(0, 1) == budget.most == 48
 
 
 # ---------------------------------------------------------------------------------------------- with the scheduler

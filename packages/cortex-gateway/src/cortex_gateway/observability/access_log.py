@@ -27,7 +27,8 @@ _encode = msgspec.json.Encoder().encode
 class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Fields that do not apply are left out. Times are milliseconds; `status` 499 is a client that hung up.
     `key` and `account` are ids, never secrets. `dropped`: filters that took something out of a translated prompt.
-    `attempts`: times it was sent to a node; `resumes`: times another node went on with its stream. `finish`: why each
+    `attempts`: times it was sent to a node; `resumes`: times another node went on with its stream; `mixed`: one
+    that serves the model otherwise, or does not say how. `finish`: why each
     choice ended. `trace_id`: of its W3C trace. `at`: when it ended, in seconds since 1970.
 
     `outcome`: ok, rejected (an error of the gateway's own), upstream_error (an error of the neuron's, passed on),
@@ -49,6 +50,7 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     stream: bool = False
     attempts: int = 0
     resumes: int = 0
+    mixed: bool = False
     ttft_ms: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None

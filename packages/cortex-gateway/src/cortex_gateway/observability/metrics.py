@@ -105,6 +105,12 @@ class Metrics:
             _PLACE,
             registry=registry,
         )
+        self.mixed = Counter(
+            "cortex_mixed_streams",
+            "Streams that went on at this node, which serves the model otherwise than the one that began them.",
+            _PLACE,
+            registry=registry,
+        )
         self.blamed = Counter(
             "cortex_blamed_requests",
             "Requests that end processes: found out (`died`), come again (`again`), found out by a neuron (`engine`).",

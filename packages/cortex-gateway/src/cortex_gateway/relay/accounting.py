@@ -123,6 +123,8 @@ def _record(request: RequestState, metrics: Metrics, access_log: AccessLog, now:
         )
     if request.trace is not None:
         end_trace(request.trace, request, usage, ttft_s=ttft, now=now)
+    if request.is_mixed:
+        metrics.mixed.labels(request.resolved, request.node).inc()
     line = AccessRecord(
         id=request.request_id,
         method="POST",
@@ -139,6 +141,7 @@ def _record(request: RequestState, metrics: Metrics, access_log: AccessLog, now:
         stream=request.is_stream,
         attempts=request.num_attempts,
         resumes=request.num_resumes,
+        mixed=request.is_mixed,
         ttft_ms=None if ttft is None else round(ttft * 1000, 2),
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

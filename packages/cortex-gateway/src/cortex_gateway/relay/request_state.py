@@ -61,6 +61,8 @@ class RequestState:
     cache_salt: requests with different ones share no cached prefix, and none is routed by what the other has asked.
     priority: one of `hop.PRIORITIES`, as far as the key allows it.
 
+    fingerprint: of the node that began a stream, as it says. is_mixed: it goes on where another one is said, or none.
+
     stream: what has been relayed of a stream, over all the neurons that wrote it; None before the first byte.
     translation: how a server that is no neuron is asked, where one is. trace: its spans, where telemetry is on;
     trace_id: of the trace that it belongs to, by its spans or by what the client says. capture: notes what is said,
@@ -79,6 +81,7 @@ class RequestState:
         "client",
         "cors",
         "error",
+        "fingerprint",
         "first_byte_at",
         "generated",
         "grant",
@@ -89,6 +92,7 @@ class RequestState:
         "interruption",
         "is_blamed",
         "is_lost",
+        "is_mixed",
         "is_stream",
         "known_as",
         "last_byte_at",
@@ -164,6 +168,8 @@ class RequestState:
         self.trial: Trial | None = None
         self.waits_since: float | None = None
         self.num_resumes = 0
+        self.fingerprint: str | None = None
+        self.is_mixed = False
         self.is_stream = False
         self.trace_id: str | None = None
         self.trace: RequestTrace | None = None

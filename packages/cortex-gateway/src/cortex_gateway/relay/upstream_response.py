@@ -11,6 +11,7 @@ from collections.abc import Callable
 import aiohttp
 from cortex_core.dialects.limits import MAX_WHOLE_ANSWER_BYTES
 from cortex_core.errors import ApiError
+from cortex_core.hop import FINGERPRINT_HEADER
 
 from cortex_gateway.fleet.openai_server import OpenAIServer
 from cortex_gateway.http.asgi import JSON_CONTENT_TYPE, RawHeaders
@@ -74,6 +75,7 @@ async def relay_response(
                 break
     has_started = await writer.quiet()
     if stream is not None:
+        _compare(request, response, lease)
         if not has_started:
             await writer.start(response.status, _stream_headers(request, response))
             if not first:
@@ -87,6 +89,23 @@ async def relay_response(
         raise ApiError("internal", "The neuron did not answer with a stream.", code="upstream_malformed_response")
     else:
         await _whole(request, response)
+
+
+def _compare(request: RequestState, response: aiohttp.ClientResponse, lease: Lease) -> None:
+    """What a stream goes on with may be served otherwise than what it began with: then it is known."""
+    fingerprint = response.headers.get(FINGERPRINT_HEADER)
+    if request.num_resumes and (fingerprint is None or fingerprint != request.fingerprint):
+        logger.warning(
+            "request %s: goes on at node %s, which serves %s otherwise (%s) than where it began (%s): it may differ",
+            request.request_id,
+            lease.neuron.name,
+            request.resolved,
+            fingerprint or "unknown",
+            request.fingerprint or "unknown",
+        )
+        request.is_mixed = True
+    elif not request.num_resumes:
+        request.fingerprint = fingerprint
 
 
 def _stream_of(request: RequestState, translation: Translation | None, *, is_events: bool) -> AnswerStream | None:

@@ -20,7 +20,7 @@ from cortex_core.dialects.errors import (
     status_of,
 )
 from cortex_core.errors import ApiError
-from cortex_core.hop import CACHE_SALT_HEADER, PRIORITIES, PRIORITY_HEADER
+from cortex_core.hop import CACHE_SALT_HEADER, FINGERPRINT_HEADER, PRIORITIES, PRIORITY_HEADER
 
 from neuron.daemon.api.asgi import ClientGone, RawHeaders, Receive, Scope, Send
 from neuron.daemon.api.body import RequestBody
@@ -50,6 +50,7 @@ class Exchange:
         self.dialect: DialectName = dialect_of_path(self.path, has_anthropic_version=is_anthropic)
         self.params: dict[str, Any] = {}
         self.has_started = False
+        self.fingerprint: str | None = None
         self._is_ending = False
         self._query: bytes = scope.get("query_string", b"")
         self._receive = receive
@@ -191,6 +192,8 @@ class Exchange:
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
         ]
+        if self.fingerprint and self.is_hop:
+            head.append((FINGERPRINT_HEADER.encode(), self.fingerprint.encode()))
         await self._start(200, head + self._identity())
 
     async def send_chunk(self, data: bytes) -> None:

@@ -82,6 +82,7 @@ class Inference:
             model = services.manager.get(exchange.resolved_model or record.asked_model)
             record.found(model.id)
             text, group = model.serving()
+            exchange.fingerprint = model.fingerprint
             with model.admission.apply(record.principal, exchange.priority) as ticket:
                 request, choices = await text.prepare(
                     self._route, body, max_model_len=model.max_model_len, principal=record.principal

@@ -28,6 +28,7 @@ from cortex_core.fleet import ModelSpec
 from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.families import family_of
 from neuron.checkpoint.files import list_files, read_json
+from neuron.checkpoint.fingerprint import checkpoint_digest
 from neuron.checkpoint.layout import StoredTensor, stored, summarised
 from neuron.checkpoint.preflight import check_config, check_layout, refusal, refusing
 from neuron.checkpoint.tensor_shapes import check_shapes
@@ -50,12 +51,13 @@ _places = threading.BoundedSemaphore(MAX_AT_ONCE)
 
 class Inspection(msgspec.Struct, frozen=True):
     """A checkpoint that has passed. tensors: its tensors summed up by what an estimate tells apart; weight_files: names
-    of the files to be read; weight_bytes: of them together."""
+    of the files to be read; weight_bytes: of them together. digest: see `checkpoint.fingerprint`."""
 
     model: ModelConfig
     tensors: tuple[StoredTensor, ...]
     weight_files: tuple[str, ...]
     weight_bytes: int
+    digest: str = ""
 
 
 def inspect(spec: ModelSpec, path: Path) -> Inspection:
@@ -75,7 +77,8 @@ def inspect(spec: ModelSpec, path: Path) -> Inspection:
         tensors = [tensor for _, tensor in found.values()]
         check_shapes(model, family.tensor_names, tensors)
         weight_bytes = sum((path / name).stat().st_size for name in files)
-    return Inspection(model, tuple(summarised(map(stored, tensors), model)), files, weight_bytes)
+        digest = checkpoint_digest(path, names, files)
+    return Inspection(model, tuple(summarised(map(stored, tensors), model)), files, weight_bytes, digest)
 
 
 # ---------------------------------------------------------------- the process

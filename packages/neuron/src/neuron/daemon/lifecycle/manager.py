@@ -326,7 +326,7 @@ class ModelManager:
             inspection = await run_in_daemon_thread(
                 lambda: inspect_in_process(spec, path, cancelled=cancelled), name=f"inspection {model.id}"
             )
-            model.weight_bytes = inspection.weight_bytes
+            model.weight_bytes, model.checkpoint_digest = inspection.weight_bytes, inspection.digest
             await self._fit(model, spec, path, inspection)
             model.text = await self._open_text(model, path)
             event = state_machine.Fetched(path)

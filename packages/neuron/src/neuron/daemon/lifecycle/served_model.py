@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Literal
 from cortex_core.errors import ApiError
 from cortex_core.fleet import ContextLimit, ModelInfo, ModelLoad, Servable
 
+from neuron.build_info import read_build_info
 from neuron.daemon.admission.admission import Admission
 from neuron.daemon.admission.capacity import KVCapacity, KVNeed, OutputEstimate
 from neuron.daemon.common.config import HARNESS
@@ -35,6 +37,8 @@ class ServedModel:
         self.outputs = OutputEstimate(ceiling=output_reserve_tokens)
         self.fit: Fit | None = None
         self.weight_bytes = 0
+        self.checkpoint_digest = ""
+        self.fingerprint: str | None = None
         self.devices: tuple[int, ...] = ()
         self.text: ServedText | None = None
         self.group: EngineGroup | None = None
@@ -59,6 +63,19 @@ class ServedModel:
     def engine_came_up(self, loaded: Loaded) -> None:
         """Admission learns of the cache that the engine has, which after a rebuild may be another."""
         self.admission.set_capacity(_capacity_of(loaded))
+        self.fingerprint = self._fingerprint_with(loaded)
+
+    def _fingerprint_with(self, loaded: Loaded) -> str | None:
+        """Of what answers depend on beside the request: files, number formats, ranks, device, builds. None where the
+        files were not looked at."""
+        if self.group is None or not self.checkpoint_digest:
+            return None
+        config, build = self.group.config, read_build_info()
+        formats = loaded.dtype, [each.item_bytes for each in loaded.cache_groups], config.deterministic
+        ranks = config.tensor_parallel_size, config.shares
+        builds = loaded.computed_by, build.package_version, build.git_sha
+        text = repr((self.checkpoint_digest, formats, ranks, builds))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def need(self, prompts: Sequence[tuple[int, int]], *, num_choices: int) -> KVNeed:
         """What a request needs of the KV cache. prompts: length of each, and the most output tokens of a choice."""
@@ -143,6 +160,7 @@ class ServedModel:
             spec=state.spec,
             pinned=self.is_pinned,
             dtype=None if loaded is None else loaded.dtype,
+            fingerprint=None if loaded is None else self.fingerprint,
         )
 
     def load(self) -> ModelLoad:

@@ -314,6 +314,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         read_bytes=figures.read_bytes,
         read_seconds=figures.read_seconds,
         read_from_memory=bool(config.weight_descriptors),
+        computed_by=_computed_by(model.device),
     )
     logger.info(
         "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",
@@ -346,6 +347,15 @@ def _record_first_graphs(runner: ModelRunner, device: torch.device) -> None:
         time.perf_counter() - began,
         taken / 1e6,
     )
+
+
+def _computed_by(device: torch.device) -> str:
+    """What the last bits of results depend on, beside what is asked for."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        kind = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{kind}, torch {torch.__version__}"
 
 
 def _join(config: EngineConfig, rank: int, device: torch.device) -> ParallelGroup:

@@ -18,7 +18,8 @@ ALONE_S = 4.0
 SHORTEST_S = 0.02
 """A pause that nobody notices: decodes that are faster than this do not make chunks any shorter."""
 DECODE_SHARE = 0.9
-"""Of the time of a step of decodes alone: so much may prefill add, and no gap is twice as long as the others."""
+"""Of the time of a step of decodes alone: so much may prefill add at any time, and no gap is twice as long as the others.
+More than that it may where more sequences wait for a prompt than would for their next token."""
 _UNIT = 16
 _LEARNING = 0.5
 # What a short chunk takes says little about the cost of a token of a long one.
@@ -30,8 +31,9 @@ class PrefillBudget:
 
     step_seconds, seconds_per_token: of a step of decodes, and of a prompt's token, as warming up has shown them.
     max_tokens: what a step may have of them in any case; whoever runs out of memory lowers it. keeps_decodes_even:
-    chunks are so short that decodes come at even intervals, as on a CPU, where a token of a prompt costs nearly as much
-    as one of a decode; a device's decodes are all launch and memory, and chunks that short would waste it.
+    where many decode and few prompts come, chunks are so short that decodes come at even intervals, as on a CPU, where
+    a token of a prompt costs nearly as much as one of a decode; a device's decodes are all launch and memory, and
+    chunks that short would waste it.
     """
 
     def __init__(
@@ -56,11 +58,14 @@ class PrefillBudget:
             decodes_s = min(self._decode_s, seconds / 2) if num_decodes else 0.0
             self._per_token = _towards(self._per_token, (seconds - decodes_s) / prefill_tokens)
 
-    def tokens(self, num_decodes: int, *, others_wait: bool) -> int:
-        """For a step with so many decodes. others_wait: somebody beside the prompt that came first waits for it."""
-        if num_decodes and self._keeps_decodes_even:
-            return self._in(min(max(DECODE_SHARE * self._decode_s, SHORTEST_S), WAITED_FOR_S))
-        return self._in(WAITED_FOR_S if num_decodes or others_wait else ALONE_S)
+    def tokens(self, num_decodes: int, num_prompts: int) -> int:
+        """For a step with so many decodes, while so many prompts are computed or wait for it."""
+        if not num_decodes:
+            return self._in(WAITED_FOR_S if num_prompts > 1 else ALONE_S)
+        if not self._keeps_decodes_even:
+            return self._in(WAITED_FOR_S)
+        by_heads = WAITED_FOR_S * num_prompts / (num_prompts + num_decodes)
+        return self._in(min(max(DECODE_SHARE * self._decode_s, by_heads, SHORTEST_S), WAITED_FOR_S))
 
     @property
     def most(self) -> int:

@@ -223,8 +223,7 @@ class Scheduler:
             prefills = [sequence for sequence in self._running if sequence.num_unscheduled > 1]
         admits = self._waiting and self.num_preemptions == preemptions_before
         if prefills or admits:
-            others_wait = len(prefills) + len(self._waiting) > 1
-            budget = self.prefill_budget.tokens(num_decodes, others_wait=others_wait)
+            budget = self.prefill_budget.tokens(num_decodes, len(prefills) + len(self._waiting))
             budget = min(self.max_step_tokens - num_decodes, budget)
             if admits and budget > 0:
                 prefills = self._admit(budget, prefills)
