@@ -36,8 +36,8 @@ RESUME_HEADER = "x-cortex-resume"
 CACHE_SALT_HEADER = "x-cortex-cache-salt"
 """Requests with different ones share no cached prefix: a gateway sends one for each account."""
 FINGERPRINT_HEADER = "x-cortex-fingerprint"
-"""Of a stream to a gateway: what the model is served with. Where two nodes give the same and are deterministic, a stream
-that moves between them is the one that the first would have given, to the bit."""
+"""Of a stream to a gateway: what the model is served with. Where two nodes give the same and are deterministic, a
+stream that moves between them is the one that the first would have given, to the bit."""
 PRIORITY_HEADER = "x-cortex-priority"
 """A client's wish towards a gateway, which lowers it to what the key may; towards a neuron what it has come to."""
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}

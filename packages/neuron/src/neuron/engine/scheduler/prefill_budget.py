@@ -15,11 +15,12 @@ WAITED_FOR_S = 0.5
 """The longest that a step may be made by prefill while others wait for its end."""
 ALONE_S = 4.0
 """The same while nobody does: a newcomer, or a cancellation, may come."""
-SHORTEST_S = 0.02
-"""A pause that nobody notices: decodes that are faster than this do not make chunks any shorter."""
+SHORTEST_S = 0.15
+"""A pause that whoever reads a stream hardly notices: faster decodes do not make chunks any shorter. Short chunks cost
+throughput: those who came together decode at different times, each step with fewer of them."""
 DECODE_SHARE = 0.9
-"""Of the time of a step of decodes alone: so much may prefill add at any time, and no gap is twice as long as the others.
-More than that it may where more sequences wait for a prompt than would for their next token."""
+"""Of the time of a step of decodes alone: so much may prefill add at any time, and no gap is twice as long as the
+others. It may add more where many sequences wait for their prompts and few for their next token."""
 _UNIT = 16
 _LEARNING = 0.5
 # What a short chunk takes says little about the cost of a token of a long one.
