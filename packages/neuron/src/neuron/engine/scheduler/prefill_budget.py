@@ -15,12 +15,14 @@ WAITED_FOR_S = 0.5
 """The longest that a step may be made by prefill while others wait for its end."""
 ALONE_S = 4.0
 """The same while nobody does: a newcomer, or a cancellation, may come."""
-SHORTEST_S = 0.15
+SHORTEST_S = 0.2
 """A pause that whoever reads a stream hardly notices: faster decodes do not make chunks any shorter. Short chunks cost
 throughput: those who came together decode at different times, each step with fewer of them."""
 DECODE_SHARE = 0.9
 """Of the time of a step of decodes alone: so much may prefill add at any time, and no gap is twice as long as the
 others. It may add more where many sequences wait for their prompts and few for their next token."""
+DECODES_PER_PROMPT = 4
+"""As long as no more decode for each prompt that waits, a step may take all of its time."""
 _UNIT = 16
 _LEARNING = 0.5
 # What a short chunk takes says little about the cost of a token of a long one.
@@ -65,7 +67,7 @@ class PrefillBudget:
             return self._in(WAITED_FOR_S if num_prompts > 1 else ALONE_S)
         if not self._keeps_decodes_even:
             return self._in(WAITED_FOR_S)
-        by_heads = WAITED_FOR_S * num_prompts / (num_prompts + num_decodes)
+        by_heads = WAITED_FOR_S * DECODES_PER_PROMPT * num_prompts / num_decodes
         return self._in(min(max(DECODE_SHARE * self._decode_s, by_heads, SHORTEST_S), WAITED_FOR_S))
 
     @property
@@ -74,12 +76,16 @@ class PrefillBudget:
         return self._in(ALONE_S)
 
     def _in(self, seconds: float) -> int:
-        """In powers of two, so that a prompt is mostly cut alike: where it is cut decides the last bits of scores."""
+        """In few sizes (powers of two and quarters between), so that a prompt is mostly cut alike: where it is cut
+        decides the last bits of scores."""
         if self._per_token * self.max_tokens <= seconds:
             return self.max_tokens
         tokens = _UNIT
         while 2 * tokens * self._per_token <= seconds:
             tokens *= 2
+        quarter = tokens // 4
+        while (tokens + quarter) * self._per_token <= seconds:
+            tokens += quarter
         return min(tokens, self.max_tokens)
 
 
