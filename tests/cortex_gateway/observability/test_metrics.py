@@ -57,6 +57,7 @@ OWN = {
     "cortex_finished_requests_total": "counter",
     "cortex_retries_total": "counter",
     "cortex_resumes_total": "counter",
+    "cortex_mixed_streams_total": "counter",
     "cortex_breaker_openings_total": "counter",
     "cortex_rejected_requests_total": "counter",
     "cortex_model_loads_total": "counter",

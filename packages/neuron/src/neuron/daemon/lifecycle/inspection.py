@@ -28,12 +28,12 @@ from cortex_core.fleet import ModelSpec
 from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.families import family_of
 from neuron.checkpoint.files import list_files, read_json
-from neuron.checkpoint.fingerprint import checkpoint_digest
 from neuron.checkpoint.layout import StoredTensor, stored, summarised
 from neuron.checkpoint.preflight import check_config, check_layout, refusal, refusing
 from neuron.checkpoint.tensor_shapes import check_shapes
 from neuron.checkpoint.weight_files import headers_of, merge, read_index, select
 from neuron.daemon.hub.download import FetchCancelled
+from neuron.daemon.lifecycle.fingerprint import checkpoint_digest
 from neuron.daemon.supervisor.process_group import child_environ
 from neuron.daemon.text_workers.limits import end_with_parent
 
@@ -51,7 +51,7 @@ _places = threading.BoundedSemaphore(MAX_AT_ONCE)
 
 class Inspection(msgspec.Struct, frozen=True):
     """A checkpoint that has passed. tensors: its tensors summed up by what an estimate tells apart; weight_files: names
-    of the files to be read; weight_bytes: of them together. digest: see `checkpoint.fingerprint`."""
+    of the files to be read; weight_bytes: of them together. digest: see `lifecycle.fingerprint`."""
 
     model: ModelConfig
     tensors: tuple[StoredTensor, ...]

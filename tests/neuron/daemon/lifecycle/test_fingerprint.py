@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import list_files
-from neuron.checkpoint.fingerprint import checkpoint_digest
+from neuron.daemon.lifecycle.fingerprint import checkpoint_digest
 
 from tests.neuron.checkpoint_folders import header_of, write_safetensors
 
