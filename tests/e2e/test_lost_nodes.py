@@ -37,6 +37,7 @@ NUM_TOKENS = 300 if IS_FULL else 120
 """Of each answer. What a fault leaves to be written is to outlast the silence, and CI has not the time."""
 NEURON = """
 [engine]
+deterministic = true
 num_threads = 1
 kv_cache_tokens = 65536
 [server]
