@@ -71,4 +71,4 @@ REFUSED_TYPES: Mapping[int, str] = {
     35: "TQ2_0",
     41: "Q1_0",
 }
-"""Types that files may name and that no weight is read from: integers, formats of activations, ternary and binary codes."""
+"""Types that files may name and no weight is read from: integers, formats of activations, codes of one or two bits."""
