@@ -23,6 +23,7 @@ from neuron.checkpoint.layout import (
     stored_tensors,
     summarised,
     tensors_of_size,
+    uses_native_kernels,
 )
 from neuron.checkpoint.sharding import ranks_of
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
@@ -31,6 +32,7 @@ from neuron.engine.models.decoder import CausalLM
 from neuron.engine.models.registry import build_model
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.step.step_memory import StepMemory
+from neuron.engine.weights import loader
 from neuron.protocol import CacheGroup, EngineConfig
 
 from tests.parity.checkpoints import VARIANTS, save_checkpoint
@@ -56,10 +58,18 @@ def estimate(path: Path, **settings: Any) -> list[Footprint]:
     return footprints(config, read_config(hf_config(path)), stored_tensors(weight_paths(path)))
 
 
-def built(path: Path, dtype: torch.dtype, ranks: int = 1, shares: tuple[int, ...] = ()) -> list[CausalLM]:
+def built(
+    path: Path, dtype: torch.dtype, ranks: int = 1, shares: tuple[int, ...] = (), *, native: bool = False
+) -> list[CausalLM]:
+    """Filled, but not rearranged: panels of the native kernels may end with rows of zeros."""
     hf = hf_config(path)
     groups = [ParallelGroup(rank, ranks, shares=shares) for rank in range(ranks)]
-    return [build_model(hf, device=CPU, dtype=dtype, parallel=group) for group in groups]
+    models = [build_model(hf, device=CPU, dtype=dtype, parallel=group, native=native) for group in groups]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "finish", lambda model: None)
+        for model in models:
+            loader.load_weights(model, path)
+    return models
 
 
 def weight_bytes(model: CausalLM) -> int:
@@ -79,7 +89,7 @@ def test_one_rank_is_estimated_to_the_byte(checkpoints: Path, name: str) -> None
         dtype = resolve_dtype(config, read_config(hf_config(path)))
         shape = read_config(hf_config(path))
         assert f"torch.{dtype_of(config, shape)}" == str(dtype)
-        (model,) = built(path, dtype)
+        (model,) = built(path, dtype, native=uses_native_kernels(config, shape))
         (footprint,) = estimate(path, devices=devices)
         assert footprint.weights == weight_bytes(model)
         assert footprint.kv_bytes_per_token == kv_bytes(model)
@@ -116,7 +126,8 @@ def test_the_size_of_the_files_is_enough_for_an_estimate_before_they_are_there(c
     config = EngineConfig(model_id="tiny", path=str(path))
     (rough,) = footprints(config, as_bf16(shape), tensors_of_size(num_bytes, as_bf16(shape)))
     (exact,) = estimate(path)
-    assert rough.weights == pytest.approx(exact.weights, rel=0.05)
+    half = 2 if uses_native_kernels(config, shape) else 1  # bfloat16 is held as it is stored
+    assert rough.weights * half == pytest.approx(exact.weights, rel=0.05)
     assert rough.kv_bytes_per_token == exact.kv_bytes_per_token
 
 

@@ -44,7 +44,7 @@ def test_every_way_is_the_product(product: Product, rows: int, bias: Tensor | No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     weight = normal(96, 160).to(dtype)
-    product = deterministic_product(weight)
+    product = deterministic_product(weight, default_product(weight))
     assert isinstance(product, FixedRowsProduct)
     x = normal(50, 160, seed=3).to(dtype)
     together, gated = product.linear(x, weight, None), product.gated(x, weight, None)

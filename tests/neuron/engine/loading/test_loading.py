@@ -36,7 +36,8 @@ def test_progress_and_sizes_are_reported(checkpoint):
     assert loaded.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
     assert loaded.num_pages == 400_000 // (16 * loaded.kv_bytes_per_token) - 1
     assert loaded.max_model_len == engine.max_model_len == 64
-    assert loaded.weight_bytes == 4 * num_parameters(checkpoint)
+    stored = 4 * num_parameters(checkpoint)
+    assert stored <= loaded.weight_bytes <= 1.1 * stored, "the last panel of a matrix may be filled up with zeros"
 
 
 def test_a_small_cache_caps_the_served_length(checkpoint):

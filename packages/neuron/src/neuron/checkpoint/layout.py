@@ -19,6 +19,7 @@ from neuron.checkpoint.sharding import Rank, ranks_of, shard_columns, shard_head
 from neuron.checkpoint.tensor_names import Role, is_unread, role_of
 from neuron.checkpoint.weight_files import headers_of
 from neuron.host_memory import multiplies_bfloat16
+from neuron.native_kernels import has_native_kernels
 from neuron.protocol import CacheGroup, EngineConfig
 
 _MIB = 2**20
@@ -37,21 +38,26 @@ class StoredTensor(msgspec.Struct, frozen=True):
     """A tensor of a checkpoint, as its file's header describes it.
 
     bits: of an element, where it is held as it is stored (codes, scales); None where it becomes the model's dtype.
+    float_bits: of an element in the file, where it is a float.
     """
 
     name: str
     num_elements: int
     is_matrix: bool
     bits: int | None = None
+    float_bits: int = 32
 
     @property
     def role(self) -> Role:
         return role_of(self.name, is_matrix=self.is_matrix)
 
-    def bytes_of(self, part: float, item_bytes: int) -> int:
-        """That a part of it takes in a model whose elements have `item_bytes`."""
+    def bytes_of(self, part: float, item_bytes: int, *, keeps_matrices: bool = False) -> int:
+        """That a part of it takes in a model whose elements have `item_bytes`. keeps_matrices: matrices of 16 bits stay
+        as they are stored."""
         num_elements = math.ceil(self.num_elements * part)
-        return num_elements * item_bytes if self.bits is None else math.ceil(num_elements * self.bits / 8)
+        if self.bits is not None:
+            return math.ceil(num_elements * self.bits / 8)
+        return num_elements * (2 if keeps_matrices and self.is_matrix and self.float_bits == 16 else item_bytes)
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -91,6 +97,7 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
     world_size = config.tensor_parallel_size
     item_bytes = DTYPES[dtype_of(config, model)]
     tensors = [tensor for tensor in tensors if _is_used(tensor.name, model)]
+    native = uses_native_kernels(config, model)
     overhead = _HOST_OVERHEAD_BYTES if is_host else _DEVICE_OVERHEAD_BYTES
     if world_size > 1 and not is_host:
         overhead += _COMMUNICATOR_BYTES
@@ -107,7 +114,7 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
         held = dict.fromkeys(parts, 0)
         copied = 0
         for tensor in tensors:
-            num_bytes = tensor.bytes_of(parts[tensor.role], item_bytes)
+            num_bytes = tensor.bytes_of(parts[tensor.role], item_bytes, keeps_matrices=native)
             held[tensor.role] += num_bytes
             if tensor.is_matrix and tensor.bits is None:
                 copied += num_bytes
@@ -119,7 +126,7 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
                 activations=_activations(config, part, item_bytes),
                 overhead=overhead,
                 graphs=_graphs(config, part, item_bytes),
-                second_copies=copied if is_host and item_bytes == 4 else 0,
+                second_copies=copied if is_host and item_bytes == 4 and not native else 0,
                 cache_factor=_HOST_CACHE_FACTOR if is_host else 1.0,
             )
         )
@@ -136,6 +143,14 @@ def dtype_of(config: EngineConfig, model: ModelConfig) -> str:
     return "bfloat16" if model.dtype == "bfloat16" and multiplies_bfloat16() else "float32"
 
 
+def uses_native_kernels(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether the native CPU kernels multiply, for which matrices of 16 bits stay as they are stored. Where the
+    processor has products of bfloat16, those of a bfloat16 model are the library's."""
+    if config.devices or not has_native_kernels():
+        return False
+    return not (dtype_of(config, model) == "bfloat16" and multiplies_bfloat16())
+
+
 def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
     """The tensors of safetensors files, from their headers. Raises `OSError`, `CheckpointError`."""
     return [stored(tensor) for file in files for _, found in headers_of(file.parent, [file.name]) for tensor in found]
@@ -144,28 +159,34 @@ def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
 def stored(tensor: TensorHeader) -> StoredTensor:
     """What an estimate needs to know of a tensor."""
     bits = None if tensor.dtype in CONVERTED else BITS[tensor.dtype]
-    return StoredTensor(tensor.name, tensor.num_elements, is_matrix=len(tensor.shape) > 1, bits=bits)
+    return StoredTensor(
+        tensor.name, tensor.num_elements, is_matrix=len(tensor.shape) > 1, bits=bits, float_bits=BITS[tensor.dtype]
+    )
 
 
 def summarised(tensors: Iterable[StoredTensor], model: ModelConfig) -> list[StoredTensor]:
     """A few tensors that take what these take, for whoever passes them on: those that are read, by how they are cut."""
-    sums: dict[tuple[Role, int | None], int] = {}
+    sums: dict[tuple[Role, int | None, int], int] = {}
     for tensor in tensors:
         if _is_used(tensor.name, model):
-            kind = tensor.role, tensor.bits
+            kind = tensor.role, tensor.bits, tensor.float_bits
             sums[kind] = sums.get(kind, 0) + tensor.num_elements
-    return [msgspec.structs.replace(_SUMS[role], num_elements=total, bits=bits) for (role, bits), total in sums.items()]
+    return [
+        msgspec.structs.replace(_SUMS[role], num_elements=total, bits=bits, float_bits=float_bits)
+        for (role, bits, float_bits), total in sums.items()
+    ]
 
 
 def tensors_of_size(num_bytes: int, model: ModelConfig) -> list[StoredTensor]:
     """A stand-in where only the size of the weight files is known, before they are downloaded."""
     embedding = model.vocab_size * model.hidden_size
-    num_elements = num_bytes // DTYPES[model.dtype or "bfloat16"]
+    item_bytes = DTYPES[model.dtype or "bfloat16"]
+    num_elements, bits = num_bytes // item_bytes, item_bytes * 8
     if num_elements <= embedding:
-        return [StoredTensor("model.layers", num_elements, is_matrix=True)]
+        return [StoredTensor("model.layers", num_elements, is_matrix=True, float_bits=bits)]
     return [
-        StoredTensor("model.embed_tokens.weight", embedding, is_matrix=True),
-        StoredTensor("model.layers", num_elements - embedding, is_matrix=True),
+        StoredTensor("model.embed_tokens.weight", embedding, is_matrix=True, float_bits=bits),
+        StoredTensor("model.layers", num_elements - embedding, is_matrix=True, float_bits=bits),
     ]
 
 

@@ -26,9 +26,9 @@ def make_deterministic(model: nn.Module, rotary: RotaryEmbedding, *, max_positio
     """
     for module in model.modules():
         if isinstance(module, LinearLayer):
-            module.product = deterministic_product(module.weight)
-        if isinstance(module, LMHead) and module.weight is not None:
-            module.product = deterministic_product(module.weight)
+            module.product = deterministic_product(module.weight, module.product)
+        if isinstance(module, LMHead) and module.weight is not None and module.product is not None:
+            module.product = deterministic_product(module.weight, module.product)
         if isinstance(module, RMSNorm | QKNorm):
             module.deterministic = True
     rotary.deterministic = True

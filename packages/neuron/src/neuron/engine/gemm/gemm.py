@@ -163,6 +163,20 @@ def default_product(weight: Tensor) -> Product:
     return LibraryProduct(row_blocks.row_blocks(weight))
 
 
-def deterministic_product(weight: Tensor) -> Product:
-    """One whose rows get the same bits in any batch."""
+def arrange(weight: Tensor, *, native: bool) -> tuple[Tensor, Product]:
+    """A loaded weight [out, in] as a layer is to hold it, and what multiplies by it until something else is decided.
+
+    native: the native CPU kernels do, which want it in another order (`neuron.engine.gemm.native`).
+    """
+    if not native:
+        return weight, default_product(weight)
+    from neuron.engine.gemm.native import NativeProduct, pack  # a distribution that may be absent
+
+    return pack(weight), NativeProduct(weight.shape[0])
+
+
+def deterministic_product(weight: Tensor, product: Product) -> Product:
+    """One whose rows get the same bits in any batch; `product`, what a layer of this weight has, where it is one."""
+    if product.name == "native":
+        return product
     return FixedRowsProduct.for_weight(weight) if weight.device.type == "cpu" else InvariantProduct()

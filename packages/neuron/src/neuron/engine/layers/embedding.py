@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron.checkpoint.sharding import shard_vocabulary, vocabulary_sizes
-from neuron.engine.gemm.gemm import Product, default_product
+from neuron.engine.gemm.gemm import Product, arrange
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.weight_slices import WeightSlice
 
@@ -24,6 +24,7 @@ class VocabularyWeight(nn.Module):
         self.group = group
         self.shard, rows = shard_vocabulary(vocab_size, group)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+        self.uses_native_kernels = False
 
     def weight_slices(self, part: str | None) -> list[WeightSlice]:
         columns = slice(0, self.hidden_size)
@@ -44,16 +45,28 @@ class VocabularyWeight(nn.Module):
 
 
 class VocabParallelEmbedding(VocabularyWeight):
-    """[T] token ids -> [T, H] on every rank. The result is a new tensor that the caller may overwrite."""
+    """[T] token ids -> [T, H] on every rank. The result is a new tensor that the caller may overwrite.
+
+    out_dtype: of the result; the weight may be stored in another one.
+    """
+
+    out_dtype = torch.float32
 
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.group.world_size == 1:
-            return F.embedding(token_ids, self.weight)
+            return self._rows(token_ids)
         local = token_ids - self.shard.start
         is_elsewhere = (local < 0) | (local >= self.shard.length)
-        hidden = F.embedding(local.masked_fill_(is_elsewhere, 0), self.weight)
+        hidden = self._rows(local.masked_fill_(is_elsewhere, 0))
         hidden.masked_fill_(is_elsewhere.unsqueeze(-1), 0)
         return self.group.all_reduce(hidden)
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return F.embedding(indices, self.weight).to(self.out_dtype)
+        from neuron.engine.gemm.native import rows_of  # a tied head has put it into panels
+
+        return rows_of(self.weight, indices).to(self.out_dtype)
 
 
 class LMHead(nn.Module):
@@ -81,8 +94,8 @@ class LMHead(nn.Module):
 
     def finish_loading(self) -> None:
         holder = self._embedding[0] if self.matrix is None else self.matrix
-        self.weight = holder.weight.detach()
-        self.product = default_product(self.weight)
+        self.weight, self.product = arrange(holder.weight.detach(), native=holder.uses_native_kernels)
+        holder.weight = nn.Parameter(self.weight, requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.weight is None or self.product is None:

@@ -23,13 +23,15 @@ from neuron.engine.weight_slices import WeightSlice
 class LinearLayer(nn.Module):
     """What all linear layers share: input slice, output parts, weight format. [T, in] -> [T, out], both local.
 
-    is_gated: whoever uses the layer calls `forward_gated`.
+    is_gated: whoever uses the layer calls `forward_gated`. uses_native_kernels: set before loading where the CPU's
+    multiply; a float weight then keeps the dtype that it is stored in.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     product: Product
     is_gated = False
+    uses_native_kernels = False
     kept_dtypes: frozenset[str] = frozenset()
 
     def __init__(

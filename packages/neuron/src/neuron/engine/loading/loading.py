@@ -22,7 +22,7 @@ from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import read_json
 from neuron.checkpoint.hyperparameters import check_values
-from neuron.checkpoint.layout import cache_groups, dtype_of, graph_bytes, rank_sizes
+from neuron.checkpoint.layout import cache_groups, dtype_of, graph_bytes, rank_sizes, uses_native_kernels
 from neuron.checkpoint.sharding import ranks_of
 from neuron.engine import kernels
 from neuron.engine.attention.attention import make_attention_backend
@@ -45,6 +45,7 @@ from neuron.engine.step.step_memory import StepMemory
 from neuron.engine.step.warm_up import every_variant
 from neuron.engine.weights.loader import WeightsRead, load_dummy_weights, load_weights
 from neuron.host_memory import available_host_bytes, num_physical_cores
+from neuron.native_kernels import has_native_kernels
 from neuron.protocol import CacheGroup, EngineConfig, EngineProgress, Loaded
 
 logger = logging.getLogger(__name__)
@@ -202,9 +203,10 @@ def _load_rank(
     path = Path(config.path)
     hf_config = read_hf_config(path)
     dtype = resolve_dtype(config, read_config(hf_config))
+    native = uses_native_kernels(config, read_config(hf_config))
 
     report.phase("weights")
-    model = build_model(hf_config, device=device, dtype=dtype, parallel=group)
+    model = build_model(hf_config, device=device, dtype=dtype, parallel=group, native=native)
     read = WeightsRead(0, 0.0)
     if config.load_format == "dummy":
         load_dummy_weights(model, seed=0)
@@ -314,7 +316,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         read_bytes=figures.read_bytes,
         read_seconds=figures.read_seconds,
         read_from_memory=bool(config.weight_descriptors),
-        computed_by=_computed_by(model.device),
+        computed_by=_computed_by(model),
     )
     logger.info(
         "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",
@@ -349,12 +351,17 @@ def _record_first_graphs(runner: ModelRunner, device: torch.device) -> None:
     )
 
 
-def _computed_by(device: torch.device) -> str:
+def _computed_by(model: CausalLM) -> str:
     """What the last bits of results depend on, beside what is asked for."""
+    device = model.device
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)
     else:
         kind = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        if model.embed_tokens.uses_native_kernels:
+            import neuron_cpu
+
+            kind += f", native kernels for {neuron_cpu.instructions()}"
     return f"{kind}, torch {torch.__version__}"
 
 
@@ -376,6 +383,10 @@ def _open_device(config: EngineConfig, rank: int) -> torch.device:
         raise ModelError("unsupported_parallelism", "a group of ranks needs a folder to meet in (group_dir)")
     torch.set_num_threads(max((config.num_threads or num_physical_cores()) // config.tensor_parallel_size, 1))
     if not config.devices:
+        if has_native_kernels():
+            from neuron_cpu import set_num_threads
+
+            set_num_threads(torch.get_num_threads())
         return torch.device("cpu")
     if len(config.devices) < config.tensor_parallel_size:
         raise ModelError(

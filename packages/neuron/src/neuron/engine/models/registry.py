@@ -12,6 +12,8 @@ from torch import nn
 
 from neuron.checkpoint.config import read_config
 from neuron.checkpoint.families import Family, family_of
+from neuron.engine.layers.embedding import VocabularyWeight
+from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.parallel.group import ParallelGroup
 
@@ -38,11 +40,13 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     parallel: ParallelGroup | None = None,
+    native: bool = False,
 ) -> CausalLM:
     """This rank's part of the model that a `config.json` describes, on the meta device: shapes without memory.
 
-    `device` and `dtype` are where and as what `neuron.engine.weights.loader` will fill it. Raises `CheckpointError`:
-    `NotSupported`, `UnsupportedSharding`, or a senseless config.
+    `device` and `dtype` are where and as what `neuron.engine.weights.loader` will fill it; native: its products are
+    those of the native CPU kernels. Raises `CheckpointError`: `NotSupported`, `UnsupportedSharding`, or a senseless
+    config.
     """
     family = family_of(hf_config)
     config = read_config(hf_config, family)
@@ -50,6 +54,10 @@ def build_model(
         model = class_of(family)(config, parallel or ParallelGroup.single())
     model.checkpoint_names = family.tensor_names
     _set_dtype(model, dtype)
+    model.embed_tokens.out_dtype = dtype
+    for module in model.modules():
+        if isinstance(module, LinearLayer | VocabularyWeight):
+            module.uses_native_kernels = native
     model.device = device
     model.dtype = dtype
     return model

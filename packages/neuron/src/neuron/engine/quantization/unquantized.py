@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from neuron.engine.gemm.gemm import default_product
+from neuron.engine.gemm.gemm import arrange
 from neuron.engine.quantization.weight_format import OutputPart, Weights, bias_slices, create_bias
 from neuron.engine.weight_slices import WeightSlice
 
 
 class UnquantizedWeight:
-    """`weight` [out, in] and `bias` [out]. What multiplies is the layer's `Product`, decided after loading."""
+    """`weight` [out, in] and `bias` [out]. What multiplies is the layer's `Product`, decided after loading; it may hold
+    the weight in another order."""
 
     def create(self, layer: Weights, *, bias: bool) -> None:
         weight = torch.empty(layer.out_features, layer.in_shard.length)
@@ -25,7 +26,8 @@ class UnquantizedWeight:
         return [matrix, *bias_slices(layer, part, row)]
 
     def finish(self, layer: Weights) -> None:
-        layer.product = default_product(layer.get_parameter("weight"))
+        weight, layer.product = arrange(layer.get_parameter("weight").data, native=layer.uses_native_kernels)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
     def apply(self, layer: Weights, x: Tensor) -> Tensor:
         return layer.product.linear(x, layer.weight, layer.bias)

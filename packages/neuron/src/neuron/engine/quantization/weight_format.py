@@ -23,7 +23,7 @@ class OutputPart:
 class Weights(Protocol):
     """A linear layer, as a format sees it. in_shard: the columns of this rank; out_features: rows of all parts;
     kept_dtypes: names of parameters that do not become the model's dtype, as scales of more bits. weight: where the
-    format has one matrix of the model's dtype."""
+    format has one matrix of floats. uses_native_kernels: the native CPU kernels multiply."""
 
     in_shard: Shard
     parts: tuple[OutputPart, ...]
@@ -32,6 +32,7 @@ class Weights(Protocol):
     weight: nn.Parameter
     bias: nn.Parameter | None
     product: Product
+    uses_native_kernels: bool
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None: ...
 

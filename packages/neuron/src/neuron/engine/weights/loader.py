@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.tensor_names import canonical_name, is_unread
+from neuron.engine.layers.embedding import VocabularyWeight
+from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.weight_slices import Loadable, Slices, WeightSlice
 from neuron.engine.weights.dummy import load_dummy_weights
@@ -73,6 +76,7 @@ def load_weights(
     num_threads = num_threads or num_reader_threads(model.group.world_size)
     with CheckpointReader(Path(path), opened=opened) as reader:
         reads = _plan(model, reader)
+        _keep_stored_dtypes(reads)
         reads.sort(key=lambda read: (read.info.file, read.info.offset))
         bytes_total = sum(read.num_bytes for read in reads)
         bytes_done = 0
@@ -153,6 +157,24 @@ def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
         raise CheckpointError("the checkpoint holds tensors that the model does not know", tensors=unexpected)
     _verify_coverage(model, reads)
     return reads
+
+
+def _keep_stored_dtypes(reads: list[_Read]) -> None:
+    """Parameters of layers that multiply with them as they are stored get the dtype of their tensors, where that is one
+    of 16 bits and the same for all parts."""
+    found: dict[tuple[int, str], set[str]] = {}
+    for read in reads:
+        found.setdefault((id(read.module), read.weight_slice.parameter), set()).add(read.info.dtype)
+    for read in reads:
+        module, name = read.module, read.weight_slice.parameter
+        if isinstance(module, LinearLayer | VocabularyWeight) and module.uses_native_kernels and name == "weight":
+            (dtype, *others) = found[id(module), name]
+            if not others and dtype in ("BF16", "F16"):
+                stored = module.weight.to(_STORED[dtype])
+                module.weight = nn.Parameter(stored, requires_grad=False)
+
+
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def _verify_coverage(model: CausalLM, reads: list[_Read]) -> None:

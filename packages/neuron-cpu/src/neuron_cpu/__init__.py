@@ -1,0 +1,28 @@
+"""Native CPU kernels of the cortex neuron. Addresses and sizes in: whoever calls owns the memory and has checked it.
+
+Nothing here knows torch; `neuron.engine.gemm.native` is the only caller in cortex. Weights are kept as panels of
+`PANEL` outputs, each [in, PANEL] in the checkpoint's own element type, and are multiplied in float32, one output's sum
+in the order of `in` whatever the number of rows: a row's result has the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from _neuron_cpu import instructions, linear, num_threads, pack, set_num_threads
+
+__all__ = [
+    "BFLOAT16",
+    "FLOAT16",
+    "FLOAT32",
+    "PANEL",
+    "instructions",
+    "linear",
+    "num_threads",
+    "pack",
+    "set_num_threads",
+]
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+"""Element types, as the functions take them."""
+
+PANEL = 32
+"""Outputs of a panel. A weight has panels for whole ones only; rows beyond its outputs are the caller's padding."""
