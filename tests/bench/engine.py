@@ -108,7 +108,7 @@ class Side(Protocol):
 
 
 def checkpoint(name: str, folder: Path) -> Path:
-    """The folder of a named model; random weights of a shape are written to `folder`."""
+    """The folder of a named model; random weights of a shape are written to `folder`, as bfloat16 like most."""
     if name == "demo":
         return Path(str(files("neuron") / "demo_model"))
     if name not in SHAPES:
@@ -116,7 +116,7 @@ def checkpoint(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     # Wider weights than the default 0.02: answers then differ from prompt to prompt and have few near-ties.
     config = Qwen3Config(max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.05, **SHAPES[name])
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
 
 
