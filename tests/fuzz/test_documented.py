@@ -84,7 +84,7 @@ def made_cheap(body: Any) -> Any:
         if exceeds(body.get(name), MAX_TOKENS):
             body = {**body, name: MAX_TOKENS}
     name = "max_output_tokens" if "input" in body else "max_tokens"
-    if all(body.get(limit) is None for limit in LIMITS) and (body.get("messages") or body.get("input")):
+    if all(body.get(limit) is None for limit in LIMITS) and (body.get("messages") or "input" in body):
         body = {**body, name: MAX_TOKENS}
     for name in ("n", "best_of"):
         if exceeds(body.get(name), 2):

@@ -295,14 +295,12 @@ class Fields:
         self._check_range(name, value, minimum, maximum)
         return value
 
-    def number(self, name: str, minimum: float, maximum: float, *, minimum_is_excluded: bool = False) -> float | None:
+    def number(self, name: str, minimum: float, maximum: float) -> float | None:
         value = self.values.get(name)
         if value is None:
             return None
         if type(value) is not float and type(value) is not int:
             raise wrong_type(self.at(name), "a number", value)
-        if minimum_is_excluded and value <= minimum:
-            raise invalid(f"{self.at(name)}: must be greater than {minimum:g}, got {show(value)}", param=self.at(name))
         self._check_range(name, value, minimum, maximum)
         return float(value)
 

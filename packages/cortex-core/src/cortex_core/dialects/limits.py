@@ -46,6 +46,8 @@ MAX_STOP_CHARACTERS = 1_024
 """Of one stop sequence."""
 MAX_ALL_STOP_CHARACTERS = 8_192
 """Of all stop sequences of a request together."""
+REPETITION_PENALTIES = (0.01, 10.0)
+"""Least and greatest; a logit is divided by it, in float32."""
 MAX_LOGIT_BIAS = 1_024
 """Token ids in `logit_bias`. Each is looked up at every step of every choice."""
 MAX_CHOICES = 128

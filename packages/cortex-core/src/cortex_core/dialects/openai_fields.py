@@ -32,7 +32,7 @@ def sampling(body: Fields) -> Sampling:
         min_p=body.number("min_p", 0, 1),
         presence_penalty=body.number("presence_penalty", -2, 2),
         frequency_penalty=body.number("frequency_penalty", -2, 2),
-        repetition_penalty=body.number("repetition_penalty", 0, 10, minimum_is_excluded=True),
+        repetition_penalty=body.number("repetition_penalty", *limits.REPETITION_PENALTIES),
         logit_bias=logit_bias(body),
         seed=body.integer("seed", -(2**63), 2**64 - 1),
     )

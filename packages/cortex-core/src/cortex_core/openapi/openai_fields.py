@@ -10,6 +10,7 @@ from cortex_core.dialects.limits import (
     MAX_STOP_SEQUENCES,
     MAX_TOKEN_ID_DIGITS,
     MAX_TOOLS,
+    REPETITION_PENALTIES,
 )
 from cortex_core.dialects.openai_fields import REASONING_EFFORTS, THINKING_TYPES
 from cortex_core.dialects.openai_images import DETAILS
@@ -48,7 +49,7 @@ SAMPLING: Properties = {
     "min_p": optional(number(0, 1)),
     "presence_penalty": optional(number(-2, 2)),
     "frequency_penalty": optional(number(-2, 2)),
-    "repetition_penalty": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 10},
+    "repetition_penalty": optional(number(*REPETITION_PENALTIES)),
     "logit_bias": {
         "type": ["object", "null"],
         "propertyNames": {"pattern": f"^[0-9]{{1,{MAX_TOKEN_ID_DIGITS}}}$"},
