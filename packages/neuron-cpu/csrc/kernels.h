@@ -23,6 +23,42 @@ struct Linear {
     bool gated;           // silu(first half of the outputs) * second half
 };
 
+// RMSNorm of rows, of the sum of x and residual where there is one; the sum then takes residual's place.
+struct Norm {
+    const float *x;
+    float *residual;      // [rows, width] or null
+    const float *weight;  // [width]
+    float *out;           // [rows, width]
+    int64_t rows, width;
+    float eps;
+};
+
+// Queries and keys of packed rows, normalised head by head and rotated in place; keys and values into their pages.
+struct Rotation {
+    float *qkv;                // [rows, (heads + 2 * kv_heads) * head_dim]
+    const int64_t *positions;  // [rows]
+    const float *angles;       // [positions, rotary_dim]: cosines, then sines
+    const float *q_weight;     // [head_dim] or null
+    const float *k_weight;
+    float *cache;              // [pages, 2, page_size, kv_heads, head_dim]
+    const int64_t *slots;      // [rows]: page * page_size + offset
+    int64_t rows, heads, kv_heads, head_dim, rotary_dim, page_size;
+    float eps;
+};
+
+// Causal attention of the rows of several sequences to the keys and values in their pages.
+struct Attention {
+    const float *q;                // rows of [heads, head_dim], q_stride floats apart
+    const float *cache;            // [pages, 2, page_size, kv_heads, head_dim]
+    float *out;                    // [rows, heads, head_dim]
+    const int32_t *tables;         // [sequences, table_stride]: pages
+    const int32_t *query_start;    // [sequences + 1]: first row of each
+    const int32_t *context_lens;   // [sequences]: keys, those of its own rows included
+    int64_t q_stride, table_stride, sequences, heads, kv_heads, head_dim, page_size;
+    int64_t window;                // keys that a row sees, its own included; 0: all
+    float scale;
+};
+
 struct Kernels {
     const char *name;
     // Rows of 32 outputs, [32, in] one after the other, into a panel. May be done in place: `panel` may be `rows`.
@@ -30,6 +66,9 @@ struct Kernels {
     bool (*pack)(Type type, const void *rows, int64_t in_features, void *panel);
     // False where there is no memory.
     bool (*linear)(const Linear &job);
+    void (*rms_norm)(const Norm &job);
+    void (*rotate_and_write)(const Rotation &job);
+    bool (*attention)(const Attention &job);
 };
 
 extern const Kernels kernels_base;

@@ -93,6 +93,77 @@ PyObject *py_linear(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
     return done(has_memory);
 }
 
+// The last of `given` arguments as a float, into `value`; the others are integers.
+bool read_with_float(PyObject *const *arguments, Py_ssize_t given, Py_ssize_t number, long long *values, float *value) {
+    if (!read_integers(arguments, given > 0 ? given - 1 : 0, number, values)) return false;
+    *value = static_cast<float>(PyFloat_AsDouble(arguments[given - 1]));
+    return PyErr_Occurred() == nullptr;
+}
+
+PyObject *py_rms_norm(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
+    long long v[6];
+    Norm job;
+    if (!read_with_float(arguments, given, 6, v, &job.eps)) return nullptr;
+    job.x = static_cast<const float *>(address(v[0]));
+    job.residual = static_cast<float *>(address(v[1]));
+    job.weight = static_cast<const float *>(address(v[2]));
+    job.out = static_cast<float *>(address(v[3]));
+    job.rows = v[4];
+    job.width = v[5];
+    Py_BEGIN_ALLOW_THREADS
+    kernels().rms_norm(job);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject *py_rotate_and_write(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
+    long long v[13];
+    Rotation job;
+    if (!read_with_float(arguments, given, 13, v, &job.eps)) return nullptr;
+    job.qkv = static_cast<float *>(address(v[0]));
+    job.positions = static_cast<const int64_t *>(address(v[1]));
+    job.angles = static_cast<const float *>(address(v[2]));
+    job.q_weight = static_cast<const float *>(address(v[3]));
+    job.k_weight = static_cast<const float *>(address(v[4]));
+    job.cache = static_cast<float *>(address(v[5]));
+    job.slots = static_cast<const int64_t *>(address(v[6]));
+    job.rows = v[7];
+    job.heads = v[8];
+    job.kv_heads = v[9];
+    job.head_dim = v[10];
+    job.rotary_dim = v[11];
+    job.page_size = v[12];
+    Py_BEGIN_ALLOW_THREADS
+    kernels().rotate_and_write(job);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject *py_attention(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
+    long long v[14];
+    Attention job;
+    if (!read_with_float(arguments, given, 14, v, &job.scale)) return nullptr;
+    job.q = static_cast<const float *>(address(v[0]));
+    job.cache = static_cast<const float *>(address(v[1]));
+    job.out = static_cast<float *>(address(v[2]));
+    job.tables = static_cast<const int32_t *>(address(v[3]));
+    job.query_start = static_cast<const int32_t *>(address(v[4]));
+    job.context_lens = static_cast<const int32_t *>(address(v[5]));
+    job.q_stride = v[6];
+    job.table_stride = v[7];
+    job.sequences = v[8];
+    job.heads = v[9];
+    job.kv_heads = v[10];
+    job.head_dim = v[11];
+    job.page_size = v[12];
+    job.window = v[13];
+    bool has_memory;
+    Py_BEGIN_ALLOW_THREADS
+    has_memory = kernels().attention(job);
+    Py_END_ALLOW_THREADS
+    return done(has_memory);
+}
+
 template <PyObject *(*function)(PyObject *, PyObject *const *, Py_ssize_t)>
 PyCFunction fast() {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -104,6 +175,9 @@ PyMethodDef methods[] = {
     {"instructions", py_instructions, METH_NOARGS, nullptr},
     {"pack", fast<py_pack>(), METH_FASTCALL, nullptr},
     {"linear", fast<py_linear>(), METH_FASTCALL, nullptr},
+    {"rms_norm", fast<py_rms_norm>(), METH_FASTCALL, nullptr},
+    {"rotate_and_write", fast<py_rotate_and_write>(), METH_FASTCALL, nullptr},
+    {"attention", fast<py_attention>(), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

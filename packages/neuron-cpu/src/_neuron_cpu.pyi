@@ -34,3 +34,54 @@ def linear(
     x, weight, bias, out: addresses; strides: elements from row to row. gated: silu(first half) * second half of the
     outputs, [rows, out / 2], whose halves must be whole panels. Raises `MemoryError`.
     """
+
+def rms_norm(x: int, residual: int, weight: int, out: int, rows: int, width: int, eps: float, /) -> None:
+    """RMSNorm of float32 rows, of the sum of x and residual (address 0: of x); the sum then takes residual's place."""
+
+def rotate_and_write(
+    qkv: int,
+    positions: int,
+    angles: int,
+    q_weight: int,
+    k_weight: int,
+    cache: int,
+    slots: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    page_size: int,
+    eps: float,
+    /,
+) -> None:
+    """Queries and keys of packed float32 rows, normalised (address 0: not) and rotated in place; keys and values into
+    their pages.
+
+    positions, slots: [rows] int64; angles: [positions, rotary_dim], cosines and then sines; cache: [pages, 2,
+    page_size, kv_heads, head_dim].
+    """
+
+def attention(
+    q: int,
+    cache: int,
+    out: int,
+    tables: int,
+    query_start: int,
+    context_lens: int,
+    q_stride: int,
+    table_stride: int,
+    sequences: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    window: int,
+    scale: float,
+    /,
+) -> None:
+    """Causal attention of the last rows of sequences to their pages, all float32; indexes are int32.
+
+    tables: [sequences, table_stride]; query_start: [sequences + 1]; context_lens: [sequences], own rows included;
+    window: keys that a row sees, 0 for all. Raises `MemoryError`.
+    """

@@ -1,23 +1,36 @@
 """Native CPU kernels of the cortex neuron. Addresses and sizes in: whoever calls owns the memory and has checked it.
 
-Nothing here knows torch; `neuron.engine.gemm.native` is the only caller in cortex. Weights are kept as panels of
-`PANEL` outputs, each [in, PANEL] in the checkpoint's own element type, and are multiplied in float32, one output's sum
-in the order of `in` whatever the number of rows: a row's result has the same bits in any batch.
+Nothing here knows torch; `neuron.engine` calls it in `gemm.native`, `layers.native` and `attention.attention_native`.
+Weights are kept as panels of `PANEL` outputs, each [in, PANEL] in the checkpoint's own element type, and are multiplied
+in float32, one output's sum in the order of `in` whatever the number of rows: a row's result has the same bits in any
+batch.
 """
 
 from __future__ import annotations
 
-from _neuron_cpu import instructions, linear, num_threads, pack, set_num_threads
+from _neuron_cpu import (
+    attention,
+    instructions,
+    linear,
+    num_threads,
+    pack,
+    rms_norm,
+    rotate_and_write,
+    set_num_threads,
+)
 
 __all__ = [
     "BFLOAT16",
     "FLOAT16",
     "FLOAT32",
     "PANEL",
+    "attention",
     "instructions",
     "linear",
     "num_threads",
     "pack",
+    "rms_norm",
+    "rotate_and_write",
     "set_num_threads",
 ]
 

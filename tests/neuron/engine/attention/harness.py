@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
 import torch
 from neuron.engine.attention.attention_cpu import GatherAttention
-from neuron.engine.attention.interface import StepBatch
+from neuron.engine.attention.interface import AttentionBackend, StepBatch
 from torch import Tensor
 
 PAGE = 4
@@ -34,13 +35,14 @@ class World:
         dtype: torch.dtype = torch.float32,
         tolerance: float = 2e-5,
         seed: int = 0,
+        backend: AttentionBackend | None = None,
     ) -> None:
         self.dtype, self.tolerance = dtype, tolerance
         self.heads, self.kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.kv_layer = torch.full((num_pages, 2, PAGE, num_kv_heads, head_dim), 1e4, dtype=dtype)
         self.free = list(range(1, num_pages))
         random.Random(seed).shuffle(self.free)
-        self.backend = GatherAttention()
+        self.backend = backend or GatherAttention()
         self.generator = torch.Generator().manual_seed(seed)
 
     def step(
@@ -76,7 +78,7 @@ class World:
             token_ids=torch.zeros(num_tokens, dtype=torch.int64),
             positions=torch.zeros(num_tokens, dtype=torch.int64),
             slot_mapping=torch.tensor(slots),
-            query_start=torch.zeros(len(work) + 1, dtype=torch.int32),
+            query_start=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32),
             context_lens=torch.tensor(context_lens, dtype=torch.int32),
             page_tables=tables,
             logits_indices=torch.zeros(0, dtype=torch.int64),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +18,13 @@ from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.quantization.weight_format import WeightFormat
 
 
-def make_attention_backend(device: torch.device, *, deterministic: bool = False) -> AttentionBackend:
+def make_attention_backend(
+    device: torch.device, *, deterministic: bool = False, native: bool = False
+) -> AttentionBackend:
     """The backend for a device: Triton kernels where they run, else gathered pages and torch's SDPA.
 
     deterministic: a token's result depends on its sequence alone, not on the batch nor on how its prompt was cut.
+    native: the CPU's native kernels, on float32.
     """
     if kernels.is_available(device):
         from neuron.engine.attention.attention_triton import TritonAttention
@@ -29,6 +34,10 @@ def make_attention_backend(device: torch.device, *, deterministic: bool = False)
         from neuron.engine.attention.attention_fixed import FixedRunAttention
 
         return FixedRunAttention()
+    if native:
+        from neuron.engine.attention.attention_native import NativeAttention  # a distribution that may be absent
+
+        return NativeAttention()
     from neuron.engine.attention.attention_cpu import GatherAttention
 
     return GatherAttention()
@@ -76,9 +85,19 @@ class SelfAttention(nn.Module):
         )
         self.num_heads = self.qkv_proj.num_heads
         self.num_kv_heads = self.qkv_proj.num_kv_heads
+        # Set before loading: float32, by the native CPU kernels.
+        self.uses_native_kernels = False
         self.qk_norm: QKNorm | None = None
         if has_qk_norm:
             self.qk_norm = QKNorm(self.num_heads, self.num_kv_heads, head_dim, config.rms_norm_eps)
+
+    def _rotate_and_write(self, device: torch.device) -> Callable[..., Tensor] | None:
+        """The kernel that normalises, rotates and writes in one pass, None where there is none."""
+        if self.uses_native_kernels:
+            from neuron.engine.layers.native import rotate_and_write  # a distribution that may be absent
+
+            return rotate_and_write
+        return fused_kernel("attention.rotary", "rotate_and_write", device)
 
     def forward(self, hidden: Tensor, rotary: StepRotary, ctx: StepContext) -> Tensor:
         """[T, H] -> [T, H]"""
@@ -86,7 +105,7 @@ class SelfAttention(nn.Module):
         kv_layer = ctx.kv.layer(self.layer_index)
         shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         norm = self.qk_norm
-        rotate_and_write = fused_kernel("attention.rotary", "rotate_and_write", qkv.device)
+        rotate_and_write = self._rotate_and_write(qkv.device)
         if rotate_and_write is not None:
             q = rotate_and_write(
                 qkv,

@@ -83,6 +83,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
         self._prescaled_weight: Tensor | None = None
+        # Set before loading: float32, by the native CPU kernels, whose rows are independent.
+        self.uses_native_kernels = False
         # A row gets the same bits whatever lies beside it; the kernels of a device do that anyway.
         self.deterministic = False
 
@@ -92,6 +94,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, H] -> (normalised sum of x and residual, that sum, in residual's memory). Without a residual, x itself
         is the sum."""
+        if self.uses_native_kernels:
+            from neuron.engine.layers.native import add_rms_norm as add_rms_norm_natively  # may be absent
+
+            return add_rms_norm_natively(x, residual, self.weight, self.eps)
         if self.deterministic and x.device.type == "cpu":
             total = x if residual is None else residual.add_(x)
             return _rms_norm_exact(total, self.weight, self.eps), total

@@ -64,7 +64,7 @@ class StepRotary:
 
     positions: [T] int64. cos_sin: [P, R] float32, the table, cosines in the first half of a row and sines in the
     second; R is the rotated part of a head. cos, signed_sin: [T, 1, R] in the activations' dtype, each half written
-    twice and the first half of the sines negated; None on devices whose kernels read the table. exact: rotate with
+    twice and the first half of the sines negated; None where kernels read the table. exact: rotate with
     separate products and sums.
     """
 
@@ -87,6 +87,8 @@ class RotaryEmbedding:
         # A row gets the same bits whatever lies beside it. The table must then have its length before the first step:
         # where a cosine lies in it, and how long it is, may change the cosine's last bit on the CPU.
         self.deterministic = False
+        # Whoever rotates reads the table, as kernels of a device do.
+        self.uses_native_kernels = False
         self._table: Tensor | None = None
         self._gathered_form: Tensor | None = None  # [P, 2, 1, R]: the table as `gather_angles` gives it
 
@@ -112,7 +114,7 @@ class RotaryEmbedding:
     def at(self, positions: Tensor, num_positions: int, dtype: torch.dtype) -> StepRotary:
         """The rotations of one step. positions: [T] int64, all below `num_positions`; dtype of the activations."""
         table = self.reserve(num_positions, positions.device)
-        if positions.device.type != "cpu":
+        if positions.device.type != "cpu" or self.uses_native_kernels:
             return StepRotary(positions, table, None, None)
         if self._gathered_form is None or self._gathered_form.dtype != dtype:
             everything = torch.arange(table.shape[0])

@@ -225,7 +225,9 @@ def _load_rank(
     limits = StepLimits(config.max_step_tokens, max_running, max_model_len)
     memory = None if link is None else StepMemory(model.local, dtype=dtype, device=device, world_size=group.world_size)
 
-    attention = make_attention_backend(device, deterministic=config.deterministic)
+    attention = make_attention_backend(
+        device, deterministic=config.deterministic, native=native and dtype == torch.float32
+    )
     overlaps = config.overlap if config.overlap is not None else device.type == "cuda"
     has_graphs = config.cuda_graphs and kernels.is_available(device)
     graphs_bytes = 0

@@ -12,8 +12,10 @@ from torch import nn
 
 from neuron.checkpoint.config import read_config
 from neuron.checkpoint.families import Family, family_of
+from neuron.engine.attention.attention import SelfAttention
 from neuron.engine.layers.embedding import VocabularyWeight
 from neuron.engine.layers.linear import LinearLayer
+from neuron.engine.layers.norm import RMSNorm
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.parallel.group import ParallelGroup
 
@@ -58,6 +60,9 @@ def build_model(
     for module in model.modules():
         if isinstance(module, LinearLayer | VocabularyWeight):
             module.uses_native_kernels = native
+        elif isinstance(module, RMSNorm | SelfAttention):
+            module.uses_native_kernels = native and dtype == torch.float32
+    model.rotary.uses_native_kernels = native and dtype == torch.float32
     model.device = device
     model.dtype = dtype
     return model
