@@ -100,5 +100,7 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.weight is None or self.product is None:
             raise RuntimeError("the head is used before its weights were loaded")
+        if self.product.name == "native":
+            hidden = hidden.float()  # exact, and so are its products: logits of 16 bits would make ties
         logits = self.group.all_gather(self.product.linear(hidden, self.weight, None), self._sizes)
         return logits[:, : self.vocab_size].float()
