@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.neuron.engine.attention.harness import Sequence, World
+from neuron.engine.attention.attention_cpu import GatherAttention, decode_buckets
+
+from tests.neuron.engine.attention.harness import PAGE, Sequence, World
 
 
 def test_decodes_go_on_for_longer_than_the_workspace_was_made_for() -> None:
@@ -81,3 +83,16 @@ def test_a_workspace_that_would_double_the_cache_is_not_made() -> None:
     for _ in range(3):
         world.step([(sequence, 1) for sequence in sequences], num_decodes=2)
     assert not world.backend._workspaces
+
+
+def test_workspaces_of_several_buckets_take_half_of_the_cache_together() -> None:
+    """Which is what an estimate of memory counts for them. Each alone would have fitted."""
+    world = World(num_pages=100)
+    sequences = [world.sequence(length) for length in (1, 2, 40, 90, 170)]
+    half = 100 * PAGE // 2
+    for _ in range(12):
+        world.step([(sequence, 1) for sequence in sequences], num_decodes=len(sequences))
+        assert isinstance(world.backend, GatherAttention)
+        made = [workspace.num_slots for workspace in world.backend._workspaces.values()]
+        assert made and all(slots <= half for slots in made) and sum(made) <= half
+    assert len(made) < len(decode_buckets([-(-len(sequence.keys) // PAGE) for sequence in sequences]))

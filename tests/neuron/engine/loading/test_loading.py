@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
+from neuron.checkpoint import layout
 from neuron.checkpoint.config import read_config
 from neuron.engine.errors import ModelError
 from neuron.engine.loading.loading import load_engine, resolve_dtype
 from neuron.protocol import EngineConfig, EngineProgress
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.neuron.engine.checkpoints import SHAPE
 from tests.neuron.engine.harness import load
@@ -46,6 +47,23 @@ def test_a_small_cache_caps_the_served_length(checkpoint):
     answers = run(engine, request(0, range(100), 500), request(1, range(112), 5))
     assert len(answers.tokens[0]) == 12 and answers.finish[0] == "length"
     assert answers.failures[1].kind == "too_long"
+
+
+def test_a_model_is_the_same_without_the_native_kernels(checkpoint, tmp_path, monkeypatch):
+    """Their twins in torch serve where they are not installed. Matrices of 16 bits stay so with them only."""
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    answers, loads = [], []
+    for is_native in (True, False):
+        monkeypatch.setattr(layout, "has_native_kernels", lambda is_native=is_native: is_native)
+        config = EngineConfig(model_id="tiny", path=str(tmp_path), num_threads=1, kv_cache_tokens=2048, dtype="float32")
+        engine, loaded = load_engine(config)
+        loads.append(loaded)
+        answers.append(run(engine, request(0, range(40), 12), request(1, range(60, 90), 12)).tokens)
+    assert answers[0] == answers[1]
+    assert ("native kernels" in loads[0].computed_by, "native kernels" in loads[1].computed_by) == (True, False)
+    assert loads[0].weight_bytes < 0.6 * loads[1].weight_bytes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

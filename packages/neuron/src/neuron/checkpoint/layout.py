@@ -30,7 +30,8 @@ _HOST_OVERHEAD_BYTES = 400 * _MIB
 _DEVICE_OVERHEAD_BYTES = 1024 * _MIB
 _COMMUNICATOR_BYTES = 512 * _MIB
 
-# Contiguous copies of the pages of running decodes, on the CPU: up to half of the cache (engine/attention).
+# Contiguous copies of the pages of running decodes, on the CPU: up to half of the cache (engine/attention). The native
+# kernels read pages where they lie.
 _HOST_CACHE_FACTOR = 1.5
 
 
@@ -64,7 +65,8 @@ class Footprint(msgspec.Struct, frozen=True):
     """Bytes that one rank takes.
 
     weights: of them `experts` are those of experts.
-    second_copies: row blocks of the matrices, made on a CPU only where memory is plenty (engine/gemm/row_blocks.py).
+    second_copies: row blocks of the matrices, made on a CPU without native kernels, and only where memory is plenty
+    (engine/gemm/row_blocks.py).
     cache_factor: bytes that a byte of KV cache takes in all.
     """
 
@@ -98,6 +100,7 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
     item_bytes = DTYPES[dtype_of(config, model)]
     tensors = [tensor for tensor in tensors if _is_used(tensor.name, model)]
     native = uses_native_kernels(config, model)
+    reads_in_place = native and item_bytes == 4
     overhead = _HOST_OVERHEAD_BYTES if is_host else _DEVICE_OVERHEAD_BYTES
     if world_size > 1 and not is_host:
         overhead += _COMMUNICATOR_BYTES
@@ -127,7 +130,7 @@ def footprints(config: EngineConfig, model: ModelConfig, tensors: Iterable[Store
                 overhead=overhead,
                 graphs=_graphs(config, part, item_bytes),
                 second_copies=copied if is_host and item_bytes == 4 and not native else 0,
-                cache_factor=_HOST_CACHE_FACTOR if is_host else 1.0,
+                cache_factor=_HOST_CACHE_FACTOR if is_host and not reads_in_place else 1.0,
             )
         )
     return result

@@ -246,7 +246,7 @@ class GatherAttention:
                 dtype=dtype,
                 device=kv_layer.device,
             )
-        if not workspace.fits(kv_layer):
+        if not workspace.fits(kv_layer, sum(other.num_slots for other in self._workspaces.values())):
             return None
         self._workspaces[members] = workspace
         return workspace

@@ -60,10 +60,15 @@ class DecodeWorkspace:
         """[S * Hkv, 1, 1, length], added to the scores of the first `length` keys; None if all sequences are full."""
         return None if self._mask is None else self._mask[..., :length]
 
-    def fits(self, kv_layer: Tensor) -> bool:
-        """True if it takes no more memory than it may beside these pages."""
+    @property
+    def num_slots(self) -> int:
+        """Tokens that it has room for, all sequences together: what it takes of each layer that it keeps."""
+        return len(self._context_lens) * self.capacity
+
+    def fits(self, kv_layer: Tensor, others: int) -> bool:
+        """True if it and other workspaces of `others` slots take no more memory than they may beside these pages."""
         num_slots = kv_layer.shape[0] * kv_layer.shape[2]
-        return len(self._context_lens) * self.capacity <= _MAX_SHARE_OF_CACHE * num_slots
+        return others + self.num_slots <= _MAX_SHARE_OF_CACHE * num_slots
 
     def advance(self, page_tables: npt.NDArray[np.int32], context_lens: list[int]) -> bool:
         """Move on by one step. False, and unusable from then on, unless that is the same batch one token later.
