@@ -36,7 +36,7 @@ for threads in (1, 2):
             out = np.empty((rows, num_out), np.float32)
             def product(x, out):
                 neuron_cpu.linear(0, kind, 0, x.ctypes.data, panels.ctypes.data, 0, out.ctypes.data, len(x), num_in,
-                                  num_out, num_in, num_out, False)
+                                  num_out, num_in, num_out, False, 0)
             product(x, out)
             worst = max(worst, float(np.abs(out - x.astype(np.float64) @ exact.T.astype(np.float64)).max()))
             last = np.empty((1, num_out), np.float32)
@@ -63,7 +63,7 @@ import os, numpy as np, neuron_cpu
 neuron_cpu.set_num_threads(3)
 def product():
     weight, x, out = np.ones((2048, 256), np.float32), np.ones((4, 256), np.float32), np.empty((4, 2048), np.float32)
-    neuron_cpu.linear(0, 0, 0, x.ctypes.data, weight.ctypes.data, 0, out.ctypes.data, 4, 256, 2048, 256, 2048, False)
+    neuron_cpu.linear(0, 0, 0, x.ctypes.data, weight.ctypes.data, 0, out.ctypes.data, 4, 256, 2048, 256, 2048, False, 0)
     assert (out == 256).all()
 product()
 child = os.fork()

@@ -6,10 +6,24 @@
 namespace neuron_cpu {
 
 // Element types of activations and of weights, as the Python side numbers them.
-enum Type { F32 = 0, BF16 = 1, F16 = 2 };
+enum Type { F32 = 0, BF16 = 1, F16 = 2, BLOCKS = 3 };
 
 // Columns of a panel: the outputs that one load of a cache line of bfloat16 weights serves.
 constexpr int64_t kPanel = 32;
+
+// How weights in blocks are stored: a weight is scale * code - offset. A unit holds, 32 outputs side by side: outer scale
+// (and outer minimum) of float16 where there are two levels; of each group a scale (and a minimum), of 8 bits below an
+// outer one, else float16; of each position the low four bits of the codes, outputs c and c + 16 in byte c; then, of 5
+// bits, the fifth ones, that of output 4 * i + j at bit i of byte j; of 6 bits, the fifth and sixth, those of output
+// 8 * i + j at bits 2 * i of byte j; or codes of 8 bits, signed.
+struct Blocks {
+    int64_t bits;       // of a code: 4, 5, 6 or 8
+    int64_t group;      // positions with one scale
+    int64_t unit;       // positions of a unit, a multiple of the group
+    int64_t unit_bytes;
+    int64_t zero;       // what is taken off a code where there is no minimum
+    bool is_two_level, has_min, is_signed;  // is_signed: scales of 8 bits are
+};
 
 // x [rows, in] times the transpose of a packed weight [out, in], plus bias.
 struct Linear {
@@ -21,6 +35,7 @@ struct Linear {
     int64_t rows, in_features, out_features;
     int64_t x_stride, out_stride;  // elements from row to row
     bool gated;           // silu(first half of the outputs) * second half
+    const Blocks *blocks; // where the weight is in blocks: of units
 };
 
 // RMSNorm of rows, of the sum of x and residual where there is one; the sum then takes residual's place.
@@ -66,6 +81,8 @@ struct Kernels {
     bool (*pack)(Type type, const void *rows, int64_t in_features, void *panel);
     // False where there is no memory.
     bool (*linear)(const Linear &job);
+    void (*gather_rows)(const Blocks &format, const void *weight, const int64_t *wanted, int64_t rows,
+                        int64_t in_features, float *out);
     void (*rms_norm)(const Norm &job);
     void (*rotate_and_write)(const Rotation &job);
     bool (*attention)(const Attention &job);

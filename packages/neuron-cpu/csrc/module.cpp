@@ -69,9 +69,57 @@ PyObject *py_pack(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
     return done(!job.failed);
 }
 
+// Formats of blocks, by number.
+const Blocks formats[] = {
+    // bits, group, unit, bytes, zero, two levels, minimum, signed
+    {4, 32, 32, 0, 8, false, false, false},   // Q4_0
+    {4, 32, 32, 0, 0, false, true, false},    // Q4_1
+    {5, 32, 32, 0, 16, false, false, false},  // Q5_0
+    {5, 32, 32, 0, 0, false, true, false},    // Q5_1
+    {8, 32, 32, 0, 0, false, false, false},   // Q8_0
+    {4, 32, 256, 0, 0, true, true, false},    // Q4_K
+    {5, 32, 256, 0, 0, true, true, false},    // Q5_K
+    {6, 16, 256, 0, 32, true, false, true},   // Q6_K
+};
+
+// The format of a number, its units as long as the number says: number = index + 16 * positions of a unit.
+bool read_format(long long number, Blocks &format) {
+    long long index = number % 16, unit = number / 16;
+    if (index < 0 || index >= static_cast<long long>(sizeof(formats) / sizeof(formats[0])) || unit <= 0 ||
+        unit % formats[index].group != 0) {
+        PyErr_SetString(PyExc_ValueError, "no format of blocks has this number");
+        return false;
+    }
+    format = formats[index];
+    format.unit = unit;
+    int64_t groups = unit / format.group, columns = kPanel;
+    int64_t scales = groups * columns * (format.is_two_level ? 1 : 2) + (format.is_two_level ? columns * 2 : 0);
+    int64_t codes = unit * columns * format.bits / 8;
+    format.unit_bytes = scales * (format.has_min ? 2 : 1) + codes;
+    return true;
+}
+
+PyObject *py_unit_bytes(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
+    long long number;
+    Blocks format;
+    if (!read_integers(arguments, given, 1, &number) || !read_format(number, format)) return nullptr;
+    return PyLong_FromLongLong(format.unit_bytes);
+}
+
+PyObject *py_gather_rows(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
+    long long v[6];
+    Blocks format;
+    if (!read_integers(arguments, given, 6, v) || !read_format(v[0], format)) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    kernels().gather_rows(format, address(v[1]), static_cast<const int64_t *>(address(v[2])), v[4], v[5],
+                          static_cast<float *>(address(v[3])));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject *py_linear(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
-    long long v[13];
-    if (!read_integers(arguments, given, 13, v)) return nullptr;
+    long long v[14];
+    if (!read_integers(arguments, given, 14, v)) return nullptr;
     Linear job;
     job.x_type = static_cast<Type>(v[0]);
     job.weight_type = static_cast<Type>(v[1]);
@@ -86,6 +134,11 @@ PyObject *py_linear(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
     job.x_stride = v[10];
     job.out_stride = v[11];
     job.gated = v[12] != 0;
+    Blocks blocks;
+    if (job.weight_type == BLOCKS) {
+        if (!read_format(v[13], blocks)) return nullptr;
+        job.blocks = &blocks;
+    }
     bool has_memory;
     Py_BEGIN_ALLOW_THREADS
     has_memory = kernels().linear(job);
@@ -175,6 +228,8 @@ PyMethodDef methods[] = {
     {"instructions", py_instructions, METH_NOARGS, nullptr},
     {"pack", fast<py_pack>(), METH_FASTCALL, nullptr},
     {"linear", fast<py_linear>(), METH_FASTCALL, nullptr},
+    {"unit_bytes", fast<py_unit_bytes>(), METH_FASTCALL, nullptr},
+    {"gather_rows", fast<py_gather_rows>(), METH_FASTCALL, nullptr},
     {"rms_norm", fast<py_rms_norm>(), METH_FASTCALL, nullptr},
     {"rotate_and_write", fast<py_rotate_and_write>(), METH_FASTCALL, nullptr},
     {"attention", fast<py_attention>(), METH_FASTCALL, nullptr},

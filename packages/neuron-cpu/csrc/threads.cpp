@@ -123,7 +123,7 @@ void forget_workers() {
     pthread_mutex_init(&pool.caller, nullptr);
 }
 
-constexpr int kSlots = 4;
+constexpr int kSlots = 5;
 
 struct Scratch {
     void *memory[kSlots];

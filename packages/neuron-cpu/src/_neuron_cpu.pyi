@@ -27,13 +27,21 @@ def linear(
     x_stride: int,
     out_stride: int,
     gated: bool,
+    blocks: int,
     /,
 ) -> None:
     """x [rows, in] times a packed weight [out, in], plus a float32 bias [out] (address 0: none), into `out`.
 
     x, weight, bias, out: addresses; strides: elements from row to row. gated: silu(first half) * second half of the
-    outputs, [rows, out / 2], whose halves must be whole panels. Raises `MemoryError`.
+    outputs, [rows, out / 2], whose halves must be whole panels. blocks: the format of a weight of `BLOCKS`. Raises
+    `MemoryError`, and `ValueError` for a format that does not exist.
     """
+
+def unit_bytes(blocks: int, /) -> int:
+    """Bytes of a unit of a format: of 32 outputs and its positions. Raises `ValueError` for one that does not exist."""
+
+def gather_rows(blocks: int, weight: int, wanted: int, out: int, rows: int, in_features: int, /) -> None:
+    """Rows of a weight in blocks as float32 [rows, in], by their numbers, int64 [rows]."""
 
 def rms_norm(x: int, residual: int, weight: int, out: int, rows: int, width: int, eps: float, /) -> None:
     """RMSNorm of float32 rows, of the sum of x and residual (address 0: of x); the sum then takes residual's place."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from _neuron_cpu import (
     attention,
+    gather_rows,
     instructions,
     linear,
     num_threads,
@@ -17,14 +18,17 @@ from _neuron_cpu import (
     rms_norm,
     rotate_and_write,
     set_num_threads,
+    unit_bytes,
 )
 
 __all__ = [
     "BFLOAT16",
+    "BLOCKS",
     "FLOAT16",
     "FLOAT32",
     "PANEL",
     "attention",
+    "gather_rows",
     "instructions",
     "linear",
     "num_threads",
@@ -32,10 +36,12 @@ __all__ = [
     "rms_norm",
     "rotate_and_write",
     "set_num_threads",
+    "unit_bytes",
 ]
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-"""Element types, as the functions take them."""
+FLOAT32, BFLOAT16, FLOAT16, BLOCKS = 0, 1, 2, 3
+"""Element types, as the functions take them. Weights of `BLOCKS` have a format beside: its number, plus 16 times the
+positions of a unit."""
 
 PANEL = 32
 """Outputs of a panel. A weight has panels for whole ones only; rows beyond its outputs are the caller's padding."""

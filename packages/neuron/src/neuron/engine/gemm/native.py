@@ -86,6 +86,6 @@ class NativeProduct:
         kind = _TYPES[x.dtype]
         neuron_cpu.linear(
             kind, _TYPES[weight.dtype], kind, x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            out.data_ptr(), num_rows, num_columns, self.out_features, x.stride(0), width, is_gated,
+            out.data_ptr(), num_rows, num_columns, self.out_features, x.stride(0), width, is_gated, 0,
         )  # fmt: skip
         return out
