@@ -47,8 +47,9 @@ async def test_a_model_larger_than_the_host_is_refused_before_anything_starts(ch
         status, answer = await load(neuron, large)
         error = answer["error"]
         assert (status, error["kind"], error["code"]) == (422, "insufficient_memory", "insufficient_memory")
-        assert error["required_mb"] > 2 * memory_total_mb() > error["free_mb"] > 0  # float32 on a CPU
-        assert error["devices"][0]["weights_mb"] >= 2 * memory_total_mb()
+        # Held as bfloat16, as it is stored; without the native kernels it would be float32.
+        assert error["required_mb"] > memory_total_mb() > error["free_mb"] > 0
+        assert error["devices"][0]["weights_mb"] >= memory_total_mb()
         assert children() == pids
         assert [model["id"] for model in await neuron.get("/models")] == [neuron.model]  # it leaves no trace
         status, _, _ = await neuron.post("/v1/chat/completions", neuron.chat())

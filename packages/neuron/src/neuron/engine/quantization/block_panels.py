@@ -57,8 +57,11 @@ FORMATS: Mapping[str, BlockFormat] = {
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What blocks hold, apart. codes: [rows, K] uint8 (Q8_0: int8); scales, mins: [rows, K / group], of eight bits below
-    an outer one, else float16, mins as what is subtracted; outer, outer_min: [rows, K / block] float16."""
+    """What blocks hold, apart.
+
+    codes: [rows, K] uint8 (Q8_0: int8). scales, mins: [rows, K / group], of eight bits below an outer one, else
+    float16, mins as what is subtracted. outer, outer_min: [rows, K / block] float16.
+    """
 
     codes: Tensor
     scales: Tensor
