@@ -72,6 +72,11 @@ def read_config(config: Mapping[str, Any], family: Family | None = None) -> Mode
         raise CheckpointError(
             f"{FILE}: of heads of {head_dim} elements, {rotary_dim} would be rotated, which are no pairs", file=FILE
         )
+    if rope.divisors and len(rope.divisors) != rotary_dim // 2:
+        raise CheckpointError(
+            f"{FILE}: {len(rope.divisors)} divisors of frequencies, and {rotary_dim // 2} pairs of a head are rotated",
+            file=FILE,
+        )
     if rope.rope_type == "yarn":
         max_positions = max(max_positions, int(rope.factor * rope.original_max_positions))
     dtype = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")

@@ -46,11 +46,13 @@ ROPE_NUMBERS: Mapping[str, tuple[float, float]] = {
     "mscale_all_dim": (0.0, 1e6),
     "attention_factor": (1e-6, 1e6),
 }
+_DIVISORS = (1e-6, 1e6)
 ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
+    "divisors": ("divisors",),
 }
 """Rotary scalings that layers here have, and the numbers that each cannot do without."""
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
@@ -137,6 +139,8 @@ def _check_rope(values: Mapping[str, Any], form: str) -> None:
         raise CheckpointError(f"{FILE}: rope parameters must be an object, got {brief(rope)}", file=FILE)
     for key, limits in ROPE_NUMBERS.items():
         _check_number(rope, key, limits, prefix=f"{form}.")
+    if rope.get("divisors") is not None:
+        _check_divisors(rope["divisors"], f"{form}.divisors")
     low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
     if low is not None and high is not None and low >= high:
         raise _wrong(f"{form}.high_freq_factor", high, f"more than the low_freq_factor {low}")
@@ -149,6 +153,15 @@ def _check_rope(values: Mapping[str, Any], form: str) -> None:
         most = INTEGERS["max_position_embeddings"][1]
         if factor is not None and factor * original > most:
             raise _wrong(f"{form}.factor", factor, f"at most {most / original:g} for {original:g} positions")
+
+
+def _check_divisors(divisors: Any, key: str) -> None:
+    """One for each rotated pair of a head, so there are no more than half of its elements."""
+    most = INTEGERS["head_dim"][1] // 2
+    if not isinstance(divisors, list) or not 1 <= len(divisors) <= most:
+        raise _wrong(key, divisors, f"a list of 1 to {most} numbers")
+    for value in divisors:
+        _check_number({key: value}, key, _DIVISORS)
 
 
 def _check_heads(values: Mapping[str, Any]) -> None:

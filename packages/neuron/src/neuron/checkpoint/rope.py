@@ -15,7 +15,7 @@ from neuron.checkpoint.hyperparameters import FILE, ROPE_TYPES, brief, number
 class RopeScaling:
     """Frequencies of a rotary embedding, as the checkpoint's `rope_parameters` give them.
 
-    rope_type: `default`, `linear`, `llama3` or `yarn`. theta: the base. partial_rotary_factor: share of a head's
+    rope_type: `default`, `linear`, `llama3`, `yarn` or `divisors`. theta: the base. partial_rotary_factor: share of a head's
     elements that is rotated, from the front. factor: how much longer the context became. original_max_positions: the
     context the model was pretrained on. low_freq_factor, high_freq_factor: llama3's band borders. beta_fast,
     beta_slow, truncate: yarn's ramp. attention_factor: what cosines and sines are multiplied by.
@@ -32,6 +32,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    divisors: tuple[float, ...] = ()
 
 
 def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
@@ -66,6 +67,8 @@ def read_rope(values: Mapping[str, Any], max_positions: int) -> RopeScaling:
     partial = number(rope, "partial_rotary_factor", values.get("partial_rotary_factor") or 1.0)
     if rope_type == "default":
         return RopeScaling(theta=theta, partial_rotary_factor=partial)
+    if rope_type == "divisors":
+        return RopeScaling(rope_type, theta, partial, divisors=tuple(map(float, rope["divisors"])))
     original = values.get("original_max_position_embeddings") or max_positions
     original_max_positions = int(number(rope, "original_max_position_embeddings", original))
     factor = number(rope, "factor", max_positions / original_max_positions)

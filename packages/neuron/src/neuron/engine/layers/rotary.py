@@ -23,6 +23,8 @@ def inverse_frequencies(scaling: RopeScaling, rotary_dim: int) -> Tensor:
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     frequencies = scaling.theta**exponents
     inverse = 1.0 / frequencies
+    if scaling.rope_type == "divisors":
+        return inverse / torch.tensor(scaling.divisors, dtype=torch.float32, device="cpu")
     if scaling.rope_type == "linear":
         return inverse / scaling.factor
     if scaling.rope_type == "llama3":
