@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from neuron.checkpoint.config import read_config
 from neuron.checkpoint.errors import CheckpointError, NotSupported
+from neuron.checkpoint.families import window_of_all_layers, windows_by_layer_type
 from neuron.checkpoint.rope import RopeScaling
-from neuron.checkpoint.sliding_windows import window_of_all_layers, windows_by_layer_type
 
 BASE: dict[str, Any] = {
     "model_type": "llama",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from neuron.checkpoint.gguf.block_types import BLOCK_TYPES
+from neuron.checkpoint.block_types import BLOCK_TYPES
 from torch import Tensor
 
 SCALES = {

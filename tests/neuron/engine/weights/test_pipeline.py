@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class SlowDevice:
         self.num_blocks += 1
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
-    def send(self, target: Tensor, staged: Tensor) -> SlowCopy:
+    def send(self, target: Tensor, staged: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> SlowCopy:
         self.num_sent += 1
         copy = SlowCopy(self, target, staged)
         self.queued.append(copy)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from neuron.checkpoint.block_types import BLOCK_TYPES, NATIVE_BITS
 from neuron.checkpoint.config import DTYPES, ModelConfig
 from neuron.checkpoint.safetensors_header import BITS, CONVERTED, TensorHeader
 from neuron.checkpoint.sharding import Rank, ranks_of, shard_columns, shard_heads
@@ -39,26 +40,28 @@ class StoredTensor(msgspec.Struct, frozen=True):
     """A tensor of a checkpoint, as its file's header describes it.
 
     bits: of an element, where it is held as it is stored (codes, scales); None where it becomes the model's dtype.
-    float_bits: of an element in the file, where it is a float.
+    native_bits: of an element, where the native CPU kernels keep a matrix as it is stored; None where nobody can.
     """
 
     name: str
     num_elements: int
     is_matrix: bool
     bits: int | None = None
-    float_bits: int = 32
+    native_bits: float | None = None
 
     @property
     def role(self) -> Role:
         return role_of(self.name, is_matrix=self.is_matrix)
 
     def bytes_of(self, part: float, item_bytes: int, *, keeps_matrices: bool = False) -> int:
-        """That a part of it takes in a model whose elements have `item_bytes`. keeps_matrices: matrices of 16 bits stay
-        as they are stored."""
+        """That a part of it takes in a model whose elements have `item_bytes`. keeps_matrices: the native CPU kernels
+        multiply."""
         num_elements = math.ceil(self.num_elements * part)
         if self.bits is not None:
             return math.ceil(num_elements * self.bits / 8)
-        return num_elements * (2 if keeps_matrices and self.is_matrix and self.float_bits == 16 else item_bytes)
+        if keeps_matrices and self.is_matrix and self.native_bits is not None:
+            return math.ceil(num_elements * self.native_bits / 8)
+        return num_elements * item_bytes
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -161,22 +164,24 @@ def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
 
 def stored(tensor: TensorHeader) -> StoredTensor:
     """What an estimate needs to know of a tensor."""
-    bits = None if tensor.dtype in CONVERTED else BITS[tensor.dtype]
+    is_converted = tensor.dtype in CONVERTED or tensor.dtype in BLOCK_TYPES
+    bits = None if is_converted else BITS[tensor.dtype]
+    native_bits = NATIVE_BITS.get(tensor.dtype, 16 if tensor.dtype in ("BF16", "F16") else None)
     return StoredTensor(
-        tensor.name, tensor.num_elements, is_matrix=len(tensor.shape) > 1, bits=bits, float_bits=BITS[tensor.dtype]
+        tensor.name, tensor.num_elements, is_matrix=len(tensor.shape) > 1, bits=bits, native_bits=native_bits
     )
 
 
 def summarised(tensors: Iterable[StoredTensor], model: ModelConfig) -> list[StoredTensor]:
     """A few tensors that take what these take, for whoever passes them on: those that are read, by how they are cut."""
-    sums: dict[tuple[Role, int | None, int], int] = {}
+    sums: dict[tuple[Role, int | None, float | None], int] = {}
     for tensor in tensors:
         if _is_used(tensor.name, model):
-            kind = tensor.role, tensor.bits, tensor.float_bits
+            kind = tensor.role, tensor.bits, tensor.native_bits
             sums[kind] = sums.get(kind, 0) + tensor.num_elements
     return [
-        msgspec.structs.replace(_SUMS[role], num_elements=total, bits=bits, float_bits=float_bits)
-        for (role, bits, float_bits), total in sums.items()
+        msgspec.structs.replace(_SUMS[role], num_elements=total, bits=bits, native_bits=native_bits)
+        for (role, bits, native_bits), total in sums.items()
     ]
 
 
@@ -184,12 +189,13 @@ def tensors_of_size(num_bytes: int, model: ModelConfig) -> list[StoredTensor]:
     """A stand-in where only the size of the weight files is known, before they are downloaded."""
     embedding = model.vocab_size * model.hidden_size
     item_bytes = DTYPES[model.dtype or "bfloat16"]
-    num_elements, bits = num_bytes // item_bytes, item_bytes * 8
+    num_elements = num_bytes // item_bytes
+    bits = 16 if item_bytes == 2 else None
     if num_elements <= embedding:
-        return [StoredTensor("model.layers", num_elements, is_matrix=True, float_bits=bits)]
+        return [StoredTensor("model.layers", num_elements, is_matrix=True, native_bits=bits)]
     return [
-        StoredTensor("model.embed_tokens.weight", embedding, is_matrix=True, float_bits=bits),
-        StoredTensor("model.layers", num_elements - embedding, is_matrix=True, float_bits=bits),
+        StoredTensor("model.embed_tokens.weight", embedding, is_matrix=True, native_bits=bits),
+        StoredTensor("model.layers", num_elements - embedding, is_matrix=True, native_bits=bits),
     ]
 
 

@@ -15,10 +15,11 @@ from neuron.checkpoint.hyperparameters import FILE, ROPE_TYPES, brief, number
 class RopeScaling:
     """Frequencies of a rotary embedding, as the checkpoint's `rope_parameters` give them.
 
-    rope_type: `default`, `linear`, `llama3`, `yarn` or `divisors`. theta: the base. partial_rotary_factor: share of a head's
-    elements that is rotated, from the front. factor: how much longer the context became. original_max_positions: the
-    context the model was pretrained on. low_freq_factor, high_freq_factor: llama3's band borders. beta_fast,
-    beta_slow, truncate: yarn's ramp. attention_factor: what cosines and sines are multiplied by.
+    rope_type: `default`, `linear`, `llama3`, `yarn` or `divisors` (of the inverse frequencies, one each). theta: the
+    base. partial_rotary_factor: share of a head's elements that is rotated, from the front. factor: how much longer the
+    context became. original_max_positions: the context the model was pretrained on. low_freq_factor, high_freq_factor:
+    llama3's band borders. beta_fast, beta_slow, truncate: yarn's ramp. attention_factor: what cosines and sines are
+    multiplied by.
     """
 
     rope_type: str = "default"

@@ -60,7 +60,9 @@ def models_among(names: Iterable[str]) -> list[GgufModel]:
     """The models among files, by name; names: relative to the folder, with `/`."""
     there = {name for name in names if is_gguf(name) and not _NO_MODEL.search(_stem(name).lower())}
     sets = {splits_of(name) for name in there}
-    return [GgufModel(files, _tag(files[0]), tuple(name for name in files if name not in there)) for files in sorted(sets)]
+    return [
+        GgufModel(files, _tag(files[0]), tuple(name for name in files if name not in there)) for files in sorted(sets)
+    ]
 
 
 def matching(models: Sequence[GgufModel], quant: str) -> list[GgufModel]:

@@ -15,8 +15,8 @@ import os
 import struct
 from dataclasses import dataclass
 
+from neuron.checkpoint.block_types import REFUSED_TYPES, TYPE_OF_NUMBER
 from neuron.checkpoint.errors import CheckpointError
-from neuron.checkpoint.gguf.block_types import REFUSED_TYPES, TYPE_OF_NUMBER
 from neuron.checkpoint.safetensors_header import TensorHeader
 
 MAGIC = b"GGUF"
@@ -146,7 +146,7 @@ class _Reader:
     def _version(self) -> int:
         if self._file_bytes < 24 or self._take(4, "the magic") != MAGIC:
             raise CheckpointError(f"{self._file} is not a GGUF file, which begins with `GGUF`", file=self._file)
-        version: int = self._fixed(_U32, "the version")
+        version = self._whole(_U32, "the version")
         if version and not version & 0xFFFF:
             raise CheckpointError(f"{self._file}: big-endian GGUF files are not read", file=self._file)
         if version not in VERSIONS:
@@ -160,7 +160,7 @@ class _Reader:
 
     def _value(self, key: str) -> Value:
         field = f"metadata {_brief(key)}"
-        kind: int = self._fixed(_U32, f"the type of {field}")
+        kind = self._whole(_U32, f"the type of {field}")
         if kind in _SCALARS:
             name, form = _SCALARS[kind]
             value: int | float = self._fixed(form, field)
@@ -177,7 +177,7 @@ class _Reader:
         raise self._damaged(f"{field} has the unknown type {kind}")
 
     def _array(self, field: str, depth: int) -> Array:
-        kind: int = self._fixed(_U32, f"the element type of {field}")
+        kind = self._whole(_U32, f"the element type of {field}")
         if kind in _SCALARS:
             name, form = _SCALARS[kind]
             length = self._count(f"the length of {field}", most=MAX_HEADER_BYTES, least_bytes=form.size)
@@ -221,14 +221,14 @@ class _Reader:
             if name in seen:
                 raise self._damaged("a tensor is described twice", name)
             seen.add(name)
-            num_dimensions: int = self._fixed(_U32, f"the dimensions of {_brief(name)}")
+            num_dimensions = self._whole(_U32, f"the dimensions of {_brief(name)}")
             if num_dimensions > MAX_DIMENSIONS:
                 raise self._damaged(f"a shape of {num_dimensions} dimensions, and at most {MAX_DIMENSIONS} exist", name)
-            sizes = [self._fixed(_U64, f"the shape of {_brief(name)}") for _ in range(num_dimensions)]
+            sizes = [self._whole(_U64, f"the shape of {_brief(name)}") for _ in range(num_dimensions)]
             shape = tuple(reversed(sizes))
             if 0 in sizes or math.prod(sizes) > _MAX_ELEMENTS:
                 raise self._damaged(f"the shape {list(shape)} is none that a tensor can have", name)
-            number: int = self._fixed(_U32, f"the type of {_brief(name)}")
+            number = self._whole(_U32, f"the type of {_brief(name)}")
             kind = TYPE_OF_NUMBER.get(number)
             if kind is None:
                 what = REFUSED_TYPES.get(number)
@@ -237,7 +237,7 @@ class _Reader:
             if (sizes[0] if sizes else 1) % kind.block_elements:
                 raise self._damaged(f"rows of {sizes[0] if sizes else 1} are no blocks of {kind.name}", name)
             num_elements = math.prod(sizes)
-            offset: int = self._fixed(_U64, f"the offset of {_brief(name)}")
+            offset = self._whole(_U64, f"the offset of {_brief(name)}")
             num_bytes = num_elements // kind.block_elements * kind.block_bytes
             found.append((name, kind.name, shape, num_elements, num_bytes, offset))
         return found
@@ -250,7 +250,9 @@ class _Reader:
         expected = 0
         for name, kind, shape, num_elements, num_bytes, offset in described:
             if offset % alignment:
-                raise self._damaged(f"the offset {offset} of a tensor is no multiple of the alignment {alignment}", name)
+                raise self._damaged(
+                    f"the offset {offset} of a tensor is no multiple of the alignment {alignment}", name
+                )
             if offset != expected:
                 how = "overlaps the one before it" if offset < expected else "leaves a gap before it"
                 raise self._damaged(f"the data of a tensor begins at byte {offset} and {how}: {expected} is due", name)
@@ -276,7 +278,7 @@ class _Reader:
 
     def _count(self, field: str, *, most: int, least_bytes: int) -> int:
         """A number of things that follow, each of at least so many bytes."""
-        count: int = self._fixed(_U64, field)
+        count = self._whole(_U64, field)
         if count > most:
             raise self._damaged(f"{field} is {count}, and at most {most} are read")
         if self._at + count * least_bytes > self._limit:
@@ -289,6 +291,11 @@ class _Reader:
         self._at += form.size
         found: int | float = value
         return found
+
+    def _whole(self, form: struct.Struct, field: str) -> int:
+        value = self._fixed(form, field)
+        assert isinstance(value, int)
+        return value
 
     def _take(self, num_bytes: int, field: str) -> bytes:
         data = self._filled(self._at + num_bytes, field)
@@ -307,7 +314,9 @@ class _Reader:
         while done < wanted:
             part = os.pread(self._descriptor, wanted - done, done)
             if not part:
-                raise CheckpointError(f"{self._file} is truncated: it became shorter while it was read", file=self._file)
+                raise CheckpointError(
+                    f"{self._file} is truncated: it became shorter while it was read", file=self._file
+                )
             parts.append(part)
             done += len(part)
         self._data = b"".join(parts)

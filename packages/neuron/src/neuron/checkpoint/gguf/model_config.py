@@ -68,7 +68,8 @@ class _Metadata:
             kind = self._values.get("general.type", "model")
             what = f"a file of the type {kind!r}" if kind != "model" else f"the architecture {found!r}"
             raise NotSupported(
-                f"{self.file}: {what[:120]} is not supported; of GGUF files, those of {', '.join(sorted(_MODEL_TYPES))} are",
+                f"{self.file}: {what[:120]} is not supported; of GGUF files, those of "
+                f"{', '.join(sorted(_MODEL_TYPES))} are",
                 file=self.file,
                 facts={"model_type": found[:120], "supported": sorted(_MODEL_TYPES)},
             )
@@ -109,9 +110,7 @@ class _Metadata:
         return value
 
     def wrong(self, name: str, value: object, wanted: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.file}: {self.key(name)} must be {wanted}, got {str(value)[:80]}", file=self.file
-        )
+        return CheckpointError(f"{self.file}: {self.key(name)} must be {wanted}, got {str(value)[:80]}", file=self.file)
 
     def refuse_unknown_features(self) -> None:
         for name, neutral in _NEUTRAL.items():
@@ -189,7 +188,8 @@ def _head_dim(metadata: _Metadata, hidden_size: int, heads: int) -> int:
     if key is None:
         if heads < 1 or hidden_size % heads:
             raise CheckpointError(
-                f"{metadata.file}: {metadata.key('embedding_length')} {hidden_size} does not divide among {heads} heads",
+                f"{metadata.file}: {metadata.key('embedding_length')} {hidden_size} does not divide among {heads} "
+                "heads",
                 file=metadata.file,
             )
         key = hidden_size // heads
@@ -226,7 +226,8 @@ def _rope(metadata: _Metadata, head_dim: int, divisors: Sequence[float] | None) 
         return rope | {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise NotSupported(
-            f"{metadata.file}: {metadata.key('rope.scaling.type')} {str(kind)[:80]!r} is not supported", file=metadata.file
+            f"{metadata.file}: {metadata.key('rope.scaling.type')} {str(kind)[:80]!r} is not supported",
+            file=metadata.file,
         )
     return rope | _yarn(metadata, factor)
 
@@ -240,7 +241,9 @@ def _yarn(metadata: _Metadata, factor: int | float | None) -> dict[str, Any]:
         )
     for name in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
         if metadata.number(name) not in (None, 1):
-            raise NotSupported(f"{metadata.file}: {metadata.key(name)} other than 1 is not supported", file=metadata.file)
+            raise NotSupported(
+                f"{metadata.file}: {metadata.key(name)} other than 1 is not supported", file=metadata.file
+            )
     yarn: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,

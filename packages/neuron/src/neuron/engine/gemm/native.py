@@ -20,7 +20,7 @@ from torch import Tensor
 from neuron.engine.gemm.activation import silu_mul
 
 PANEL = neuron_cpu.PANEL
-_TYPES: Mapping[torch.dtype, int] = {
+ELEMENT_TYPES: Mapping[torch.dtype, int] = {
     torch.float32: neuron_cpu.FLOAT32,
     torch.bfloat16: neuron_cpu.BFLOAT16,
     torch.float16: neuron_cpu.FLOAT16,
@@ -33,7 +33,7 @@ def pack(weight: Tensor) -> Tensor:
     padding = -num_rows % PANEL
     rows = F.pad(weight, (0, 0, 0, padding)) if padding else weight.contiguous()
     num_panels = rows.shape[0] // PANEL
-    neuron_cpu.pack(_TYPES[rows.dtype], rows.data_ptr(), rows.data_ptr(), num_panels, num_columns)
+    neuron_cpu.pack(ELEMENT_TYPES[rows.dtype], rows.data_ptr(), rows.data_ptr(), num_panels, num_columns)
     return rows.view(num_panels, num_columns, PANEL)
 
 
@@ -83,9 +83,10 @@ class NativeProduct:
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
         out = torch.empty(num_rows, width, dtype=x.dtype)
-        kind = _TYPES[x.dtype]
+        kind = ELEMENT_TYPES[x.dtype]
         neuron_cpu.linear(
-            kind, _TYPES[weight.dtype], kind, x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            out.data_ptr(), num_rows, num_columns, self.out_features, x.stride(0), width, is_gated, 0,
+            kind, ELEMENT_TYPES[weight.dtype], kind, x.data_ptr(), weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), num_rows, num_columns, self.out_features,
+            x.stride(0), width, is_gated, 0,
         )  # fmt: skip
         return out

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuron.checkpoint.block_types import BLOCK_TYPES, NATIVE_BITS
 from neuron.checkpoint.sharding import shard_vocabulary, vocabulary_sizes
 from neuron.engine.gemm.gemm import Product, arrange
 from neuron.engine.parallel.group import ParallelGroup
 from neuron.engine.weight_slices import WeightSlice
+
+if TYPE_CHECKING:
+    from neuron.engine.quantization.block_panels import BlockPanels
 
 
 class VocabularyWeight(nn.Module):
@@ -25,6 +32,29 @@ class VocabularyWeight(nn.Module):
         self.shard, rows = shard_vocabulary(vocab_size, group)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
         self.uses_native_kernels = False
+        # Where it is held in blocks of GGUF: their type, and once it is loaded its panels.
+        self.kind: str | None = None
+        self.panels: BlockPanels | None = None
+
+    def can_hold(self, kind: str) -> bool:
+        """Whether it can be held in blocks of a type of GGUF, as it is stored."""
+        return kind in NATIVE_BITS and self.hidden_size % 32 == 0
+
+    def hold_blocks(self, kinds: Mapping[str | None, str]) -> None:
+        """Become a matrix in blocks, before anything is read."""
+        (self.kind,) = kinds.values()
+        block = BLOCK_TYPES[self.kind]
+        width = self.hidden_size // block.block_elements * block.block_bytes
+        memory = torch.empty(self.weight.shape[0], width, dtype=torch.uint8, device=self.weight.device)
+        self.weight = nn.Parameter(memory, requires_grad=False)
+
+    def finish_loading(self) -> None:
+        """Rearrange blocks; once."""
+        if self.kind is not None and self.panels is None:
+            from neuron.engine.quantization.block_panels import pack_blocks
+
+            self.panels = pack_blocks(self.kind, self.weight.data)
+            self.weight = nn.Parameter(self.panels.data, requires_grad=False)
 
     def weight_slices(self, part: str | None) -> list[WeightSlice]:
         columns = slice(0, self.hidden_size)
@@ -34,14 +64,15 @@ class VocabularyWeight(nn.Module):
                 (self.vocab_size, self.hidden_size),
                 (self.shard.slice, columns),
                 "weight",
-                (slice(0, self.shard.length), columns),
+                (slice(0, self.shard.length), slice(0, self.weight.shape[1])),
+                stored=self.kind,
             )
         ]
 
     @property
     def padding_elements(self) -> int:
         """Elements of `weight` that no checkpoint tensor fills; the loader leaves them zero."""
-        return (self.weight.shape[0] - self.shard.length) * self.hidden_size
+        return (self.weight.shape[0] - self.shard.length) * self.weight.shape[1]
 
 
 class VocabParallelEmbedding(VocabularyWeight):
@@ -62,6 +93,10 @@ class VocabParallelEmbedding(VocabularyWeight):
         return self.group.all_reduce(hidden)
 
     def _rows(self, indices: Tensor) -> Tensor:
+        if self.panels is not None:
+            from neuron.engine.quantization.block_weight import gathered
+
+            return gathered(self.panels, indices).to(self.out_dtype)
         if self.weight.dim() == 2:
             return F.embedding(indices, self.weight).to(self.out_dtype)
         from neuron.engine.gemm.native import rows_of  # a tied head has put it into panels
@@ -94,6 +129,12 @@ class LMHead(nn.Module):
 
     def finish_loading(self) -> None:
         holder = self._embedding[0] if self.matrix is None else self.matrix
+        holder.finish_loading()
+        if holder.panels is not None:
+            from neuron.engine.quantization.block_weight import BlockProduct
+
+            self.weight, self.product = holder.weight, BlockProduct([holder.panels])
+            return
         self.weight, self.product = arrange(holder.weight.detach(), native=holder.uses_native_kernels)
         holder.weight = nn.Parameter(self.weight, requires_grad=False)
 

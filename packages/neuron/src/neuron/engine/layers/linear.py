@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
+from neuron.checkpoint.block_types import NATIVE_BITS
 from neuron.checkpoint.sharding import Shard, shard_evenly, shard_heads, whole
 from neuron.engine.gemm.gemm import Product
 from neuron.engine.parallel.group import ParallelGroup
@@ -58,6 +60,24 @@ class LinearLayer(nn.Module):
                 return self.weight_format.weight_slices(self, candidate, row)
             row += candidate.rows.length
         raise ValueError(f"this layer has the parts {[candidate.name for candidate in self.parts]}, not {part!r}")
+
+    def can_hold(self, kind: str) -> bool:
+        """Whether a matrix in blocks of a type of GGUF can be held as it is stored."""
+        if kind not in NATIVE_BITS:
+            return False
+        from neuron.engine.quantization.block_weight import is_held  # a distribution that may be absent
+
+        return is_held(kind, self.in_shard)
+
+    def hold_blocks(self, kinds: Mapping[str | None, str]) -> None:
+        """Become a layer of parts in blocks, before anything is read. kinds: their types."""
+        from neuron.engine.quantization.block_weight import BlockWeight
+
+        device = self.weight.device
+        del self.weight
+        self.weight_format = BlockWeight(kinds)
+        with torch.device(device):
+            self.weight_format.create(self, bias=self.bias is not None)
 
     def finish_loading(self) -> None:
         self.weight_format.finish(self)

@@ -21,6 +21,8 @@ import torch
 from neuron.checkpoint.config import ModelConfig, read_config
 from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import read_json
+from neuron.checkpoint.gguf.checkpoint import opened, read_checkpoint
+from neuron.checkpoint.gguf.files import is_gguf_file
 from neuron.checkpoint.hyperparameters import check_values
 from neuron.checkpoint.layout import cache_groups, dtype_of, graph_bytes, rank_sizes, uses_native_kernels
 from neuron.checkpoint.sharding import ranks_of
@@ -107,7 +109,12 @@ def load_follower(
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder, with senseless values refused. Raises `CheckpointError`."""
+    """`config.json` of a checkpoint folder, or what a GGUF file says in its place, with senseless values refused.
+
+    Raises `CheckpointError`.
+    """
+    if is_gguf_file(path):
+        return _read_gguf_config(path)
     file = path / "config.json"
     try:
         config = read_json(file)
@@ -118,6 +125,16 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {exc.message}", file=exc.file) from exc
     except OSError as exc:
         raise CheckpointError(f"{file} cannot be read: {exc}", file=file.name) from exc
+    return config
+
+
+def _read_gguf_config(path: Path) -> dict[str, Any]:
+    try:
+        with opened(path) as descriptors:
+            config = read_checkpoint(path, descriptors).config
+    except OSError as exc:
+        raise CheckpointError(f"{path} cannot be read: {exc}", file=path.name) from exc
+    check_values(config)
     return config
 
 

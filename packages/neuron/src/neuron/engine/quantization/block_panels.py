@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuron.checkpoint.gguf.block_types import BLOCK_TYPES
+from neuron.checkpoint.block_types import BLOCK_TYPES
 
 PANEL = 32
 # Panels that are rearranged at once: what it takes beside the weight is some megabytes.
@@ -219,22 +219,3 @@ def _panels_of(kind: str, raw: Tensor, first: int, last: int, unit: int) -> Tens
             shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1)
             parts.append(as_bytes((high << shifts).sum(-2, dtype=torch.uint8)))
     return torch.cat(parts, dim=-1).reshape(num_panels, -1)
-
-
-def dequantised(kind: str, raw: Tensor) -> Tensor:
-    """The twin: [rows, K] float32, each operation rounded as the file's own dequantisation does."""
-    form, fields = FORMATS[kind], fields_of(kind, raw)
-    rows = raw.shape[0]
-    codes = fields.codes.view(rows, -1, form.group).float() - form.zero
-    scales = fields.scales.view(torch.int8) if kind == "Q6_K" else fields.scales
-    scale = scales.float()
-    offset = None if fields.mins is None else fields.mins.float()
-    if fields.outer is not None:
-        per_block = scale.shape[1] // fields.outer.shape[1]
-        scale = scale * fields.outer.float().repeat_interleave(per_block, dim=1)
-        if offset is not None and fields.outer_min is not None:
-            offset = offset * fields.outer_min.float().repeat_interleave(per_block, dim=1)
-    result = codes * scale.unsqueeze(-1)
-    if offset is not None:
-        result = result - offset.unsqueeze(-1)
-    return result.view(rows, -1)

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from neuron.checkpoint.gguf.block_types import BLOCK_TYPES
+from neuron.checkpoint.block_types import BLOCK_TYPES
 
 _UNPACKED: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -125,7 +125,7 @@ def _nvfp4(block: Tensor) -> Tensor:
     exponent, mantissa = bits >> 3, (bits & 7).float()
     normal = (1 + mantissa / 8) * torch.exp2((exponent - 7).float())
     scale = torch.where(exponent == 0, mantissa * 2.0**-9, normal) * 0.5
-    scale = torch.where(bits == 0x7F, 0.0, scale)
+    scale = torch.where(block[:, :4] == 0x7F, 0.0, scale)
     return _looked_up(_nibbles(block, 4, 8, 4), _FP4).mul_(scale.unsqueeze(-1))
 
 

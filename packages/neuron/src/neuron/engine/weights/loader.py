@@ -20,10 +20,11 @@ from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.weight_slices import Loadable, Slices, WeightSlice
 from neuron.engine.weights.dummy import load_dummy_weights
+from neuron.engine.weights.gguf_reader import Reader, open_checkpoint
 from neuron.engine.weights.materialise import finish, materialise
+from neuron.engine.weights.pieces import bytes_read, pieces_of
 from neuron.engine.weights.pipeline import Piece, Transfer, make_transfer, num_reader_threads, transfer_pieces
-from neuron.engine.weights.safetensors_reader import CheckpointReader, TensorInfo, bytes_per_element
-from neuron.engine.weights.slices import runs_of
+from neuron.engine.weights.safetensors_reader import TensorInfo
 
 __all__ = ["Progress", "WeightsRead", "load_dummy_weights", "load_weights"]
 
@@ -42,7 +43,7 @@ class _Read:
 
     @property
     def num_bytes(self) -> int:
-        return _num_elements(self.weight_slice.source) * bytes_per_element(self.info.dtype)
+        return bytes_read(self.info, self.weight_slice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def load_weights(
     for descriptor in (opened or {}).values():
         os.set_inheritable(descriptor, False)  # they hold much memory, and no child of ours is to have them
     num_threads = num_threads or num_reader_threads(model.group.world_size)
-    with CheckpointReader(Path(path), opened=opened) as reader:
+    with open_checkpoint(Path(path), opened=opened) as reader:
+        _hold_blocks(model, reader)
         reads = _plan(model, reader)
         _keep_stored_dtypes(reads)
         reads.sort(key=lambda read: (read.info.file, read.info.offset))
@@ -108,26 +110,34 @@ def load_weights(
     return read
 
 
-def _pieces(model: CausalLM, reader: CheckpointReader, read: _Read, block_bytes: int) -> Iterator[Piece]:
-    """A slice as runs of whole rows of it, each as many as a block holds."""
-    info, source = read.info, read.weight_slice.source
-    target = materialise(model, read.module, read.weight_slice.parameter)[read.weight_slice.target]
-    num_rows = target.shape[0] if target.dim() else 1
-    rows_at_once = max(1, block_bytes // (read.num_bytes // num_rows))
-    for row in range(0, num_rows, rows_at_once):
-        end = min(row + rows_at_once, num_rows)
-        rows = (slice(source[0].start + row, source[0].start + end), *source[1:]) if source else source
-        runs = runs_of(info.shape, rows, offset=info.offset, item_bytes=bytes_per_element(info.dtype))
-        yield Piece(
-            f"{info.name} of {info.file.name}",
-            reader.descriptor(info.file),
-            tuple(runs),
-            reader.dtype_of(info, stored=read.weight_slice.stored),
-            target[row:end] if source else target,
-        )
+def _pieces(model: CausalLM, reader: Reader, read: _Read, block_bytes: int) -> Iterator[Piece]:
+    info, weight_slice = read.info, read.weight_slice
+    return pieces_of(
+        info,
+        weight_slice,
+        materialise(model, read.module, weight_slice.parameter)[weight_slice.target],
+        descriptor=reader.descriptor(info.file),
+        dtype=reader.dtype_of(info, stored=weight_slice.stored),
+        block_bytes=block_bytes,
+    )
 
 
-def _plan(model: CausalLM, reader: CheckpointReader) -> list[_Read]:
+def _hold_blocks(model: CausalLM, reader: Reader) -> None:
+    """Layers that multiply with blocks as they are stored get that format, where all of their parts are in such."""
+    available = {canonical_name(name): info for name, info in reader.tensors.items()}
+    kinds: dict[int, dict[str | None, str]] = {}
+    modules: dict[int, LinearLayer | VocabularyWeight] = {}
+    for prefix, module, part in model.checkpoint_modules():
+        if isinstance(module, LinearLayer | VocabularyWeight) and module.uses_native_kernels:
+            info = available.get(f"{prefix}.weight")
+            modules[id(module)] = module
+            kinds.setdefault(id(module), {})[part] = "" if info is None else info.dtype
+    for key, module in modules.items():
+        if all(module.can_hold(kind) for kind in kinds[key].values()):
+            module.hold_blocks(kinds[key])
+
+
+def _plan(model: CausalLM, reader: Reader) -> list[_Read]:
     """What to read where. Raises `CheckpointError` unless tensors and model fit exactly."""
     available = {canonical_name(name): info for name, info in reader.tensors.items()}
     if len(available) != len(reader.tensors):

@@ -38,13 +38,15 @@ _BLOCKS_IN_FLIGHT = 4
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Some rows of one tensor's slice. label names it in errors; dtype is the file's; target: [rows, ...] of the
-    parameter, in its own dtype."""
+    parameter, in its own dtype. decode: what makes numbers of the target's shape of the bytes that were read, [n]
+    uint8, where they are in blocks."""
 
     label: str
     descriptor: int
     runs: tuple[Runs, ...]
     dtype: torch.dtype
     target: Tensor
+    decode: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +55,8 @@ class Piece:
     @property
     def is_direct(self) -> bool:
         """Whether the bytes of the file are the bytes of the parameter."""
-        return self.target.device.type == "cpu" and self.target.dtype == self.dtype and self.target.is_contiguous()
+        is_same = self.decode is None and self.target.dtype == self.dtype and self.target.is_contiguous()
+        return is_same and self.target.device.type == "cpu"
 
 
 class Pending(Protocol):
@@ -77,8 +80,8 @@ class Transfer(Protocol):
         """Host memory, [num_bytes] uint8, that `send` takes parts of."""
         ...
 
-    def send(self, target: Tensor, staged: Tensor) -> Pending | None:
-        """Copy (and convert) `staged`, a view of a block; None where that is done at once."""
+    def send(self, target: Tensor, staged: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Pending | None:
+        """Copy (and convert) `staged`, a view of a block; None where that is done at once. decode: see `Piece`."""
         ...
 
     def finish(self) -> None:
@@ -94,8 +97,8 @@ class HostTransfer:
     def block(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def send(self, target: Tensor, staged: Tensor) -> None:
-        target.copy_(staged)
+    def send(self, target: Tensor, staged: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> None:
+        target.copy_(staged if decode is None else decode(staged))
 
     def finish(self) -> None:
         pass
@@ -116,9 +119,12 @@ class CudaTransfer:
     def block(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def send(self, target: Tensor, staged: Tensor) -> Pending:
+    def send(self, target: Tensor, staged: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Pending:
         with torch.cuda.stream(self._stream):
-            if staged.dtype == target.dtype:
+            if decode is not None:
+                self._has_scratch = True
+                target.copy_(decode(staged.to(self._device, non_blocking=True)))
+            elif staged.dtype == target.dtype:
                 target.copy_(staged, non_blocking=True)
             else:
                 # The conversion runs on the device; its scratch belongs to this stream and is used in its order.
@@ -170,8 +176,10 @@ def transfer_pieces(
             if error is not None:
                 raise error
             if block_or_none is not None:
-                staged = block_or_none[: piece.num_bytes].view(piece.dtype).view(piece.target.shape)
-                sent = transfer.send(piece.target, staged)
+                staged = block_or_none[: piece.num_bytes]
+                if piece.decode is None:
+                    staged = staged.view(piece.dtype).view(piece.target.shape)
+                sent = transfer.send(piece.target, staged, piece.decode)
                 if sent is None:
                     readers.free.put(block_or_none)
                 else:

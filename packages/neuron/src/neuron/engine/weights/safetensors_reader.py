@@ -41,7 +41,12 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint, from its file's header. offset: of its data from the beginning of the file."""
+    """One tensor of a checkpoint, from its file's header.
+
+    dtype: as safetensors names it, or the name of a block type of GGUF. offset: of its data from the beginning of the
+    file. interleaved_heads: its rows are so many heads, in each of which rows 0 and D/2 of the model are neighbours, 1
+    and D/2 + 1, and so on; 0 where rows lie as the model has them.
+    """
 
     name: str
     dtype: str
@@ -49,6 +54,7 @@ class TensorInfo:
     file: Path
     offset: int
     num_bytes: int
+    interleaved_heads: int = 0
 
 
 class CheckpointReader:

@@ -60,6 +60,14 @@ BLOCK_TYPES: Mapping[str, BlockType] = {kind.name: kind for kind in _TYPES}
 
 TYPE_OF_NUMBER: Mapping[int, BlockType] = {kind.number: kind for kind in _TYPES}
 
+NATIVE_BITS: Mapping[str, float] = {
+    **{name: BLOCK_TYPES[name].bits for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K")},
+    "Q4_K": 4.625,
+    "Q5_K": 5.625,
+}
+"""Types that the native CPU kernels multiply as they are stored, and the bits of an element as it is held: scales of
+six bits get eight."""
+
 REFUSED_TYPES: Mapping[int, str] = {
     24: "I8",
     25: "I16",
