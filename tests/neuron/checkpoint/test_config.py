@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from neuron.checkpoint.config import read_config
 from neuron.checkpoint.errors import CheckpointError, NotSupported
-from neuron.checkpoint.families import window_of_all_layers, windows_by_layer_type
 from neuron.checkpoint.rope import RopeScaling
 
 BASE: dict[str, Any] = {
@@ -140,21 +139,3 @@ def test_senseless_values_are_named(change: dict[str, Any], message: str) -> Non
     with pytest.raises(CheckpointError, match=message) as caught:
         read_config(BASE | change)
     assert caught.value.kind == "bad_checkpoint"
-
-
-def test_windows_of_the_qwen_families() -> None:
-    window = {"sliding_window": 16, "use_sliding_window": True}
-    assert windows_by_layer_type({"sliding_window": 16}, 4) == (None,) * 4
-    assert windows_by_layer_type(window | {"max_window_layers": 3}, 4) == (None, None, None, 16)
-    kinds = ["full_attention", "sliding_attention"] * 2
-    assert windows_by_layer_type(window | {"layer_types": kinds, "max_window_layers": 0}, 4) == (None, 16, None, 16)
-    with pytest.raises(NotSupported, match="linear_attention"):
-        windows_by_layer_type(window | {"layer_types": ["linear_attention", *kinds[1:]]}, 4)
-    with pytest.raises(CheckpointError, match="names 4 layers, the model has 5"):
-        windows_by_layer_type(window | {"layer_types": kinds}, 5)
-
-
-def test_windows_of_mistral() -> None:
-    assert window_of_all_layers({"sliding_window": 4096}, 2) == (4096, 4096)
-    assert window_of_all_layers({"sliding_window": None}, 2) == (None, None)
-    assert window_of_all_layers({}, 2) == (None, None)
