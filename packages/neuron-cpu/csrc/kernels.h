@@ -94,6 +94,11 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
+// Rows of ggml's blocks, each of row_bytes, into panels: positions first … first + positions - 1 of them. number: of the
+// format. Rows beyond the last are zeros.
+void pack_blocks(const Blocks &format, int number, const void *raw, int64_t rows, int64_t row_bytes, int64_t first,
+                 int64_t positions, void *panels);
+
 // The best that this processor can do.
 const Kernels &kernels();
 

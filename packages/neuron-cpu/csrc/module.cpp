@@ -117,6 +117,16 @@ PyObject *py_gather_rows(PyObject *, PyObject *const *arguments, Py_ssize_t give
     Py_RETURN_NONE;
 }
 
+PyObject *py_pack_blocks(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
+    long long v[7];
+    Blocks format;
+    if (!read_integers(arguments, given, 7, v) || !read_format(v[0], format)) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    pack_blocks(format, static_cast<int>(v[0] % 16), address(v[1]), v[3], v[4], v[5], v[6], address(v[2]));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject *py_linear(PyObject *, PyObject *const *arguments, Py_ssize_t given) {
     long long v[14];
     if (!read_integers(arguments, given, 14, v)) return nullptr;
@@ -228,6 +238,7 @@ PyMethodDef methods[] = {
     {"instructions", py_instructions, METH_NOARGS, nullptr},
     {"pack", fast<py_pack>(), METH_FASTCALL, nullptr},
     {"linear", fast<py_linear>(), METH_FASTCALL, nullptr},
+    {"pack_blocks", fast<py_pack_blocks>(), METH_FASTCALL, nullptr},
     {"unit_bytes", fast<py_unit_bytes>(), METH_FASTCALL, nullptr},
     {"gather_rows", fast<py_gather_rows>(), METH_FASTCALL, nullptr},
     {"rms_norm", fast<py_rms_norm>(), METH_FASTCALL, nullptr},

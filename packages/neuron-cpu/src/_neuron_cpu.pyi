@@ -37,6 +37,13 @@ def linear(
     `MemoryError`, and `ValueError` for a format that does not exist.
     """
 
+def pack_blocks(blocks: int, raw: int, panels: int, rows: int, row_bytes: int, first: int, positions: int, /) -> None:
+    """Rows of ggml's blocks at `raw`, each of `row_bytes`, into panels of a format.
+
+    first, positions: what of each row, multiples of a unit. Rows up to the last panel's end are zeros. Raises
+    `ValueError` for a format that does not exist.
+    """
+
 def unit_bytes(blocks: int, /) -> int:
     """Bytes of a unit of a format: of 32 outputs and its positions. Raises `ValueError` for one that does not exist."""
 

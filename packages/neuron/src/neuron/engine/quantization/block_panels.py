@@ -18,14 +18,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import neuron_cpu
 import torch
 from torch import Tensor
 
 from neuron.checkpoint.block_types import BLOCK_TYPES
 
 PANEL = 32
-# Panels that are rearranged at once: what it takes beside the weight is some megabytes.
-_PANELS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +171,25 @@ def unit_of(kind: str, first: int, last: int) -> int:
 def pack_blocks(kind: str, raw: Tensor, *, columns: tuple[int, int] | None = None) -> BlockPanels:
     """Rows of a file as panels. raw: [rows, bytes of a row] uint8; columns: the first and the last + 1 to keep,
     multiples of 32 (all without it). Raises `ValueError` for other ones."""
-    block = BLOCK_TYPES[kind]
-    num_in = raw.shape[1] // block.block_bytes * block.block_elements
-    first, last = columns or (0, num_in)
+    first, last = columns or (0, _num_columns(kind, raw))
     unit = unit_of(kind, first, last)
-    parts = [
-        _panels_of(kind, raw[row : row + _PANELS_AT_ONCE * PANEL], first, last, unit)
-        for row in range(0, raw.shape[0], _PANELS_AT_ONCE * PANEL)
-    ]
-    return BlockPanels(kind, torch.cat(parts), raw.shape[0], last - first, unit)
+    number = FORMATS[kind].number + 16 * unit
+    panel_bytes = (last - first) // unit * neuron_cpu.unit_bytes(number)
+    data = torch.empty(-(-raw.shape[0] // PANEL), panel_bytes, dtype=torch.uint8)
+    raw = raw.contiguous()
+    neuron_cpu.pack_blocks(number, raw.data_ptr(), data.data_ptr(), raw.shape[0], raw.shape[1], first, last - first)
+    return BlockPanels(kind, data, raw.shape[0], last - first, unit)
 
 
-def _panels_of(kind: str, raw: Tensor, first: int, last: int, unit: int) -> Tensor:
-    """[panels, bytes of a panel] uint8 of some rows; rows that are wanting are zeros."""
+def _num_columns(kind: str, raw: Tensor) -> int:
+    block = BLOCK_TYPES[kind]
+    return raw.shape[1] // block.block_bytes * block.block_elements
+
+
+def panels_in_torch(kind: str, raw: Tensor, *, columns: tuple[int, int] | None = None) -> Tensor:
+    """The twin of `pack_blocks`: its data. Rows that are wanting are zeros."""
+    first, last = columns or (0, _num_columns(kind, raw))
+    unit = unit_of(kind, first, last)
     missing = -raw.shape[0] % PANEL
     if missing:
         raw = torch.cat((raw, raw.new_zeros(missing, raw.shape[1])))
