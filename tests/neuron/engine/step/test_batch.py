@@ -96,3 +96,25 @@ def test_a_batch_is_not_overwritten_before_the_device_has_read_it() -> None:
         stream.submit(lambda batch=batch: seen.append(batch.token_ids.tolist()))  # type: ignore[misc]
     stream.record().wait()
     assert seen == [[109], [209], [309]]
+
+
+def test_each_step_of_one_builder_is_what_a_new_builder_makes_of_it() -> None:
+    """Views are kept from step to step where extents are the same, and only there."""
+    sequences = [sequence_of(number) for number in range(3)]
+
+    def decodes(start: int, *of: int) -> StepPlan:
+        return StepPlan(1, [Chunk(sequences[number], start, 1, 1) for number in of], len(of), len(of))
+
+    mixed = [Chunk(sequences[0], 9, 1, 1), Chunk(sequences[1], 2, 5, 0), Chunk(sequences[2], 0, 4, 1)]
+    cut = StepPlan(1, [Chunk(sequences[0], 6, 1, 0), Chunk(sequences[1], 7, 1, 1)], 2, 2)
+    plans = [decodes(5, 0, 1), decodes(6, 0, 1), decodes(6, 2, 0), decodes(8, 0, 1), decodes(8, 0, 1, 2)]
+    plans += [StepPlan(1, mixed, 1, 10), decodes(9, 1), cut, decodes(10, 1, 0)]
+    builder = new_builder()
+    for number, plan in enumerate(plans):
+        batch, expected = builder.build(plan), new_builder().build(plan)
+        for name in batch.__slots__:
+            got, right = getattr(batch, name), getattr(expected, name)
+            assert torch.equal(got, right) if isinstance(right, torch.Tensor) else got == right, (number, name)
+        assert batch.query_start.tolist()[-1] == batch.num_tokens
+    assert builder.build(cut).logits_indices.tolist() == [1]
+    assert builder.build(decodes(10, 1, 0)).logits_indices.tolist() == [0, 1]

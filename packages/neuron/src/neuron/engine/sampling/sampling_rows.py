@@ -70,7 +70,7 @@ class SamplingRows:
     @classmethod
     def of(cls, sequences: Rows[Sequence], vocab_size: int, positions: list[int] | None = None) -> SamplingRows:
         """Of these sequences as they are now. positions: None where no token of theirs is pending."""
-        if all(is_plain_greedy(sequence) for sequence in sequences):
+        if all(map(is_plain_greedy, sequences)):
             return cls(len(sequences), is_plain=True)
         if positions is None:
             positions = [sequence.num_output for sequence in sequences]

@@ -208,13 +208,15 @@ class Scheduler:
         if is_chained:
             chunks = self._chained_decodes()
         else:
-            # A sequence that an earlier one has just preempted is no longer running.
+            # A sequence that an earlier one has just preempted is no longer running. Whether there is room is asked
+            # here first: a call for each row and step would cost more than all else in this loop.
+            running, page_size = Status.RUNNING, self._page_size
             chunks = [
                 Chunk(sequence, sequence.num_computed, 1, 1)
                 for sequence in tuple(self._running)
-                if sequence.status is Status.RUNNING
-                and len(sequence.tokens) - sequence.num_computed == 1
-                and self._make_room(sequence)
+                if sequence.status is running
+                and (num_tokens := len(sequence.tokens)) - sequence.num_computed == 1
+                and (len(sequence.pages) * page_size >= num_tokens or self._make_room(sequence))
             ]
         num_decodes = len(chunks)
 

@@ -118,11 +118,13 @@ class Sequence:
         """Take a sampled token. Returns whether it is output (a stop token is not) and the reason to end, if any."""
         if token in self.stop_token_ids:
             return False, "stop"
-        self.tokens.append(token)
+        tokens = self.tokens
+        tokens.append(token)
         if self.bias is not None:
             self.bias.add_output(token)
         if self.grammar is not None and self.grammar.advance(token):
             return True, "grammar"
-        if self.num_output >= self.max_tokens or len(self.tokens) >= max_model_len:
+        num_tokens = len(tokens)
+        if num_tokens - self.num_prompt >= self.max_tokens or num_tokens >= max_model_len:
             return True, "length"
         return True, None

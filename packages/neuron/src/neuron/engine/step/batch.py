@@ -14,7 +14,7 @@ from torch import Tensor
 from neuron.engine.attention.interface import StepBatch
 from neuron.engine.device_stream import Fence, ImmediateStream, Stream
 from neuron.engine.parallel.messages import PackedBatch
-from neuron.engine.scheduler.scheduler import StepPlan
+from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 
 # Every region of a packed buffer starts at a multiple of this many elements (at least 128 bytes), so that a Triton
 # kernel always sees 16-byte aligned pointers and never compiles a second variant for unaligned ones.
@@ -30,6 +30,41 @@ def _regions32(num_sequences: int, width: int) -> tuple[int, int, int]:
     context_at = _align(num_sequences + 1)
     tables_at = context_at + _align(num_sequences)
     return context_at, tables_at, tables_at + num_sequences * width
+
+
+# Tokens, logits, sequences and the width of page tables of a step.
+_Extents = tuple[int, int, int, int]
+# The tensors of a `StepBatch`: ids, positions, slots, query starts, context lengths, rows of logits, page tables.
+_Views = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _batch_of(views: _Views, num_decodes: int, query_lens: list[int], context_lens: list[int]) -> StepBatch:
+    ids, positions, slots, query_start, lengths, rows, tables = views
+    return StepBatch(
+        token_ids=ids,
+        positions=positions,
+        slot_mapping=slots,
+        query_start=query_start,
+        context_lens=lengths,
+        page_tables=tables,
+        logits_indices=rows,
+        query_lens_host=query_lens,
+        context_lens_host=context_lens,
+        num_decodes=num_decodes,
+        max_query_len=max(query_lens),
+        max_context_len=max(context_lens),
+    )
+
+
+def _rows_sampled(chunks: list[Chunk], num_tokens: int, num_padding: int) -> list[int]:
+    """Rows of the step whose logits are wanted: the last ones of each chunk, and all of the padding."""
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.num_tokens
+        rows += range(end - chunk.num_sampled, end)
+    rows += range(num_tokens, num_tokens + num_padding)
+    return rows
 
 
 @dataclass(slots=True)
@@ -75,6 +110,7 @@ class BatchBuilder:
         self._max_pages = max_pages
         self._stream = stream or ImmediateStream()
         self._is_staged = self._stream.is_deferred
+        self._numbers = np.arange(max(max_tokens, max_sequences) + 1, dtype=np.int64)
         size64 = 3 * _align(max_tokens) + _align(max_sequences)
         size32 = _align(max_sequences + 1) + _align(max_sequences) + max_sequences * max_pages
         pinned = device.type == "cuda"
@@ -84,6 +120,10 @@ class BatchBuilder:
         if self._is_staged:
             self._device64 = torch.zeros_like(self._device64, device=device)
             self._device32 = torch.zeros_like(self._device32, device=device)
+        # The last step's views and what they were made for. The buffers are the builder's for good, so views of the
+        # same extents are the same; a decode step mostly has those of the one before.
+        self._extents: _Extents | None = None
+        self._views: _Views | None = None
         # The page tables that CUDA graphs read: rows of one width, whatever the step.
         self._graph_tables: Tensor | None = None
 
@@ -96,9 +136,15 @@ class BatchBuilder:
         page_size = self._page_size
         chunks = plan.chunks
         num_decodes = plan.num_decodes
-        query_lens = [chunk.num_tokens for chunk in chunks]
-        context_lens = [chunk.start + chunk.num_tokens for chunk in chunks]
         num_tokens = plan.num_tokens
+        starts = [chunk.start for chunk in chunks]
+        is_decode = num_decodes == len(chunks)
+        if is_decode:
+            query_lens = [1] * num_decodes
+            context_lens = [start + 1 for start in starts]
+        else:
+            query_lens = [chunk.num_tokens for chunk in chunks]
+            context_lens = [start + length for start, length in zip(starts, query_lens, strict=True)]
         num_padding = max(graph_rows - num_tokens, 0)
         if num_padding:
             num_tokens += num_padding
@@ -119,8 +165,11 @@ class BatchBuilder:
         slots = host.array64[slots_at : slots_at + num_tokens]
         tables = host.array32[tables_at:end32].reshape(num_sequences, width)
 
-        ends = list(accumulate(query_lens, initial=0))
-        host.array32[: num_sequences + 1] = ends
+        # Of one token each, padding included, what ends where is known beforehand.
+        if is_decode:
+            host.array32[: num_sequences + 1] = self._numbers[: num_sequences + 1]
+        else:
+            host.array32[: num_sequences + 1] = list(accumulate(query_lens, initial=0))
         host.array32[context_at : context_at + num_sequences] = context_lens
         self._fill_tables(host, tables, plan)
 
@@ -135,11 +184,10 @@ class BatchBuilder:
                 ]
             else:
                 ids[:begin] = [chunk.sequence.tokens[chunk.start] for chunk in decodes]
-            starts = [chunk.start for chunk in decodes]
-            positions[:begin] = starts
+            positions[:begin] = starts[:begin]
             slots[:begin] = [
                 chunk.sequence.pages[start // page_size] * page_size + start % page_size
-                for chunk, start in zip(decodes, starts, strict=True)
+                for chunk, start in zip(decodes, starts[:begin], strict=True)
             ]
         for row in range(begin, len(chunks)):
             chunk = chunks[row]
@@ -155,16 +203,15 @@ class BatchBuilder:
             positions[begin:] = 0
             slots[begin:] = 0
 
-        last_rows: list[int] = []
-        for index, chunk in enumerate(chunks):
-            if chunk.num_sampled == 1:
-                last_rows.append(ends[index + 1] - 1)
-            elif chunk.num_sampled:
-                last_rows += range(ends[index + 1] - chunk.num_sampled, ends[index + 1])
-        last_rows += range(num_tokens - num_padding, num_tokens)
-        host.array64[rows_at : rows_at + len(last_rows)] = last_rows
+        num_logits = num_tokens
+        if is_decode and [chunk.num_sampled for chunk in chunks].count(1) == len(chunks):
+            host.array64[rows_at : rows_at + num_logits] = self._numbers[:num_logits]
+        else:
+            last_rows = _rows_sampled(chunks, num_tokens - num_padding, num_padding)
+            num_logits = len(last_rows)
+            host.array64[rows_at : rows_at + num_logits] = last_rows
         return self._on_device(
-            host, num_tokens, num_decodes, len(last_rows), width, query_lens, context_lens, is_graph=graph_rows > 0
+            host, num_tokens, num_decodes, num_logits, width, query_lens, context_lens, is_graph=graph_rows > 0
         )
 
     def pack(self, batch: StepBatch) -> PackedBatch:
@@ -219,9 +266,8 @@ class BatchBuilder:
                 self._graph_tables = torch.zeros(
                     self._max_sequences, self._max_pages, dtype=torch.int32, device=self._device32.device
                 )
-        return self._view(
-            num_rows, num_rows, num_rows, self._graph_tables[:num_rows], [1] * num_rows, [max_context_len] * num_rows
-        )
+        views = self._make_views(num_rows, num_rows, num_rows, self._graph_tables[:num_rows])
+        return _batch_of(views, num_rows, [1] * num_rows, [max_context_len] * num_rows)
 
     def _next_set(self) -> _HostBuffers:
         """Host buffers that the device has read."""
@@ -241,10 +287,9 @@ class BatchBuilder:
             tables[:] = 0
             rows = host.table_rows = [None] * num_sequences
             host.table_width = width
-        for row, chunk in enumerate(plan.chunks):
+        for row, (chunk, filled) in enumerate(zip(plan.chunks, rows, strict=False)):
             pages = chunk.sequence.pages
             used = len(pages)
-            filled = rows[row]
             # A sequence that loses its pages gets a new list of them, so the same list only ever grows.
             if filled is not None and filled[0] is pages and filled[1] == used:
                 continue
@@ -272,12 +317,18 @@ class BatchBuilder:
         """Copy what the host buffers hold, and the batch as views of it."""
         num_sequences = len(query_lens)
         host.table_width = width
-        tables_at, end32 = _regions32(num_sequences, width)[1:]
-        end64 = 3 * _align(num_tokens) + num_logits
-        device64, device32 = self._device64, self._device32
-        tables = device32[tables_at:end32].view(num_sequences, width)
+        extents = num_tokens, num_logits, num_sequences, width
+        if self._views is None or self._extents != extents:
+            tables_at, end32 = _regions32(num_sequences, width)[1:]
+            tables = self._device32[tables_at:end32].view(num_sequences, width)
+            self._views = self._make_views(num_tokens, num_logits, num_sequences, tables)
+            self._extents = extents
+        views = self._views
+        tables = views[-1]
         graph_tables = self._graph_tables if is_graph else None
         if self._is_staged:
+            end64, end32 = 3 * _align(num_tokens) + num_logits, _regions32(num_sequences, width)[2]
+            device64, device32 = self._device64, self._device32
 
             def copy() -> None:
                 device64[:end64].copy_(host.tensor64[:end64], non_blocking=True)
@@ -290,34 +341,20 @@ class BatchBuilder:
             host.copied = self._stream.record()
         elif graph_tables is not None:
             graph_tables[:num_sequences, :width].copy_(tables)
-        return self._view(num_tokens, num_decodes, num_logits, tables, query_lens, context_lens)
+        return _batch_of(views, num_decodes, query_lens, context_lens)
 
-    def _view(
-        self,
-        num_tokens: int,
-        num_decodes: int,
-        num_logits: int,
-        tables: Tensor,
-        query_lens: list[int],
-        context_lens: list[int],
-    ) -> StepBatch:
-        num_sequences = len(query_lens)
+    def _make_views(self, num_tokens: int, num_logits: int, num_sequences: int, tables: Tensor) -> _Views:
         positions_at = _align(num_tokens)
         slots_at = 2 * positions_at
         rows_at = 3 * positions_at
         context_at = _align(num_sequences + 1)
         device64, device32 = self._device64, self._device32
-        return StepBatch(
-            token_ids=device64[:num_tokens],
-            positions=device64[positions_at : positions_at + num_tokens],
-            slot_mapping=device64[slots_at : slots_at + num_tokens],
-            query_start=device32[: num_sequences + 1],
-            context_lens=device32[context_at : context_at + num_sequences],
-            page_tables=tables,
-            logits_indices=device64[rows_at : rows_at + num_logits],
-            query_lens_host=query_lens,
-            context_lens_host=context_lens,
-            num_decodes=num_decodes,
-            max_query_len=max(query_lens),
-            max_context_len=max(context_lens),
+        return (
+            device64[:num_tokens],
+            device64[positions_at : positions_at + num_tokens],
+            device64[slots_at : slots_at + num_tokens],
+            device32[: num_sequences + 1],
+            device32[context_at : context_at + num_sequences],
+            device64[rows_at : rows_at + num_logits],
+            tables,
         )

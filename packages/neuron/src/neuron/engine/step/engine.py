@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from neuron.engine.errors import EngineError, RequestError, ShortOfMemory
 from neuron.engine.kv_cache.page_pool import PagePool
@@ -266,7 +266,7 @@ class Engine:
 
     def _count(self, plan: StepPlan, results: list[ChunkResult], seconds: float) -> None:
         self._num_steps += 1
-        tokens = sum(result.chunk.num_tokens for result in results)
+        tokens = sum([result.chunk.num_tokens for result in results])
         decodes = plan.num_decodes
         prefill = max(tokens - decodes, 0)
         self._decode_tokens += decodes
@@ -335,15 +335,22 @@ class Engine:
         self._fail(sequence, error)
 
     def _append(
-        self, sequence: Sequence, sampled: Iterable[Sampled]
+        self, sequence: Sequence, sampled: list[Sampled]
     ) -> tuple[list[int], list[Logprobs] | None, FinishKind | None]:
         """Give a sequence its tokens, up to the one that ends it: those that are output, their log-probabilities, and
         the reason to end, if any. Raises `RequestError` where one does not fit its grammar."""
+        if len(sampled) == 1:  # nearly always
+            (item,) = sampled
+            is_output, finish = sequence.append(item.token, max_model_len=self.max_model_len)
+            if not is_output:
+                return [], None, finish
+            return [item.token], None if item.logprobs is None else [item.logprobs], finish
         tokens: list[int] = []
         logprobs: list[Logprobs] | None = None
-        finish: FinishKind | None = None
+        finish = None
+        max_model_len = self.max_model_len
         for item in sampled:
-            is_output, finish = sequence.append(item.token, max_model_len=self.max_model_len)
+            is_output, finish = sequence.append(item.token, max_model_len=max_model_len)
             if is_output:
                 tokens.append(item.token)
                 if item.logprobs is not None:

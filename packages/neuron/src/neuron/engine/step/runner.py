@@ -34,6 +34,7 @@ from neuron.engine.step.batch import BatchBuilder
 from neuron.engine.step.compile_watch import CompileWatch
 from neuron.engine.step.cuda_graphs import GraphDevice, StepGraphs
 from neuron.engine.step.graph_inputs import GraphInputs
+from neuron.engine.step.prompt_slices import PromptSlice, prompt_slices
 from neuron.protocol import Generate, Logprobs, SamplingParams
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from neuron.engine.kv_cache.kv_cache import PagedKV
     from neuron.engine.step.leader import StepLeader
     from neuron.engine.step.step_memory import StepMemory
-
-# Prompt log-probabilities need logits of every prompt token; they are made for this many tokens at a time.
-_LOGITS_SLICE = 64
 
 
 class CausalModel(Protocol):
@@ -192,10 +190,14 @@ class ModelRunner:
         they are booked. Raises as `execute` does, and then nothing is in flight.
         """
         leader = self._leader
-        sequences = [chunk.sequence for chunk in plan.chunks for _ in range(chunk.num_sampled)]
+        counts = [chunk.num_sampled for chunk in plan.chunks]
+        if counts.count(1) == len(counts):
+            sequences = [chunk.sequence for chunk in plan.chunks]
+        else:
+            sequences = [chunk.sequence for chunk in plan.chunks for _ in range(chunk.num_sampled)]
         positions: list[int] | None = None
         waits = False
-        if plan.is_chained or any(chunk.num_sampled > 1 for chunk in plan.chunks):
+        if plan.is_chained or max(counts, default=0) > 1:
             positions = [
                 chunk.sequence.num_output + chunk.sequence.num_pending + index
                 for chunk in plan.chunks
@@ -204,7 +206,7 @@ class ModelRunner:
             waits = any(sequence.num_pending and depends_on_last_token(sequence) for sequence in sequences)
         key = None if self.graphs is None else self._find_graph(plan, sequences, self.graphs)
         batch = self._builder.build(plan, graph_rows=0 if key is None else key.num_rows)
-        slices = _prompt_slices(plan.chunks)
+        slices = prompt_slices(plan.chunks)
         if leader is not None:
             rows = [(part.first_row, part.num_rows) for part in slices]
             leader.launch(plan.step, self._builder.pack(batch), rows, self.max_tokens_now, graph=key)
@@ -271,8 +273,9 @@ class ModelRunner:
         results: list[ChunkResult] = []
         row = 0
         for chunk in in_flight.plan.chunks:
-            results.append(ChunkResult(chunk, sampled[row : row + chunk.num_sampled]))
-            row += chunk.num_sampled
+            end = row + chunk.num_sampled
+            results.append(ChunkResult(chunk, sampled[row:end]))
+            row = end
         for index, logprobs in in_flight.prompt_logprobs:
             known = results[index].prompt_logprobs or []
             results[index].prompt_logprobs = known + logprobs.read()
@@ -380,7 +383,7 @@ class ModelRunner:
             return False
         return is_recorded
 
-    def _prompt_logprobs(self, hidden: Tensor, plan: StepPlan, part: _PromptSlice) -> DeviceLogprobs:
+    def _prompt_logprobs(self, hidden: Tensor, plan: StepPlan, part: PromptSlice) -> DeviceLogprobs:
         sequence = plan.chunks[part.chunk].sequence
         tokens = sequence.tokens[part.first_token : part.first_token + part.num_rows]
         logits = self._model.compute_logits(hidden[part.first_row : part.first_row + part.num_rows])
@@ -505,29 +508,3 @@ class ModelRunner:
             self.graphs.close()
         if self._leader is not None:
             self._leader.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _PromptSlice:
-    """Rows of a step whose logits prompt log-probabilities need. chunk: its index. first_token: what row 0 predicts."""
-
-    chunk: int
-    first_row: int
-    num_rows: int
-    first_token: int
-
-
-def _prompt_slices(chunks: list[Chunk]) -> list[_PromptSlice]:
-    slices: list[_PromptSlice] = []
-    begin = 0
-    for index, chunk in enumerate(chunks):
-        sequence = chunk.sequence
-        if sequence.wants_prompt_logprobs:
-            # Row i of the chunk predicts token start+i+1, of which only prompt tokens count.
-            num_rows = min(chunk.num_tokens, sequence.num_prompt - 1 - chunk.start)
-            slices += [
-                _PromptSlice(index, begin + row, min(_LOGITS_SLICE, num_rows - row), chunk.start + row + 1)
-                for row in range(0, num_rows, _LOGITS_SLICE)
-            ]
-        begin += chunk.num_tokens
-    return slices
