@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from neuron.engine.scheduler.scheduler import Chunk, StepPlan
 from neuron.engine.scheduler.sequence import Sequence
 from neuron.engine.scheduler.step_limits import StepLimits
 from neuron.engine.step.batch import BatchBuilder
+from neuron.engine.step.causal_model import CausalModel
 from neuron.engine.step.compile_watch import CompileWatch
 from neuron.engine.step.cuda_graphs import GraphDevice, StepGraphs
 from neuron.engine.step.graph_inputs import GraphInputs
@@ -42,18 +43,6 @@ if TYPE_CHECKING:
     from neuron.engine.kv_cache.kv_cache import PagedKV
     from neuron.engine.step.leader import StepLeader
     from neuron.engine.step.step_memory import StepMemory
-
-
-class CausalModel(Protocol):
-    """What the runner needs of a model; `neuron.engine.models` implements it."""
-
-    def forward(self, ctx: StepContext) -> Tensor:
-        """Hidden states [T, H] of the step's tokens; writes their keys and values into the cache."""
-        ...
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, V] float32."""
-        ...
 
 
 @dataclass(slots=True)
