@@ -2,7 +2,8 @@
 
     python tests/bench/builds.py gateway --base WORKTREE [--rounds 12] [--bar 1.03]
     python tests/bench/builds.py engine --base WORKTREE [--rounds 12] [--model demo|moderate|qwen3-0.6b] [--threads 2]
-    python tests/bench/builds.py short --base WORKTREE [--rounds 4] [--model moderate] [--long 8000]
+    python tests/bench/builds.py short [--base WORKTREE] [--rounds 4] [--model moderate] [--long 8000]
+    python tests/bench/builds.py streams [--base WORKTREE] [--rounds 4] [--model moderate] [--long 512]
 
 WORKTREE is a checkout of the build to compare with (`git worktree add WORKTREE 7d1037b`) that has an environment of its
 own (`uv sync --locked` in it). Each build measures itself with its own `gateway.py` or `engine.py`, so that a build
@@ -14,7 +15,10 @@ prompt of 200 kB.
 model in a step, and what the workers hold.
 `short`: a prompt of `--long` tokens alone, then the same beside 20 requests of up to 64 tokens that come one after the
 other while it is computed: how long each waits for its first token, beside the median step of the long prompt alone,
-and what the long one costs then.
+and what the long one costs then (less what the short ones take when they come one after the other to an idle engine).
+`streams`: 32 streams that decode, alone and then while ten prompts of up to `--long` tokens arrive one after the other:
+the longest gap between two tokens of a stream, beside the median gap of the same time.
+Without a base, `short` and `streams` measure this build alone.
 
 A bar is met when the upper end of the 90 % interval of the paired ratios (here / base) is at most `--bar`. A round is
 marked where a side had less than nine tenths of its processors (other work on the machine): its wall time says nothing.
@@ -100,44 +104,81 @@ with tempfile.TemporaryDirectory() as scratch:
     worker.close()
 """
 
-_SHORT = """
+_LATENCY = """
 import json, os, random, socket, sys, tempfile, time
 from pathlib import Path
 import engine, msgspec
+from neuron.protocol import Cancel
 folder, threads, dtype, long_tokens = sys.argv[1:]
+long_tokens = int(long_tokens)
 make = engine.engine_config
 def config(path, threads):
-    made = msgspec.structs.replace(make(path, threads), kv_cache_tokens=int(long_tokens) + 8192)
+    made = msgspec.structs.replace(make(path, threads), kv_cache_tokens=long_tokens + 16384)
     return made if dtype == "default" else msgspec.structs.replace(made, dtype=dtype)
 engine.engine_config = config
 rng = random.Random(3)
+worker, next_id = None, 0
+def send(length, new):
+    global next_id
+    next_id += 1
+    prompt = [rng.randrange(1000) for _ in range(length)]
+    worker._socket.sendall(engine.encode_frame(engine.Generate(next_id, prompt, engine.GREEDY, new)))
+    return next_id
+def next_step():
+    while True:
+        output = worker._receive()
+        if isinstance(output, engine.StepOutput) and output.stats.step:
+            return output, time.perf_counter()
+def short(num_long, num_short):
+    cpu, began, last = worker.cpu_seconds(), time.perf_counter(), time.perf_counter()
+    for _ in range(num_long):
+        send(long_tokens, 2)
+    sent, waits, steps, ended = {}, [], [], 0
+    if not num_long:
+        sent[send(rng.randint(1, 64), 4)] = began
+    while ended < num_long + num_short:
+        output, now = next_step()
+        steps.append(now - last); last = now
+        for update in output.updates:
+            if update.request_id in sent and update.token_ids:
+                waits.append(now - sent.pop(update.request_id))
+            ended += update.finish is not None
+        if len(waits) + len(sent) < num_short and not sent:
+            sent[send(rng.randint(1, 64), 4)] = time.perf_counter()
+    return {"cpu": worker.cpu_seconds() - cpu, "wall": time.perf_counter() - began, "steps": steps, "waits": waits}
+def streams(number):
+    ids = {send(16, 1000) for _ in range(number)}
+    begun, last, gaps, ended, asked = set(), {}, {"alone": [], "beside": []}, 0, None
+    cpu = began = None
+    while ended < 10:
+        output, now = next_step()
+        ready = len(begun) == number
+        for update in output.updates:
+            if update.request_id in ids:
+                assert update.finish is None, "the streams end too soon"
+                if update.token_ids:
+                    begun.add(update.request_id)
+                    if ready:
+                        if update.request_id in last:
+                            gaps["alone" if asked is None else "beside"].append(now - last[update.request_id])
+                        last[update.request_id] = now
+            elif update.finish is not None:
+                ended, asked = ended + 1, 0
+        if len(gaps["alone"]) >= 20 * number and not asked and ended < 10:
+            if began is None:
+                began, cpu = now, worker.cpu_seconds()
+            asked = send(rng.randint(1, long_tokens), 4)
+    wall, cpu = time.perf_counter() - began, worker.cpu_seconds() - cpu
+    for each in ids:
+        worker._socket.sendall(engine.encode_frame(Cancel(each)))
+    while next_step()[0].stats.running:
+        pass
+    return {"cpu": cpu, "wall": wall, **gaps}
 with tempfile.TemporaryDirectory() as scratch:
     worker = engine.Worker(Path(folder), int(threads), Path(scratch))
-    next_id = 0
-    def send(length, new):
-        global next_id
-        next_id += 1
-        prompt = [rng.randrange(1000) for _ in range(length)]
-        worker._socket.sendall(engine.encode_frame(engine.Generate(next_id, prompt, engine.GREEDY, new)))
-        return next_id
-    def run(num_short):
-        cpu, began, last = worker.cpu_seconds(), time.perf_counter(), time.perf_counter()
-        long = send(int(long_tokens), 2)
-        sent, waits, steps, ended = {}, [], [], 0
-        while ended < 1 + num_short:
-            output = worker._receive()
-            now = time.perf_counter()
-            if isinstance(output, engine.StepOutput) and output.stats.step:
-                steps.append(now - last); last = now
-                for update in output.updates:
-                    if update.request_id in sent and update.token_ids:
-                        waits.append(now - sent.pop(update.request_id))
-                    ended += update.finish is not None
-            if len(waits) + len(sent) < num_short and not sent:
-                sent[send(rng.randint(1, 64), 4)] = time.perf_counter()
-        return {"cpu": worker.cpu_seconds() - cpu, "wall": time.perf_counter() - began, "steps": steps, "waits": waits}
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+        kind, *numbers = json.loads(line)
+        print(json.dumps({"short": short, "streams": streams}[kind](*numbers)), flush=True)
     worker.close()
 """
 
@@ -193,8 +234,9 @@ def build(worktree: Path, code: str, *arguments: str) -> Iterator[Build]:
         process.wait(60)
 
 
-def both(stack: ExitStack, base: Path, code: str, *arguments: str) -> dict[str, Build]:
-    trees = {"base": base.resolve(), "here": HERE}
+def both(stack: ExitStack, base: Path | None, code: str, *arguments: str) -> dict[str, Build]:
+    """The sides by name; only this build where there is no base."""
+    trees = {"here": HERE} if base is None else {"base": base.resolve(), "here": HERE}
     return {name: stack.enter_context(build(tree, code, *arguments)) for name, tree in trees.items()}
 
 
@@ -287,39 +329,65 @@ def engine(options: argparse.Namespace) -> bool:
     return is_good
 
 
-def short(options: argparse.Namespace) -> bool:
+@contextmanager
+def latency_sides(options: argparse.Namespace) -> Iterator[dict[str, Build]]:
     sys.path.insert(0, str(Path(__file__).parent))
     from engine import checkpoint
 
-    costs: list[float] = []
     with ExitStack() as stack:
         folder = checkpoint(options.model, Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint")
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2 * options.long}))
-        sides = both(stack, options.base, _SHORT, str(folder), str(options.threads), options.dtype, str(options.long))
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2 * options.long + 2048}))
+        arguments = (str(folder), str(options.threads), options.dtype, str(options.long))
+        yield both(stack, options.base, _LATENCY, *arguments)
+
+
+def short(options: argparse.Namespace) -> bool:
+    costs: list[float] = []
+    with latency_sides(options) as sides:
         for number in range(1, options.rounds + 1):
-            alone, beside = in_turn(sides, 0, number), in_turn(sides, 20, number)
+            alone, beside, without = (in_turn(sides, ("short", *asked), number) for asked in ((1, 0), (1, 20), (0, 20)))
             for name in sides:
                 step, waits = statistics.median(alone[name]["steps"]), sorted(beside[name]["waits"])
-                cost = beside[name]["cpu"] / alone[name]["cpu"]
+                own = without[name]["cpu"]
+                cost = (beside[name]["cpu"] - own) / alone[name]["cpu"]
+                used = [each[name]["cpu"] / each[name]["wall"] for each in (alone, beside)]
                 if name == "here":
                     costs.append(cost)
                 print(
                     f"{number:4}  {name}: alone {alone[name]['wall']:.1f} s in steps of {step:.3f} s; first tokens "
                     f"beside it after {waits[len(waits) // 2]:.3f} s in the median, {waits[-1]:.3f} at most "
-                    f"({waits[-1] / step:.1f} steps); CPU {cost:.2f} of alone",
+                    f"({waits[-1] / step:.1f} steps); CPU {cost:.2f} of alone, without the {own:.1f} s that the short "
+                    f"ones take by themselves; CPU/wall {used[0]:.2f} {used[1]:.2f}",
                     flush=True,
                 )
-    verdict("CPU of the long prompt and 20 short ones, to that of the long one alone", costs, None)
+    low, high = interval(costs)
+    print(f"CPU of the long prompt beside the short ones: {low:.3f} to {high:.3f} of alone (bar 1.10)", flush=True)
+    return True
+
+
+def streams(options: argparse.Namespace) -> bool:
+    with latency_sides(options) as sides:
+        for number in range(1, options.rounds + 1):
+            found = in_turn(sides, ("streams", 32), number)
+            for name, figures in found.items():
+                alone, beside = (statistics.median(figures[key]) for key in ("alone", "beside"))
+                longest, longest_alone = max(figures["beside"]), max(figures["alone"])
+                print(
+                    f"{number:4}  {name}: 32 streams, gaps of {alone:.3f} s alone (longest {longest_alone:.3f}), "
+                    f"{beside:.3f} beside prompts; longest there {longest:.3f} ({longest / beside:.2f} of the median, "
+                    f"{longest / alone:.2f} of alone); CPU/wall {figures['cpu'] / figures['wall']:.2f}",
+                    flush=True,
+                )
     return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gateway", "engine", "short"])
-    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("what", choices=["gateway", "engine", "short", "streams"])
+    parser.add_argument("--base", type=Path, help="needed by `gateway` and `engine`")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--long", type=int, default=8000, help="tokens of the long prompt of `short`")
+    parser.add_argument("--long", type=int, help="tokens of the long prompts: 8000 (`short`), 512 (`streams`)")
     parser.add_argument("--bar", type=float, default=1.03)
     parser.add_argument("--model", default="moderate", help="as engine.py's")
     parser.add_argument("--threads", type=int, default=2)
@@ -332,10 +400,14 @@ def main() -> int:
         metavar="STREAMSxPROMPT+NEW",
     )
     options = parser.parse_args()
+    if options.base is None and options.what in ("gateway", "engine"):
+        parser.error(f"{options.what} compares with a base: --base is missing")
+    if options.long is None:
+        options.long = 512 if options.what == "streams" else 8000
     print("$ python", *sys.argv)
     load = os.getloadavg()[0]
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}, Python {platform.python_version()}")
-    measure = {"gateway": gateway, "engine": engine, "short": short}[options.what]
+    measure = {"gateway": gateway, "engine": engine, "short": short, "streams": streams}[options.what]
     return 0 if measure(options) else 1
 
 
