@@ -22,7 +22,7 @@ def two_threads() -> Iterator[None]:
     neuron_cpu.set_num_threads(before)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     decode_lens=st.lists(st.integers(0, 90), max_size=6),
     chunks=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), max_size=3),
