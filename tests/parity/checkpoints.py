@@ -100,10 +100,10 @@ def save_checkpoint(variant: Variant, path: Path, **options: Any) -> Path:
 
 
 class Oracle:
-    """transformers on a checkpoint, in float32 with its plainest attention."""
+    """transformers on a checkpoint, in float32 unless told otherwise, with its plainest attention."""
 
-    def __init__(self, path: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:

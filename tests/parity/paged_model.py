@@ -20,10 +20,16 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
-def load(path: Path, *, dtype: torch.dtype = torch.float32, parallel: ParallelGroup | None = None) -> CausalLM:
-    """The checkpoint's model, on the CPU."""
+def load(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    parallel: ParallelGroup | None = None,
+    native: bool = False,
+) -> CausalLM:
+    """The checkpoint's model, on the CPU. native: by the native kernels, else by their twins in torch."""
     config = json.loads((path / "config.json").read_text())
-    model = build_model(config, device=CPU, dtype=dtype, parallel=parallel or ParallelGroup.single())
+    model = build_model(config, device=CPU, dtype=dtype, parallel=parallel or ParallelGroup.single(), native=native)
     load_weights(model, path)
     return model
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from neuron.engine.attention.attention import make_attention_backend
 from torch import Tensor
 
 from tests.parity.checkpoints import VARIANTS, VOCAB, Oracle, Variant, save_checkpoint
@@ -20,13 +22,14 @@ PAGE = 4
 class Pair:
     model: PagedModel
     oracle: Oracle
+    path: Path
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     variant: Variant = request.param
     path = save_checkpoint(variant, tmp_path_factory.mktemp(variant.name))
-    return Pair(PagedModel(load(path), page_size=PAGE, num_pages=2048), Oracle(path))
+    return Pair(PagedModel(load(path), page_size=PAGE, num_pages=2048), Oracle(path), path)
 
 
 def tokens_of(length: int, seed: int = 0) -> list[int]:
@@ -45,6 +48,28 @@ def test_prefill(pair: Pair) -> None:
         tokens = tokens_of(length, seed=length)
         _, logits = pair.model.prefill(tokens)
         assert_equal(logits, pair.oracle.logits(tokens))
+
+
+def test_the_native_kernels_compute_the_same(pair: Pair) -> None:
+    attention = make_attention_backend(torch.device("cpu"), native=True)
+    model = PagedModel(load(pair.path, native=True), page_size=PAGE, num_pages=2048, attention=attention)
+    tokens = tokens_of(60, seed=3)
+    sequence, logits = model.prefill(tokens[:41], chunk=7)
+    rows = [model.step([(sequence, [token])], num_decodes=1)[0] for token in tokens[41:]]
+    assert_equal(torch.cat((logits, *rows)), pair.oracle.logits(tokens))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_in_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(pair: Pair, native: bool) -> None:
+    """Each rounds at places of its own, so that they differ from each other as from the truth: it is the distance to
+    that which is compared. A tenth beside it is what the choice of places makes."""
+    tokens = tokens_of(60, seed=4)
+    exact, theirs = pair.oracle.logits(tokens), Oracle(pair.path, torch.bfloat16).logits(tokens).float()
+    model = PagedModel(load(pair.path, dtype=torch.bfloat16, native=native), page_size=PAGE, num_pages=2048)
+    _, ours = model.prefill(tokens, chunk=16)
+    error, allowed = (ours - exact).pow(2).mean().sqrt(), (theirs - exact).pow(2).mean().sqrt()
+    print(f"{pair.path.name}: {error:.2e} of {allowed:.2e}, native {native}")
+    assert 0 < error <= 1.1 * allowed < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("chunk", [1, 3, PAGE, 7, 16])
