@@ -7,7 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 
 SWITCH = "NEURON_CPU_KERNELS"
-"""Environment variable: `off` serves without them, `avx2` and `base` with less than the processor has."""
+"""Environment variable: `off` serves without them, `base` with plain code, `avx512` with AVX-512."""
 
 
 @cache
