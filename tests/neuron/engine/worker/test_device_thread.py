@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 from neuron.engine.errors import ModelError, RequestError
+from neuron.engine.loading import loading
 from neuron.engine.worker import device_thread
 from neuron.engine.worker.channels import Inbox
 from neuron.protocol import Cancel, EngineFault, EngineProgress, GrammarSpec, Loaded, LoadFailed, Shutdown, StepOutput
@@ -152,3 +155,26 @@ def test_while_a_grammar_compiles_the_daemon_hears_from_the_engine(monkeypatch):
     assert frames[-1].failures[0].kind == "invalid_grammar"
     session.daemon.send(Shutdown())
     assert session.wait_for_exit() == 0
+
+
+def test_what_a_load_leaves_is_out_of_the_garbage_collectors_sight(monkeypatch):
+    class Held:
+        def __init__(self):
+            self.me = self
+
+    def load_engine(config, *, progress):
+        rubbish = Held()
+        gone.append(weakref.ref(rubbish))
+        return Held(), LOADED
+
+    gone = []
+    thresholds = gc.get_threshold()
+    monkeypatch.setattr(loading, "load_engine", load_engine)
+    try:
+        engine, _ = device_thread.load(CONFIG, lambda progress: None)
+        assert gone[0]() is None  # or it would stay for good
+        assert all(engine is not each for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+    assert any(engine is each for each in gc.get_objects())
