@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from cortex_core.serving.garbage import settle
 
 from neuron.engine.worker.channels import Inbox, Outbox
 from neuron.protocol import (
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 _PR_SET_NAME = 15
 # While sequences are here and nothing can be computed, the daemon hears from us this often, or takes us for stuck.
 _SIGN_OF_LIFE_S = 1.0
-# Net allocations between two collections: more than a step of 256 sequences holds at a time.
-_YOUNG_OBJECTS = 5_000
 
 EXIT_OK = 0
 EXIT_FAULT = 3
@@ -55,20 +54,8 @@ def load(config: EngineConfig, progress: Callable[[EngineProgress], None]) -> tu
     from neuron.engine.loading.loading import load_engine
 
     loaded = load_engine(config, progress=progress)
-    _spare_collector()
+    settle()
     return loaded
-
-
-def _spare_collector() -> None:
-    """Take what stays until the end of the process (modules, the model) out of the garbage collector's sight, and let
-    it look at the rest less often.
-
-    A step makes a few objects for each row, which die with it. Left alone, the collector runs several times within a
-    step of many sequences and finds nothing (docs/benchmarks/engine.md).
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
 
 
 def load_follower(
