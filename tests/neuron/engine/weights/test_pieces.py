@@ -36,9 +36,8 @@ def filled(pieces: list[Piece], data: bytes) -> None:
             for number in range(runs.num_runs)
         ]
         raw = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
-        piece.target.copy_(
-            raw.view(piece.dtype).view(piece.target.shape) if piece.decode is None else piece.decode(raw)
-        )
+        staged = piece.staged(raw)
+        piece.target.copy_(staged if piece.decode is None else piece.decode(staged).view(piece.target.shape))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(slice(0, 12), slice(0, 512)), (slice(3, 9), slice(70, 300))])

@@ -195,3 +195,34 @@ def test_a_device_gets_its_copies_on_a_side_stream_behind_what_made_the_paramete
     assert torch.equal(other, staged.to(torch.bfloat16))
     transfer.finish()
     assert cuda.log[5:] == [*one_copy, "synchronize", "empty cache"]  # scratch of the side stream goes back
+
+
+@pytest.mark.parametrize("is_in_pairs", [False, True])
+def test_readers_decode_what_goes_to_host_memory(is_in_pairs: bool) -> None:
+    """A few rows at a time, whatever the piece holds, and in the order of the file whatever the target's."""
+    rows, row_bytes = 96, 1_024
+    raw = torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    descriptor = os.memfd_create("blocks")
+    os.write(descriptor, raw.numpy().tobytes())
+    seen = []
+
+    def decode(blocks: Tensor) -> Tensor:
+        seen.append(tuple(blocks.shape))
+        return blocks.float() - 128
+
+    target = torch.empty(rows, row_bytes)
+    place = target.view(2, 2, rows // 4, row_bytes).transpose(1, 2) if is_in_pairs else target
+    runs = (Runs(0, 1, rows * row_bytes, rows * row_bytes),)
+    done = []
+    piece = Piece("a", descriptor, runs, torch.uint8, place, decode)
+    transfer_pieces([piece] * 3, HostTransfer(), num_threads=2, on_bytes=done.append)
+    assert torch.equal(place.reshape(rows, row_bytes), raw.float() - 128) and done == [rows * row_bytes] * 3
+    assert sum(shape[0] for shape in seen) == 3 * rows and max(shape[0] for shape in seen) <= 32
+
+    def fail(blocks: Tensor) -> Tensor:
+        raise ValueError("no such code")
+
+    broken = Piece("b", descriptor, runs, torch.uint8, place, fail)
+    with pytest.raises(ValueError, match="no such code"):
+        transfer_pieces([piece, broken, piece], HostTransfer(), num_threads=2, on_bytes=done.append)
+    os.close(descriptor)

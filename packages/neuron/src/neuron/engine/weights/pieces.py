@@ -19,6 +19,9 @@ from neuron.engine.weights.pipeline import Piece
 from neuron.engine.weights.safetensors_reader import TensorInfo, bytes_per_element
 from neuron.engine.weights.slices import runs_of
 
+# Of a decoded element: float32.
+_DECODED_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
@@ -80,6 +83,8 @@ def pieces_of(
         target = target.view(-1, 2, rows_in_unit // 2, *target.shape[1:]).transpose(1, 2)
     num_units = target.shape[0] if target.dim() else 1
     unit_bytes = bytes_read(info, weight_slice) // num_units
+    if extent.decode is not None:  # on a device the numbers take memory too, until they are in place
+        unit_bytes = max(unit_bytes, _DECODED_BYTES * target.numel() // num_units)
     at_once = max(1, block_bytes // unit_bytes)
     for unit in range(0, num_units, at_once):
         end = min(unit + at_once, num_units)
@@ -92,11 +97,4 @@ def pieces_of(
         if extent.decode is None:
             yield Piece(label, descriptor, runs, dtype, place)
         else:
-            yield Piece(
-                label, descriptor, runs, dtype, place, _decoder(extent.decode, (end - unit) * rows_in_unit, place)
-            )
-
-
-def _decoder(decode: Callable[[Tensor], Tensor], num_rows: int, target: Tensor) -> Callable[[Tensor], Tensor]:
-    shape = target.shape
-    return lambda raw: decode(raw.view(num_rows, -1)).reshape(shape)
+            yield Piece(label, descriptor, runs, dtype, place, extent.decode)

@@ -3,7 +3,8 @@
 Threads copy exactly the bytes that are wanted out of the files, in requests of megabytes. Where a parameter lies in
 host memory and has the checkpoint's dtype, they write straight into it. Otherwise they fill blocks of a small ring
 (pinned, for a device), and the thread that owns the device (law 2) sends each block on: an asynchronous copy on a side
-stream, converted on the device where the dtype differs. A block is filled again when its copy is done, so memory is
+stream, converted on the device where the dtype differs. Blocks of a quantised type become numbers where these go: by
+the readers for host memory, on the device else. A block of the ring is filled again when its copy is done, so memory is
 bounded by the ring, and reading, copying and converting overlap.
 
 Files are read through the page cache (no O_DIRECT): a second load, and the other ranks of this one, find them there.
@@ -16,7 +17,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,8 @@ from neuron.engine.weights.slices import Runs
 _DEVICE_BLOCK_BYTES = 8 * 2**20
 _HOST_BLOCK_BYTES = 4 * 2**20
 _MIN_THREADS, _MAX_THREADS = 2, 8
+# Elements that are decoded at once: torch divides no operation on so few among threads (`at::internal::GRAIN_SIZE`).
+_ELEMENTS_AT_ONCE = 32_768
 # Blocks beyond one for each thread: those that are on their way to the device.
 _BLOCKS_IN_FLIGHT = 4
 
@@ -38,8 +41,8 @@ _BLOCKS_IN_FLIGHT = 4
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Some rows of one tensor's slice. label names it in errors; dtype is the file's; target: [rows, ...] of the
-    parameter, in its own dtype. decode: what makes numbers of the target's shape of the bytes that were read, [n]
-    uint8, where they are in blocks."""
+    parameter, in its own dtype. decode: what makes numbers, [rows, columns], of rows of blocks, [rows, bytes] uint8;
+    the target's elements are theirs, in their order."""
 
     label: str
     descriptor: int
@@ -51,6 +54,19 @@ class Piece:
     @property
     def num_bytes(self) -> int:
         return sum(runs.num_bytes for runs in self.runs)
+
+    @property
+    def is_decoded_by_readers(self) -> bool:
+        """Whether the threads that read make numbers of it: where those go to host memory."""
+        return self.decode is not None and self.target.device.type == "cpu"
+
+    def staged(self, block: Tensor) -> Tensor:
+        """What has been read into the beginning of a block of memory: rows of blocks, or elements in the target's
+        shape."""
+        read = block[: self.num_bytes]
+        if self.decode is not None:
+            return read.view(self.target.numel() // self.target.shape[-1], -1)
+        return read.view(self.dtype).view(self.target.shape)
 
     @property
     def is_direct(self) -> bool:
@@ -98,7 +114,7 @@ class HostTransfer:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def send(self, target: Tensor, staged: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> None:
-        target.copy_(staged if decode is None else decode(staged))
+        target.copy_(staged if decode is None else decode(staged).view(target.shape))
 
     def finish(self) -> None:
         pass
@@ -123,7 +139,7 @@ class CudaTransfer:
         with torch.cuda.stream(self._stream):
             if decode is not None:
                 self._has_scratch = True
-                target.copy_(decode(staged.to(self._device, non_blocking=True)))
+                target.copy_(decode(staged.to(self._device, non_blocking=True)).view(target.shape))
             elif staged.dtype == target.dtype:
                 target.copy_(staged, non_blocking=True)
             else:
@@ -176,10 +192,7 @@ def transfer_pieces(
             if error is not None:
                 raise error
             if block_or_none is not None:
-                staged = block_or_none[: piece.num_bytes]
-                if piece.decode is None:
-                    staged = staged.view(piece.dtype).view(piece.target.shape)
-                sent = transfer.send(piece.target, staged, piece.decode)
+                sent = transfer.send(piece.target, piece.staged(block_or_none), piece.decode)
                 if sent is None:
                     readers.free.put(block_or_none)
                 else:
@@ -240,6 +253,10 @@ class _Readers:
                 error = CheckpointError(f"its file cannot be read ({exc})", tensors=[piece.label])
             except Exception as exc:  # whoever waits for this piece would wait for ever
                 error = exc
+            if block is not None and piece.is_decoded_by_readers:
+                error = error or _decoded(piece, block)
+                self.free.put(block)
+                block = None
             self.done.put((piece, block, error))
 
     def _read(self, piece: Piece, memory: np.ndarray) -> None:
@@ -271,6 +288,35 @@ class _Readers:
                 )
         rows = np.ndarray(part.shape, np.uint8, mapped, runs.offset, (runs.pitch, 1))
         np.copyto(part, rows)
+
+
+def _decoded(piece: Piece, block: Tensor) -> Exception | None:
+    """Fill a piece's target from what has been read, a few rows at a time: so few that no operation calls on torch's
+    own threads, of which each reader would get as many as there are processors, and that all stays in the cache."""
+    assert piece.decode is not None
+    staged = piece.staged(block)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            row = 0
+            for part in _parts(piece.target, _ELEMENTS_AT_ONCE):
+                end = row + part.numel() // part.shape[-1]
+                part.copy_(piece.decode(staged[row:end]).view(part.shape))
+                row = end
+    except Exception as exc:  # whoever waits for this piece would wait for ever
+        return exc
+    return None
+
+
+def _parts(target: Tensor, num_elements: int) -> Iterator[Tensor]:
+    """Views of a tensor of rows, in their order, of about so many elements each; a row is not cut."""
+    size = target.numel() // target.shape[0]
+    if target.dim() > 2 and size > num_elements:
+        for inner in target:
+            yield from _parts(inner, num_elements)
+        return
+    rows = max(1, num_elements // size)
+    for row in range(0, target.shape[0], rows):
+        yield target[row : row + rows]
 
 
 def _read_fully(descriptor: int, memory: memoryview, offset: int) -> None:
