@@ -19,6 +19,7 @@ from neuron.engine.weights.loader import load_weights
 from neuron.engine.weights.safetensors_reader import CheckpointReader
 from neuron.protocol import EngineConfig
 
+from tests.neuron.checkpoint.gguf.writer import model_metadata, write
 from tests.neuron.engine.toy import request, run
 from tests.neuron.engine.weights.gguf_models import HIDDEN, VOCAB, write_pair
 
@@ -98,6 +99,14 @@ def test_what_is_read_at_once_is_no_more_than_a_block_of_the_ring(tmp_path: Path
             row_bytes = read.info.num_bytes // read.info.shape[0]
             assert one_row <= max(4096, rows_of_a_head * row_bytes)
             assert sum(piece.num_bytes for piece in pieces) == read.info.num_bytes
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
+    row = 2 * 66
+    path = write(tmp_path / "m.gguf", model_metadata(), {"output.weight": ("IQ2_XXS", (96, 512), bytes(96 * row))})
+    with GgufReader(path) as reader, pytest.raises(CheckpointError, match="type IQ2_XXS is not supported") as caught:
+        reader.dtype_of(reader.tensors["lm_head.weight"])
+    assert caught.value.file == "m.gguf" and caught.value.tensors == ("lm_head.weight",)
 
 
 def test_the_reader_is_that_of_the_path(tmp_path: Path) -> None:

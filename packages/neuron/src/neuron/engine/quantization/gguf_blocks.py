@@ -26,6 +26,11 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 _FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
+def is_decoded(kind: str) -> bool:
+    """Whether there are numbers for blocks of a type: those of the grids of IQ1 to IQ3 are not read yet."""
+    return kind in _UNPACKED or kind in _DECODERS
+
+
 def dequantize(blocks: Tensor, kind: str) -> Tensor:
     """Rows of blocks as numbers. blocks: [rows, bytes of a row] uint8, contiguous; kind: the block type's name.
 

@@ -14,6 +14,7 @@ from neuron.checkpoint.errors import CheckpointError
 from neuron.checkpoint.files import open_file
 from neuron.checkpoint.gguf.checkpoint import read_checkpoint
 from neuron.checkpoint.gguf.files import is_gguf_file, splits_of
+from neuron.engine.quantization.gguf_blocks import is_decoded
 from neuron.engine.weights.pieces import is_in_blocks
 from neuron.engine.weights.safetensors_reader import CheckpointReader, TensorInfo
 
@@ -66,9 +67,16 @@ class GgufReader:
         return self._descriptors[file]
 
     def dtype_of(self, info: TensorInfo, *, stored: str | None = None) -> torch.dtype:
-        """uint8 for blocks. Raises `CheckpointError` if it is not the type that it must be `stored` in."""
+        """uint8 for blocks. Raises `CheckpointError` if it is not the type that it must be `stored` in, or one that is
+        not read."""
         if stored is not None and info.dtype != stored:
             raise CheckpointError(f"type {info.dtype} where {stored} was expected", tensors=[info.name])
+        if not is_decoded(info.dtype):
+            raise CheckpointError(
+                f"{info.file.name}: type {info.dtype} is not supported for weights yet",
+                file=info.file.name,
+                tensors=[info.name],
+            )
         return torch.uint8 if is_in_blocks(info.dtype) else _FLOATS[info.dtype]
 
     def close(self) -> None:
