@@ -231,6 +231,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     spec: how it was loaded, so that whoever unloads it can bring back the same thing (G4); None from older peers.
     pinned: an operator asked that nothing displaces it here. dtype: what its weights and cache are held as.
     fingerprint: of all that its answers depend on, beside the request; equal where another node gives the same answers.
+    computed_by: device, kernels and library that the last bits of results depend on.
     """
 
     id: str
@@ -251,6 +252,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     pinned: bool = False
     dtype: str | None = None
     fingerprint: str | None = None
+    computed_by: str | None = None
 
 
 class ModelLocation(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -161,6 +161,7 @@ class ServedModel:
             pinned=self.is_pinned,
             dtype=None if loaded is None else loaded.dtype,
             fingerprint=None if loaded is None else self.fingerprint,
+            computed_by=None if loaded is None else loaded.computed_by,
         )
 
     def load(self) -> ModelLoad:

@@ -338,7 +338,8 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         computed_by=_computed_by(model),
     )
     logger.info(
-        "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s",
+        "loaded %s (%s, %s on %s, %d ranks): %.1f MB of weights, %d KV pages of %d tokens, %d positions, %.2f s; "
+        "computed by %s",
         config.model_id,
         loaded.architecture,
         loaded.dtype,
@@ -349,6 +350,7 @@ def _serve_rank(config: EngineConfig, rank: _Rank, started: float) -> tuple[Engi
         loaded.page_size,
         loaded.max_model_len,
         loaded.load_seconds,
+        loaded.computed_by,
     )
     return engine, loaded
 
