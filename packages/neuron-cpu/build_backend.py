@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tarfile
 import tempfile
@@ -44,7 +45,11 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 
 
 class BuildError(Exception):
-    """What is missing on this machine, or what the compiler said."""
+    """What the compiler said."""
+
+
+class NoCompiler(BuildError):
+    """What is missing on this machine."""
 
 
 # ------------------------------------------------------------------ the hooks
@@ -69,7 +74,8 @@ def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_dire
 
 
 def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    return _write_wheel(Path(wheel_directory), {f"_{PACKAGE}.pth": f"{ROOT / 'src'}\n".encode()})
+    """For a checkout, which goes on without the module on a machine that cannot compile it, and says so."""
+    return _write_wheel(Path(wheel_directory), {f"_{PACKAGE}.pth": f"{ROOT / 'src'}\n".encode()}, is_needed=False)
 
 
 def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
@@ -93,7 +99,7 @@ def compile_module(target: Path) -> None:
     compiler = _compiler()
     include = sysconfig.get_paths()["include"]
     if not (Path(include) / "Python.h").exists():
-        raise BuildError(f"{include} has no Python.h: install Python's C headers (python3-dev, python3-devel)")
+        raise NoCompiler(f"{include} has no Python.h: install Python's C headers (python3-dev, python3-devel)")
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     sources = [file for file in sorted((ROOT / "csrc").glob("*.cpp")) if is_x86 or file.stem not in INSTRUCTIONS]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -114,7 +120,7 @@ def _compiler() -> list[str]:
         found = shutil.which(name)
         if found:
             return [found]
-    raise BuildError("no C++ compiler: install g++ or clang++, or name one in CXX")
+    raise NoCompiler("no C++ compiler: install g++ or clang++, or name one in CXX")
 
 
 def _run(command: list[str]) -> None:
@@ -129,14 +135,19 @@ def _run(command: list[str]) -> None:
 # ------------------------------------------------------------------ archives
 
 
-def _write_wheel(directory: Path, files: dict[str, bytes]) -> str:
+def _write_wheel(directory: Path, files: dict[str, bytes], *, is_needed: bool = True) -> str:
     version = _project()["version"]
     machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     tag = f"cp311-abi3-{machine}"
     with tempfile.TemporaryDirectory() as scratch:
         module = Path(scratch) / MODULE
-        compile_module(module)
-        files = {**files, MODULE: module.read_bytes()}
+        try:
+            compile_module(module)
+            files = {**files, MODULE: module.read_bytes()}
+        except NoCompiler as exc:
+            if is_needed:
+                raise
+            sys.stderr.write(f"the native kernels are left out: {exc}\n")
     info = f"helexa_neuron_cpu-{version}.dist-info"
     files[f"{info}/METADATA"] = _metadata().encode()
     files[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: neuron-cpu\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()

@@ -23,7 +23,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import gc
 import json
 import platform
 import random
@@ -40,6 +39,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from cortex_core.serving.garbage import settle
 from neuron.engine.attention.interface import StepContext
 from neuron.engine.kv_cache.kv_cache import KVLayout, PagedKV
 from neuron.engine.loading.loading import load_engine, read_hf_config
@@ -307,10 +307,7 @@ def overhead(vocab: int, *, streams: int = 16, context: int = 512, steps: int = 
         "temperature only": {"temperature": 1.0},
         "greedy, 5 logprobs": {"temperature": 0.0, "logprobs": 5},
     }
-    # As a worker does after a load (`worker/device_thread.py`).
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(5000, 10, 10)
+    settle()  # as a worker does after a load
     cpu = torch.device("cpu")
     table: dict[str, float] = {}
     print(f"\nper-step overhead, {streams} decodes of {context} tokens context, vocabulary {vocab} (aim: below 2 ms)")

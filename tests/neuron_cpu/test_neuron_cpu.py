@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.native import needs_native_kernels
+
 ROOT = Path(__file__).parents[2] / "packages" / "neuron-cpu"
 
 PRODUCTS = """
@@ -47,6 +49,7 @@ print(json.dumps([neuron_cpu.instructions(), worst, differing]))
 """
 
 
+@needs_native_kernels
 @pytest.mark.parametrize("asked", ["base", "avx2", "avx512", ""])
 def test_every_instruction_set_computes_the_same_products(asked: str) -> None:
     """More than a processor has may be asked for in vain. An output's bits do not depend on the number of rows."""
@@ -57,6 +60,7 @@ def test_every_instruction_set_computes_the_same_products(asked: str) -> None:
     assert worst < 1e-4 and differing == 0
 
 
+@needs_native_kernels
 def test_a_child_of_fork_computes_alone() -> None:
     """Threads are not inherited: a child that waited for them would wait for ever."""
     code = """
@@ -104,6 +108,11 @@ def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
     done = build("wheel", tmp_path, PATH=str(tmp_path), CXX="")
     assert "no C++ compiler: install g++ or clang++" in done.stderr
+    done = build("editable", tmp_path, PATH=str(tmp_path), CXX="")
+    assert "the native kernels are left out: no C++ compiler" in done.stderr, "a checkout goes on without them"
+    with zipfile.ZipFile(tmp_path / done.stdout.strip()) as wheel:
+        assert "_neuron_cpu.pth" in wheel.namelist() and "_neuron_cpu.abi3.so" not in wheel.namelist()
+    (tmp_path / done.stdout.strip()).unlink()
     assert "cannot be run" in build("wheel", tmp_path, CXX="no-such-compiler").stderr
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ import torch
 from neuron.engine.attention.attention import make_attention_backend
 from torch import Tensor
 
+from tests.native import NATIVE, needs_native_kernels
 from tests.parity.checkpoints import VARIANTS, VOCAB, Oracle, Variant, save_checkpoint
 from tests.parity.paged_model import PagedModel, PagedSequence, load
 
@@ -50,6 +51,7 @@ def test_prefill(pair: Pair) -> None:
         assert_equal(logits, pair.oracle.logits(tokens))
 
 
+@needs_native_kernels
 def test_the_native_kernels_compute_the_same(pair: Pair) -> None:
     attention = make_attention_backend(torch.device("cpu"), native=True)
     model = PagedModel(load(pair.path, native=True), page_size=PAGE, num_pages=2048, attention=attention)
@@ -59,7 +61,7 @@ def test_the_native_kernels_compute_the_same(pair: Pair) -> None:
     assert_equal(torch.cat((logits, *rows)), pair.oracle.logits(tokens))
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("native", [NATIVE, False])
 def test_in_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(pair: Pair, native: bool) -> None:
     """Each rounds at places of its own, so that they differ from each other as from the truth: it is the distance to
     that which is compared. A tenth beside it is what the choice of places makes."""

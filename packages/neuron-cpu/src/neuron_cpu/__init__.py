@@ -1,6 +1,7 @@
 """Native CPU kernels of the cortex neuron. Addresses and sizes in: whoever calls owns the memory and has checked it.
 
-Nothing here knows torch; `neuron.engine` calls it in `gemm.native`, `layers.native` and `attention.attention_native`.
+Nothing here knows torch; `neuron.engine` calls it in `gemm.native`, `kernels.native`, `attention.attention_native` and
+`quantization`.
 Weights are kept as panels of `PANEL` outputs, each [in, PANEL] in the checkpoint's own element type, and are multiplied
 in float32, one output's sum in the order of `in` whatever the number of rows: a row's result has the same bits in any
 batch.

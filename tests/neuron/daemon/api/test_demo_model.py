@@ -18,6 +18,8 @@ from cortex_core.fleet import ModelSpec
 from neuron.daemon.common.config import EngineSection, NeuronConfig
 from neuron.daemon.hub.sources import DEMO_MODEL, demo_model_path
 from neuron.daemon.server import Daemon
+from neuron.host_memory import multiplies_bfloat16
+from neuron.native_kernels import has_native_kernels
 
 from tests.neuron.daemon.api.harness import RunningNeuron
 from tests.neuron.scripted_engine import eventually
@@ -64,6 +66,13 @@ async def test_it_adds_in_both_dialects(neuron: RunningNeuron) -> None:
     status, _, body = await neuron.post(MESSAGES, ask(neuron, "What is 12+30?"))
     answer = json.loads(body)
     assert status == 200 and "42" in answer["content"][-1]["text"] and answer["stop_reason"] == "end_turn"
+
+
+async def test_it_says_what_it_is_computed_by(neuron: RunningNeuron) -> None:
+    (model,) = await neuron.get("/models")
+    assert "threads" in model["computed_by"] and "torch" in model["computed_by"]
+    has_kernels = has_native_kernels() and not (model["dtype"] == "bfloat16" and multiplies_bfloat16())
+    assert ("native kernels" in model["computed_by"]) == has_kernels
 
 
 async def test_counting_equals_billing(neuron: RunningNeuron) -> None:

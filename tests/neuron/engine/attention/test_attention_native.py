@@ -1,6 +1,11 @@
+# ruff: noqa: E402
 """The native kernels' attention against attention written out, for any mix of decodes and chunks over pages."""
 
 from __future__ import annotations
+
+from tests.native import import_or_skip
+
+import_or_skip()
 
 from collections.abc import Iterator
 

@@ -1,6 +1,11 @@
+# ruff: noqa: E402
 """Products of the native kernels: against float64, against their twin in torch, and against themselves."""
 
 from __future__ import annotations
+
+from tests.native import import_or_skip
+
+import_or_skip()
 
 from collections.abc import Iterator
 

@@ -8,6 +8,8 @@ from neuron.engine.layers.embedding import LMHead, VocabParallelEmbedding
 from neuron.engine.parallel.group import ParallelGroup
 from torch import Tensor, nn
 
+from tests.native import needs_native_kernels
+
 VOCAB, HIDDEN = 70, 24
 
 
@@ -29,7 +31,14 @@ def built(weight: Tensor, *, native: bool, tied: bool) -> tuple[VocabParallelEmb
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("native", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("native", "dtype"),
+    [
+        (False, torch.float32),
+        pytest.param(True, torch.float32, marks=needs_native_kernels),
+        pytest.param(True, torch.bfloat16, marks=needs_native_kernels),
+    ],
+)
 def test_rows_and_logits_are_those_of_the_stored_table(tied: bool, native: bool, dtype: torch.dtype) -> None:
     weight = table(dtype)
     embedding, head = built(weight, native=native, tied=tied)

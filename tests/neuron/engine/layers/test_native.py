@@ -1,11 +1,16 @@
+# ruff: noqa: E402
 """Norms and rotary embedding of the native kernels against their twins in torch."""
 
 from __future__ import annotations
 
+from tests.native import import_or_skip
+
+import_or_skip()
+
 import pytest
 import torch
 from neuron.checkpoint.rope import RopeScaling
-from neuron.engine.layers.native import add_rms_norm, rotate_and_write
+from neuron.engine.kernels.native import add_rms_norm, rotate_and_write
 from neuron.engine.layers.norm import QKNorm, RMSNorm
 from neuron.engine.layers.rotary import RotaryEmbedding, split_and_rotate
 from torch import Tensor, nn

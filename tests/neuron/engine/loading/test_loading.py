@@ -12,6 +12,7 @@ from neuron.engine.loading.loading import load_engine, resolve_dtype
 from neuron.protocol import EngineConfig, EngineProgress
 from safetensors.torch import load_file, save_file
 
+from tests.native import needs_native_kernels
 from tests.neuron.engine.checkpoints import SHAPE
 from tests.neuron.engine.harness import load
 from tests.neuron.engine.toy import request, run
@@ -49,6 +50,7 @@ def test_a_small_cache_caps_the_served_length(checkpoint):
     assert answers.failures[1].kind == "too_long"
 
 
+@needs_native_kernels
 def test_a_model_is_the_same_without_the_native_kernels(checkpoint, tmp_path, monkeypatch):
     """Their twins in torch serve where they are not installed. Matrices of 16 bits stay so with them only."""
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / "model.safetensors").items()}

@@ -1,6 +1,11 @@
+# ruff: noqa: E402
 """Layers whose parts are in blocks, each of its own type."""
 
 from __future__ import annotations
+
+from tests.native import import_or_skip
+
+import_or_skip()
 
 import pytest
 import torch
@@ -58,7 +63,12 @@ def test_what_fills_no_panel_stays_apart() -> None:
 def test_rows_are_the_dequantised_ones() -> None:
     raw = random_blocks("Q6_K", 50, 512)
     rows = torch.tensor([49, 0, 31, 32])
-    assert torch.equal(gathered(pack_blocks("Q6_K", raw), rows), dequantize(raw, "Q6_K")[rows])
+    panels = pack_blocks("Q6_K", raw)
+    assert torch.equal(gathered(panels, rows), dequantize(raw, "Q6_K")[rows])
+    assert gathered(panels, rows[:0]).shape == (0, 512)
+    for wrong in (-1, 50):
+        with pytest.raises(IndexError, match="of a matrix of 50"):
+            gathered(panels, torch.tensor([3, wrong]))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from neuron.engine.weights.loader import load_weights
 from neuron.engine.weights.safetensors_reader import CheckpointReader
 from neuron.protocol import EngineConfig
 
+from tests.native import NATIVE
 from tests.neuron.checkpoint.gguf.writer import model_metadata, write
 from tests.neuron.engine.toy import request, run
 from tests.neuron.engine.weights.gguf_models import HIDDEN, VOCAB, write_pair
@@ -39,7 +40,7 @@ def answers(path: Path) -> tuple[dict[int, list[int]], int]:
     return run(engine, request(0, range(30), 10), request(1, range(60, 77), 10)).tokens, figures.weight_bytes
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("native", [NATIVE, False])
 @pytest.mark.parametrize(
     ("model_type", "kinds", "tied"),
     [
@@ -69,7 +70,7 @@ def test_without_the_kernels_parameters_are_the_dequantised_ones(tmp_path: Path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("native", [NATIVE, False])
 @pytest.mark.parametrize("shares", [(), (1, 3)])
 def test_ranks_hold_their_parts_of_blocks(tmp_path: Path, native: bool, shares: tuple[int, ...]) -> None:
     """Columns of a down projection are cut within a super-block of 256, where shares are uneven."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from neuron.checkpoint.config import ModelConfig
 from neuron.engine import kernels
 from neuron.engine.attention.interface import AttentionBackend, StepContext
-from neuron.engine.kernels.kernel_dispatch import fused_kernel
+from neuron.engine.kernels.kernel_dispatch import fused_kernel, native_kernel
 from neuron.engine.layers.linear import QKVParallelLinear, RowParallelLinear
 from neuron.engine.layers.norm import QKNorm
 from neuron.engine.layers.rotary import StepRotary, split_and_rotate
@@ -94,9 +94,7 @@ class SelfAttention(nn.Module):
     def _rotate_and_write(self, device: torch.device) -> Callable[..., Tensor] | None:
         """The kernel that normalises, rotates and writes in one pass, None where there is none."""
         if self.uses_native_kernels:
-            from neuron.engine.layers.native import rotate_and_write  # a distribution that may be absent
-
-            return rotate_and_write
+            return native_kernel("rotate_and_write")
         return fused_kernel("attention.rotary", "rotate_and_write", device)
 
     def forward(self, hidden: Tensor, rotary: StepRotary, ctx: StepContext) -> Tensor:

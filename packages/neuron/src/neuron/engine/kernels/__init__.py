@@ -11,6 +11,8 @@
 | `sampling.logsumexp` | log of the sum of exp of each row of logits | `torch.logsumexp` |
 | `sampling.sampling`, `.sampling_scan`, `.sampling_pick` | from logits to tokens in two launches | `sampling.sampler` |
 
+`native` is the same for a CPU: RMSNorm, and Q/K RMSNorm + rotary embedding + K/V write, of `helexa-neuron-cpu`.
+
 This module imports neither Triton nor a kernel, so a host without Triton can ask `is_available` and go on with torch.
 The kernel modules import Triton at their top and are imported only where it said yes. Without a GPU they run in
 Triton's interpreter (`TRITON_INTERPRET=1` before the first import of Triton), which is how CI tests them.

@@ -24,6 +24,14 @@ def _kernel(module: str, name: str, device: torch.device) -> Callable[..., Any] 
     return function
 
 
+@lru_cache(maxsize=16)
+def native_kernel(name: str) -> Callable[..., Any]:
+    """`neuron.engine.kernels.native.<name>`, for layers that use the native CPU kernels: a distribution that may be
+    absent, so it is imported here, on first use."""
+    function: Callable[..., Any] = getattr(import_module("neuron.engine.kernels.native"), name)
+    return function
+
+
 def fused_kernel(module: str, name: str, device: torch.device) -> Callable[..., Any] | None:
     """`neuron.engine.kernels.<module>.<name>` if it runs on `device`, else None.
 

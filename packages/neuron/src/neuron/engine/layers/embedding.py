@@ -122,6 +122,7 @@ class LMHead(nn.Module):
         self._embedding = (embedding,)
         self.weight: Tensor | None = None
         self.product: Product | None = None
+        self._multiplies_in_float32 = False
 
     @property
     def is_tied(self) -> bool:
@@ -130,6 +131,7 @@ class LMHead(nn.Module):
     def finish_loading(self) -> None:
         holder = self._embedding[0] if self.matrix is None else self.matrix
         holder.finish_loading()
+        self._multiplies_in_float32 = holder.uses_native_kernels
         if holder.panels is not None:
             from neuron.engine.quantization.block_weight import BlockProduct
 
@@ -141,7 +143,7 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.weight is None or self.product is None:
             raise RuntimeError("the head is used before its weights were loaded")
-        if self.product.name == "native":
+        if self._multiplies_in_float32:
             hidden = hidden.float()  # exact, and so are its products: logits of 16 bits would make ties
         logits = self.group.all_gather(self.product.linear(hidden, self.weight, None), self._sizes)
         return logits[:, : self.vocab_size].float()

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from neuron.engine.kernels.kernel_dispatch import fused_kernel
+from neuron.engine.kernels.kernel_dispatch import fused_kernel, native_kernel
 from neuron.engine.weight_slices import WeightSlice
 
 
@@ -95,9 +95,8 @@ class RMSNorm(nn.Module):
         """[T, H] -> (normalised sum of x and residual, that sum, in residual's memory). Without a residual, x itself
         is the sum."""
         if self.uses_native_kernels:
-            from neuron.engine.layers.native import add_rms_norm as add_rms_norm_natively  # may be absent
-
-            return add_rms_norm_natively(x, residual, self.weight, self.eps)
+            result: tuple[Tensor, Tensor] = native_kernel("add_rms_norm")(x, residual, self.weight, self.eps)
+            return result
         if self.deterministic and x.device.type == "cpu":
             total = x if residual is None else residual.add_(x)
             return _rms_norm_exact(total, self.weight, self.eps), total

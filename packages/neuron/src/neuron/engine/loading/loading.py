@@ -219,8 +219,8 @@ def _load_rank(
 ) -> _Rank:
     path = Path(config.path)
     hf_config = read_hf_config(path)
-    dtype = resolve_dtype(config, read_config(hf_config))
-    native = uses_native_kernels(config, read_config(hf_config))
+    described = read_config(hf_config)
+    dtype, native = resolve_dtype(config, described), uses_native_kernels(config, described)
 
     report.phase("weights")
     model = build_model(hf_config, device=device, dtype=dtype, parallel=group, native=native)

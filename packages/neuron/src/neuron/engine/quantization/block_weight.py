@@ -65,8 +65,10 @@ def _multiply(x: Tensor, part: BlockPanels, bias: Tensor | None, out: Tensor, be
 
 
 def gathered(panels: BlockPanels, rows: Tensor) -> Tensor:
-    """Rows of a matrix, dequantised. rows: [T] int64. Returns [T, in] float32."""
+    """Rows of a matrix, dequantised. rows: [T] int64. Returns [T, in] float32. Raises `IndexError` for others."""
     rows = rows.contiguous()
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < panels.num_out:
+        raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a matrix of {panels.num_out}")
     out = torch.empty(rows.shape[0], panels.num_in)
     neuron_cpu.gather_rows(
         panels.number, panels.data.data_ptr(), rows.data_ptr(), out.data_ptr(), rows.shape[0], panels.num_in

@@ -20,11 +20,11 @@ from neuron.engine.layers.linear import LinearLayer
 from neuron.engine.models.decoder import CausalLM
 from neuron.engine.weight_slices import Loadable, Slices, WeightSlice
 from neuron.engine.weights.dummy import load_dummy_weights
-from neuron.engine.weights.gguf_reader import Reader, open_checkpoint
+from neuron.engine.weights.gguf_reader import open_checkpoint
 from neuron.engine.weights.materialise import finish, materialise
 from neuron.engine.weights.pieces import bytes_read, pieces_of
 from neuron.engine.weights.pipeline import Piece, Transfer, make_transfer, num_reader_threads, transfer_pieces
-from neuron.engine.weights.safetensors_reader import TensorInfo
+from neuron.engine.weights.safetensors_reader import OpenFiles, TensorInfo
 
 __all__ = ["Progress", "WeightsRead", "load_dummy_weights", "load_weights"]
 
@@ -110,7 +110,7 @@ def load_weights(
     return read
 
 
-def _pieces(model: CausalLM, reader: Reader, read: _Read, block_bytes: int) -> Iterator[Piece]:
+def _pieces(model: CausalLM, reader: OpenFiles, read: _Read, block_bytes: int) -> Iterator[Piece]:
     info, weight_slice = read.info, read.weight_slice
     return pieces_of(
         info,
@@ -122,7 +122,7 @@ def _pieces(model: CausalLM, reader: Reader, read: _Read, block_bytes: int) -> I
     )
 
 
-def _hold_blocks(model: CausalLM, reader: Reader) -> None:
+def _hold_blocks(model: CausalLM, reader: OpenFiles) -> None:
     """Layers that multiply with blocks as they are stored get that format, where all of their parts are in such."""
     available = {canonical_name(name): info for name, info in reader.tensors.items()}
     kinds: dict[int, dict[str | None, str]] = {}
@@ -137,7 +137,7 @@ def _hold_blocks(model: CausalLM, reader: Reader) -> None:
             module.hold_blocks(kinds[key])
 
 
-def _plan(model: CausalLM, reader: Reader) -> list[_Read]:
+def _plan(model: CausalLM, reader: OpenFiles) -> list[_Read]:
     """What to read where. Raises `CheckpointError` unless tensors and model fit exactly."""
     available = {canonical_name(name): info for name, info in reader.tensors.items()}
     if len(available) != len(reader.tensors):

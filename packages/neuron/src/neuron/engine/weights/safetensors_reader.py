@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -57,7 +58,38 @@ class TensorInfo:
     interleaved_heads: int = 0
 
 
-class CheckpointReader:
+class OpenFiles:
+    """The files that the tensors of a checkpoint lie in, open until it is closed. A context manager."""
+
+    def __init__(self, descriptors: dict[Path, int]) -> None:
+        self._descriptors = descriptors
+        self.tensors: dict[str, TensorInfo] = {}
+
+    def descriptor(self, file: Path) -> int:
+        """The open file, for positioned reads by any thread."""
+        return self._descriptors[file]
+
+    def dtype_of(self, info: TensorInfo, *, stored: str | None = None) -> torch.dtype:
+        """What a tensor's bytes are read as. Raises `CheckpointError` if it is not the type that it must be `stored`
+        in, or none that weights may have."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the files."""
+        for number in self._descriptors.values():
+            os.close(number)
+        self._descriptors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class CheckpointReader(OpenFiles):
     """The tensors of a checkpoint folder and the open files they lie in. Opening reads and verifies headers only.
 
     Takes `model.safetensors.index.json` with its shards, `model.safetensors`, or the only `*.safetensors` there is.
@@ -67,8 +99,7 @@ class CheckpointReader:
     """
 
     def __init__(self, path: Path, *, opened: Mapping[str, int] | None = None) -> None:
-        self._descriptors: dict[Path, int] = {path / name: number for name, number in (opened or {}).items()}
-        self.tensors: dict[str, TensorInfo] = {}
+        super().__init__({path / name: number for name, number in (opened or {}).items()})
         try:
             files, weight_map = files_of(path)
             for name, (file, tensor) in merge(self._headers(path, files), weight_map).items():
@@ -90,10 +121,6 @@ class CheckpointReader:
         """Size of all tensors together."""
         return sum(info.num_bytes for info in self.tensors.values())
 
-    def descriptor(self, file: Path) -> int:
-        """The open file, for positioned reads by any thread."""
-        return self._descriptors[file]
-
     def dtype_of(self, info: TensorInfo, *, stored: str | None = None) -> torch.dtype:
         """Raises `CheckpointError` if it is not the one that it must be `stored` in; without one, if it is no float."""
         if stored is not None and info.dtype != stored:
@@ -102,20 +129,6 @@ class CheckpointReader:
         if dtype is None:
             raise CheckpointError(f"dtype {info.dtype} is not supported for weights", tensors=[info.name])
         return dtype
-
-    def close(self) -> None:
-        """Close the files."""
-        for number in self._descriptors.values():
-            os.close(number)
-        self._descriptors.clear()
-
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _headers(self, path: Path, files: Sequence[str]) -> Iterator[tuple[str, list[TensorHeader]]]:
         for name in files:
